@@ -13,8 +13,7 @@ from enum import Enum
 
 import numpy as np
 
-
-NORM_TYPES = ("bounds_q99", "bounds", "normal")
+from .modeling.normalization_vla_adapter import NORM_TYPES
 
 
 class GripperConvention(str, Enum):
