@@ -1,0 +1,345 @@
+"""LeRobot datasets v2.0, v2.1 and v3.0 with random access, without the lerobot package."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm.auto import tqdm
+
+from ..robots import RobotPreset
+from .columns import ACTION_NAMES, STATE_NAMES, column_to_matrix
+from .episodes import BadEpisode, EpisodeTable, EpisodeTableBuilder
+from .frames import decode_frame
+from .lerobot_metadata import LeRobotEpisode, LeRobotMetadata, read_lerobot_metadata
+from .source import DemonstrationSource
+from .storage import cache_directory
+from .video import VideoCache
+
+
+_BATCH_ROWS = 1 << 15
+
+
+class LeRobotSource(DemonstrationSource):
+    """A LeRobot dataset in a local folder.
+
+    Args:
+        folder: the folder that holds `meta/`, `data/` and, with MP4 frames, `videos/`.
+        cameras: camera names or full column names, in order; see `columns.find_cameras`.
+        robot: the preset whose conventions are applied, or None.
+        state_column, action_column: columns of numbers, where their names are not the usual ones.
+        instruction: one text for all episodes, instead of the dataset's tasks.
+        name: the dataset's name, by default the folder's.
+        max_open_videos: MP4 files kept open per process.
+        cache_dir: where frames of parquet files are unpacked to; see `storage.cache_directory`.
+        progress: show a progress bar while reading.
+
+    Raises:
+        ValueError: metadata that cannot be read, columns that are missing or ambiguous.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        cameras: Sequence[str] | None = None,
+        robot: RobotPreset | None = None,
+        state_column: str | None = None,
+        action_column: str | None = None,
+        instruction: str | None = None,
+        name: str | None = None,
+        max_open_videos: int = 16,
+        cache_dir: str | os.PathLike | None = None,
+        progress: bool | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        self.name = name or self.folder.resolve().name
+        self.where = f"LeRobot dataset {self.name}"
+        self.robot = robot
+        self.instruction = instruction
+        self.cache_dir = cache_dir
+        self.progress = progress
+        self.metadata: LeRobotMetadata = read_lerobot_metadata(self.folder, self.where)
+        preset = robot.cameras if robot is not None else None
+        self.cameras = tuple(self.metadata.find_cameras(cameras, preset))
+        self.state_column = self.metadata.find("state", "state_column", state_column, STATE_NAMES)
+        self.action_column = self.metadata.find("action", "action_column", action_column, ACTION_NAMES)
+        self._videos = VideoCache(max_open_videos)
+        self._unlabelled: dict[int, BadEpisode] = {}
+        self._first_rows: list[int] = []  # of each episode, counted over all data files that exist
+        self._image_files: list[str] = []
+        self._image_table: datasets.Dataset | None = None
+        self._image_chunks: dict[str, tuple[list[int], list[pa.Array]]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Arrow's arrays would be copied into a spawned worker; the memory-mapped table travels as file names.
+        return {**self.__dict__, "_image_chunks": {}}
+
+    @property
+    def _image_columns(self) -> list[str]:
+        return [column for column in self.cameras if not self.metadata.is_video(column)]
+
+    def _data_files(self) -> dict[str, list[LeRobotEpisode]]:
+        files: dict[str, list[LeRobotEpisode]] = {}
+        for episode in self.metadata.episodes:
+            files.setdefault(episode.data_path, []).append(episode)
+        return files
+
+    def content_digest(self) -> str:
+        digest = hashlib.blake2b(digest_size=20)
+        columns = (self.state_column, self.action_column, "episode_index", "frame_index")
+        for data_path, episodes in self._data_files().items():
+            digest.update(repr([(episode.index, episode.length) for episode in episodes]).encode())
+            path = self.folder / data_path
+            if path.is_file():
+                _hash_columns(path, columns, digest)
+        return digest.hexdigest()
+
+    def _load_table(self) -> EpisodeTable:
+        builder = EpisodeTableBuilder(self.where, self.robot)
+        self._first_rows, self._image_files, self._unlabelled = [], [], {}
+        rows_before = 0
+        files = self._data_files()
+        bar = tqdm(
+            total=sum(episode.length for episode in self.metadata.episodes),
+            desc=f"Reading {self.name}",
+            unit="step",
+            disable=_disable(self.progress),
+        )
+        with bar:
+            for data_path, episodes in files.items():
+                path = self.folder / data_path
+                if not path.is_file():
+                    for episode in episodes:
+                        self._first_rows.append(-1)
+                        builder.add_bad(BadEpisode(episode.index, None, f"{data_path} does not exist"))
+                    continue
+                rows_before += self._read_file(path, episodes, builder, rows_before, bar)
+                self._image_files.append(str(path))
+        return builder.build()
+
+    def _read_file(
+        self, path: Path, episodes: list[LeRobotEpisode], builder: EpisodeTableBuilder, rows_before: int, bar: tqdm
+    ) -> int:
+        numbers = _read_numbers(path, self.state_column, self.action_column)
+        for column, values in ((self.state_column, numbers.states), (self.action_column, numbers.actions)):
+            shape = self.metadata.features[column].get("shape")
+            if len(values) and shape and values.shape[1] != shape[0]:
+                raise ValueError(
+                    f"{self.where}: {path.name} has {values.shape[1]} values in {column!r}, meta/info.json says {shape[0]}"
+                )
+        runs: dict[int, list[tuple[int, int]]] = {}
+        edges = np.flatnonzero(np.diff(numbers.episode_index)) + 1
+        edges = [0, *edges.tolist(), len(numbers.episode_index)] if len(numbers.episode_index) else [0]
+        for start, stop in zip(edges[:-1], edges[1:], strict=True):
+            runs.setdefault(int(numbers.episode_index[start]), []).append((start, stop))
+        for episode in episodes:
+            start, stop = runs.pop(episode.index, [(0, 0)])[0]
+            self._first_rows.append(rows_before + start)
+            bad = numbers.first_problem(episode.index, start, stop)
+            if bad is not None:
+                builder.add_bad(bad)
+            else:
+                text_ids = self._text_ids(episode, numbers, start, stop, builder)
+                builder.add(
+                    episode.index, numbers.states[start:stop], numbers.actions[start:stop], text_ids, episode.length
+                )
+            bar.update(stop - start)
+        for index in runs:
+            self._first_rows.append(-1)
+            builder.add_bad(BadEpisode(index, None, f"is in {path.name} but not in meta/episodes"))
+        return len(numbers.episode_index)
+
+    def _text_ids(
+        self, episode: LeRobotEpisode, numbers: _FileNumbers, start: int, stop: int, builder: EpisodeTableBuilder
+    ) -> np.ndarray | int:
+        texts = builder.texts
+        if self.instruction is not None:
+            return texts.id_of(self.instruction)
+        if numbers.task_index is None:
+            text = episode.tasks[0] if episode.tasks else ""
+            unlabelled = (0, "has no task") if not text else None
+            ids: np.ndarray | int = texts.id_of(text)
+        else:
+            task_index = numbers.task_index[start:stop]
+            known = {int(task): self.metadata.tasks.get(int(task), "") for task in np.unique(task_index)}
+            empty = [task for task, text in known.items() if not text.strip()]
+            unlabelled = None
+            if empty:
+                frame = int(np.flatnonzero(np.isin(task_index, empty))[0])
+                unlabelled = (frame, f"task_index {int(task_index[frame])} has no text in meta/tasks")
+            ids = np.array([texts.id_of(known[int(task)]) for task in task_index], np.int32)
+        if unlabelled is not None:
+            self._unlabelled[len(self._first_rows) - 1] = BadEpisode(episode.index, *unlabelled)
+        return ids
+
+    def frame_problems(self) -> dict[int, BadEpisode]:
+        problems = {}
+        for position in range(len(self.table)):
+            if position in self._unlabelled:
+                problems[position] = self._unlabelled[position]
+                continue
+            episode = self._episode_at(position)
+            for column in self.cameras:
+                if episode is None or not self.metadata.is_video(column):
+                    continue
+                place = episode.videos.get(column)
+                if place is None:
+                    problems[position] = BadEpisode(episode.index, None, f"has no video of camera {column!r}")
+                elif not _has_content(self.folder / place.path):
+                    problems[position] = BadEpisode(episode.index, 0, f"video {place.path} is missing or empty")
+                else:
+                    continue
+                break
+        return problems
+
+    def _episode_at(self, position: int) -> LeRobotEpisode | None:
+        if not hasattr(self, "_by_index"):
+            self._by_index = {episode.index: episode for episode in self.metadata.episodes}
+        return self._by_index.get(int(self.table.episode_indices[position]))
+
+    def positions_of_split(self, split: str) -> list[int]:
+        if split not in self.metadata.splits:
+            raise ValueError(
+                f"{self.where}: split={split!r} does not exist; splits in meta/info.json: {', '.join(self.metadata.splits) or 'none'}"
+            )
+        first, end = self.metadata.splits[split]
+        indices = self.table.episode_indices
+        return np.flatnonzero((indices >= first) & (indices < end)).tolist()
+
+    def prepare_images(self) -> None:
+        """Make frames in parquet accessible at random: once, `datasets` writes them to the cache as memory-mapped Arrow.
+
+        A parquet file has to be unpacked by the page, which for one random frame is a hundred too many.
+        """
+        self.table  # noqa: B018 - finds the files
+        if self._image_columns and self._image_table is None and self._image_files:
+            cache = cache_directory(self.cache_dir) / "arrow"
+            self._image_table = datasets.Dataset.from_parquet(
+                self._image_files, columns=self._image_columns, cache_dir=str(cache)
+            )
+
+    def read_images(self, position: int, frame: int) -> list[np.ndarray]:
+        images = []
+        for column in self.cameras:
+            if self.metadata.is_video(column):
+                place = self._episode_at(position).videos[column]
+                path = self.folder / place.path
+                images.append(self._videos.read(path, place.first_frame + frame, self.metadata.fps))
+            else:
+                images.append(decode_frame(self._encoded(column, self._first_rows[position] + frame)))
+        return images
+
+    def _encoded(self, column: str, row: int) -> bytes:
+        if column not in self._image_chunks:
+            self.prepare_images()
+            self._image_chunks[column] = _bytes_chunks(self._image_table.data.column(column), column)
+        starts, chunks = self._image_chunks[column]
+        chunk = bisect_right(starts, row) - 1
+        data = chunks[chunk][row - starts[chunk]].as_py()
+        if not data:
+            raise ValueError(f"camera {column!r} has no image")
+        return data
+
+
+def _disable(progress: bool | None) -> bool | None:
+    # None lets tqdm decide: no bar where standard error is not a terminal.
+    return None if progress is None else not progress
+
+
+def _has_content(path: Path) -> bool:
+    try:
+        return path.stat().st_size > 0
+    except OSError:
+        return False
+
+
+def _bytes_chunks(column: pa.ChunkedArray, name: str) -> tuple[list[int], list[pa.Array]]:
+    """First row of every chunk, and its encoded images."""
+    if not pa.types.is_struct(column.type) or column.type.get_field_index("bytes") < 0:
+        raise ValueError(f"column {name!r} has type {column.type}; expected images as a struct of bytes and path")
+    # The path beside the bytes is a leftover of the machine that recorded them.
+    chunks = [chunk.field("bytes") for chunk in column.chunks]
+    starts = np.cumsum([0] + [len(chunk) for chunk in chunks])[:-1].tolist()
+    return starts, chunks
+
+
+class _FileNumbers:
+    """The number columns of one data file: (rows, ...) arrays, and which rows have another length."""
+
+    def __init__(self, rows: int) -> None:
+        self.states = np.zeros((rows, 0), np.float32)
+        self.actions = np.zeros((rows, 0), np.float32)
+        self.episode_index = np.zeros(rows, np.int64)
+        self.frame_index: np.ndarray | None = None
+        self.task_index: np.ndarray | None = None
+        self.wrong_lengths: dict[int, str] = {}
+
+    def first_problem(self, episode_index: int, start: int, stop: int) -> BadEpisode | None:
+        """What is wrong with rows start ... stop - 1 as an episode, beyond what the table checks itself."""
+        for row in sorted(self.wrong_lengths):
+            if start <= row < stop:
+                return BadEpisode(episode_index, row - start, self.wrong_lengths[row])
+        if self.frame_index is not None:
+            wrong = np.flatnonzero(self.frame_index[start:stop] != np.arange(stop - start))
+            if len(wrong):
+                frame = int(wrong[0])
+                found = int(self.frame_index[start + frame])
+                return BadEpisode(episode_index, frame, f"frame_index is {found}, expected {frame}")
+        return None
+
+
+def _read_numbers(path: Path, state_column: str, action_column: str) -> _FileNumbers:
+    """Read the number columns of one parquet file, a batch at a time: the images beside them stay on disk."""
+    file = pq.ParquetFile(path, memory_map=True)
+    names = file.schema_arrow.names
+    wanted = [state_column, action_column, "episode_index", "frame_index", "task_index"]
+    missing = [name for name in wanted[:3] if name not in names]
+    if missing:
+        raise ValueError(f"{path}: has no column {', '.join(missing)}; columns that exist: {', '.join(names)}")
+    numbers = _FileNumbers(file.metadata.num_rows)
+    for name in ("frame_index", "task_index"):
+        if name in names:
+            setattr(numbers, name, np.zeros(file.metadata.num_rows, np.int64))
+    row = 0
+    for batch in file.iter_batches(_BATCH_ROWS, columns=[name for name in wanted if name in names], use_threads=False):
+        stop = row + batch.num_rows
+        for attribute, column in (("states", state_column), ("actions", action_column)):
+            matrix, wrong = column_to_matrix(batch.column(column), column)
+            if getattr(numbers, attribute).shape[1] == 0:
+                setattr(numbers, attribute, np.zeros((file.metadata.num_rows, matrix.shape[1]), np.float32))
+            values = getattr(numbers, attribute)
+            for line, length in wrong.items():
+                numbers.wrong_lengths[row + line] = f"{column} has {length} values, expected {values.shape[1]}"
+            values[row:stop] = matrix
+        for name in ("episode_index", "frame_index", "task_index"):
+            if getattr(numbers, name) is not None:
+                getattr(numbers, name)[row:stop] = batch.column(name).to_numpy(zero_copy_only=False)
+        row = stop
+    return numbers
+
+
+def _hash_columns(path: Path, columns: Sequence[str], digest: Any) -> None:
+    """Feed the stored bytes of some columns of a parquet file to a hash."""
+    metadata = pq.read_metadata(path)
+    with path.open("rb") as file:
+        for group in range(metadata.num_row_groups):
+            for index in range(metadata.num_columns):
+                chunk = metadata.row_group(group).column(index)
+                if not any(
+                    chunk.path_in_schema == name or chunk.path_in_schema.startswith(name + ".") for name in columns
+                ):
+                    continue
+                start = chunk.data_page_offset
+                if chunk.has_dictionary_page and chunk.dictionary_page_offset:
+                    start = min(start, chunk.dictionary_page_offset)
+                digest.update(f"{chunk.path_in_schema}:{chunk.num_values}:".encode())
+                file.seek(start)
+                digest.update(file.read(chunk.total_compressed_size))

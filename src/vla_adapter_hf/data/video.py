@@ -1,0 +1,144 @@
+"""Single frames out of MP4 files, in order or at random, with PyAV.
+
+Datasets written for training have a key frame every few frames, so a random frame costs a seek and two or three decoded
+frames; frames asked for in order are decoded one after the other without seeking.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+
+# A jump of up to this many frames is decoded through; beyond it, seeking is cheaper.
+_MAX_DECODE_AHEAD = 4
+
+
+def import_av() -> Any:
+    """PyAV, or an ImportError that says how to get it."""
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError(
+            "this dataset stores its camera frames as MP4, reading them needs PyAV: pip install vla-adapter-hf[video]"
+        ) from error
+    return av
+
+
+class VideoError(ValueError):
+    """A video that cannot be opened or has no frame at the time asked for."""
+
+
+class VideoFile:
+    """One open MP4 file.
+
+    Raises:
+        VideoError: the file is missing, empty, damaged or has no video in it.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        av = import_av()
+        self.path = path
+        self._decode_errors = av.error.FFmpegError
+        try:
+            self._container = av.open(os.fspath(path))
+            self._stream = self._container.streams.video[0]
+        except (OSError, ValueError, IndexError) as error:  # av's errors derive from the first two
+            raise VideoError(f"video {path} cannot be opened: {error}") from error
+        # One thread per decoder: the workers are the parallelism, and threads do not survive a fork.
+        self._stream.thread_count = 1
+        self._time_base = Fraction(self._stream.time_base)
+        self._first = self._stream.start_time or 0
+        self._frames = None
+        self._frame = None
+
+    def read(self, frame_number: int, fps: float) -> np.ndarray:
+        """Frame number `frame_number` at `fps` frames per second, uint8 (height, width, 3), RGB.
+
+        Raises:
+            VideoError: there is no frame within half a frame's time of it.
+        """
+        rate = Fraction(fps).limit_denominator(100000)
+        target = self._first + round(frame_number / rate / self._time_base)
+        step = 1 / rate / self._time_base  # one frame, in units of the stream
+        try:
+            frame = self._decode_until(target, step)
+        except self._decode_errors as error:
+            self._frames = self._frame = None
+            raise VideoError(f"video {self.path} cannot be decoded at frame {frame_number}: {error}") from error
+        if frame is None or abs(frame.pts - target) > step / 2:
+            self._frames = self._frame = None
+            raise VideoError(f"video {self.path} has no frame {frame_number} (at {float(frame_number / rate):.3f} s)")
+        return frame.to_ndarray(format="rgb24")
+
+    def _decode_until(self, target: int, step: Fraction) -> Any:
+        earliest = target - step / 2
+        if self._frame is not None:
+            ahead = (target - self._frame.pts) / step
+            if abs(ahead) < Fraction(1, 2):
+                return self._frame
+            if ahead < 0 or ahead > _MAX_DECODE_AHEAD:
+                self._frames = None
+        if self._frames is None:
+            self._container.seek(max(target, self._first), stream=self._stream, backward=True)
+            self._frames = self._container.decode(self._stream)
+        for frame in self._frames:
+            if frame.pts is not None and frame.pts >= earliest:
+                self._frame = frame
+                return frame
+        return None
+
+    def close(self) -> None:
+        """Close the file."""
+        self._frames = self._frame = None
+        self._container.close()
+
+
+class VideoCache:
+    """The last `max_open` files used, kept open, per process.
+
+    A forked worker gets its own files: decoders are not shared with the parent, and those that came with the fork are
+    left alone rather than closed. Pickled to a spawned worker, the cache arrives empty.
+    """
+
+    def __init__(self, max_open: int = 16) -> None:
+        if max_open < 1:
+            raise ValueError(f"max_open={max_open} video files; at least 1 is needed")
+        self.max_open = max_open
+        self._inherited: list[OrderedDict[str, VideoFile]] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._files: OrderedDict[str, VideoFile] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, int]:
+        return {"max_open": self.max_open}
+
+    def __setstate__(self, state: dict[str, int]) -> None:
+        self.max_open = state["max_open"]
+        self._inherited = []
+        self._reset()
+
+    def read(self, path: str | os.PathLike, frame_number: int, fps: float) -> np.ndarray:
+        """See `VideoFile.read`."""
+        if os.getpid() != self._process:
+            # Closing a decoder that was opened by the parent would end the parent's file position with it.
+            self._inherited.append(self._files)
+            self._reset()
+        with self._lock:
+            key = os.fspath(path)
+            file = self._files.pop(key, None) or VideoFile(path)
+            self._files[key] = file
+            while len(self._files) > self.max_open:
+                self._files.popitem(last=False)[1].close()
+            return file.read(frame_number, fps)
+
+    def __len__(self) -> int:
+        return len(self._files)
