@@ -1,0 +1,330 @@
+"""Configuration of VLA-Adapter: two vision towers, a language model and a Bridge Attention policy."""
+
+from typing import Any, ClassVar
+
+from transformers import Dinov2WithRegistersConfig, PreTrainedConfig, Qwen2Config, SiglipVisionConfig
+
+from .normalization_vla_adapter import CONSTANT_DIM_RULES, NORM_TYPES, check_norm_stats
+
+
+POLICY_VARIANTS = ("original", "pro")
+ROPE_DTYPES = ("bfloat16", "float32")
+
+# Readers of checkpoints in other layouts, by the `model_type` in their config.json: objects with `read_config(source,
+# **overrides)` and `load_model(model_class, source, config, **kwargs)`. The package registers the published layout;
+# where these files travel alone there is none, and such a checkpoint is refused.
+OTHER_LAYOUTS: dict[str, Any] = {}
+
+# The sizes of the published checkpoints. Of each tower the last block is missing on purpose: the features are read
+# before it (DINOv2: after block 23 of 24, SigLIP: after block 26 of 27), so it is neither built nor stored.
+PUBLISHED_DINOV2 = {
+    "hidden_size": 1024,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "mlp_ratio": 4,
+    "image_size": 224,
+    "patch_size": 14,
+    "num_register_tokens": 4,
+    "layer_norm_eps": 1e-6,
+    "hidden_act": "gelu",
+}
+PUBLISHED_SIGLIP = {
+    "hidden_size": 1152,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 16,
+    "intermediate_size": 4304,
+    "image_size": 224,
+    "patch_size": 14,
+    "layer_norm_eps": 1e-6,
+    "hidden_act": "gelu",
+    "vision_use_head": False,
+}
+PUBLISHED_QWEN2 = {
+    "hidden_size": 896,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "intermediate_size": 4864,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    "tie_word_embeddings": True,
+    "bos_token_id": 151643,
+    "eos_token_id": 151643,
+}
+
+
+class VLAAdapterConfig(PreTrainedConfig):
+    r"""
+    Everything that a VLA-Adapter checkpoint is, apart from its weights. The defaults are the published LIBERO Pro
+    model (arXiv 2509.09372; `VLA-Adapter/LIBERO-Object-Pro` and its siblings).
+
+    Args:
+        dinov2_config (`dict` or `Dinov2WithRegistersConfig`, *optional*):
+            The first vision tower. `num_hidden_layers` counts the blocks that are built: the published features
+            are read before the last block of ViT-L/14, so 23 of its 24.
+        siglip_config (`dict` or `SiglipVisionConfig`, *optional*):
+            The second vision tower, likewise 26 of 27 blocks, without pooling head.
+        text_config (`dict` or `Qwen2Config`, *optional*):
+            The language model. Its hidden size is also the width of the policy.
+        cameras (`list[str]`, *optional*, defaults to `["image", "wrist_image"]`):
+            Names of the camera views in the order in which the model sees them.
+        num_action_queries (`int`, *optional*, defaults to 64):
+            Learned tokens appended to the prompt, through which the policy reads the language model.
+        chunk_size (`int`, *optional*, defaults to 8):
+            Actions predicted at once.
+        action_dim (`int`, *optional*, defaults to 7):
+            Size of one action.
+        proprio_dim (`int`, *optional*, defaults to 8):
+            Size of the robot's state, which becomes the proprio once it is normalised.
+        policy_variant (`str`, *optional*, defaults to `"pro"`):
+            `"pro"` (separate keys and values for each source, rotary positions) or `"original"` (one key and one
+            value projection, no positions).
+        policy_num_layers (`int`, *optional*, defaults to 24):
+            Bridge Attention blocks. Block *i* reads hidden state *i* of the language model, so this must equal the
+            language model's depth.
+        policy_num_heads (`int`, *optional*, defaults to 8):
+            Attention heads of a block.
+        policy_rope_theta (`float`, *optional*, defaults to 10000.0):
+            Base of the rotary frequencies of the pro policy.
+        policy_rope_dtype (`str`, *optional*, defaults to `"bfloat16"`):
+            Precision in which the rotary tables are made: `"bfloat16"` for weights trained by the original code,
+            whatever precision they are run in, `"float32"` for policies trained from new.
+        policy_task_tokens (`int`, *optional*):
+            How many of a layer's states, patches first and action queries after them, the policy treats as task
+            states. By default all the patches of all cameras. The original code always takes 512, so checkpoints
+            that it trained with other than two cameras need 512 here.
+        policy_noise_std (`float`, *optional*, defaults to 0.02):
+            Standard deviation of the noise added to the zero action latent in training.
+        norm_type (`str`, *optional*, defaults to `"bounds_q99"`):
+            What normalisation maps to -1 and 1: `"bounds_q99"` (the 1st and 99th percentile), `"bounds"` (minimum
+            and maximum), or `"normal"` (mean and standard deviation to 0 and 1).
+        norm_stats (`dict`, *optional*):
+            `{unnorm_key: {"action": {...}, "proprio": {...}}}` with lists `min`, `max`, `mean`, `std`, `q01`,
+            `q99`, and for actions a `mask` of the dimensions that are normalised (default: all of them).
+        constant_dims (`str`, *optional*, defaults to `"zero"`):
+            What a dimension whose minimum equals its maximum becomes inside the model: `"zero"`, or `"published"`,
+            the inference rule of the original code (proprio -1), for converted checkpoints.
+        image_jpeg_round_trip (`bool`, *optional*, defaults to `True`):
+            Whether camera frames go through JPEG before they are resized, as the published models' data did.
+        image_center_crop (`float`, *optional*, defaults to 0.9):
+            Share of a frame's area that is kept at inference by models trained with random crops; `None` for no
+            crop.
+        initializer_range (`float`, *optional*, defaults to 0.02):
+            Standard deviation of new action queries and of a new vision projector.
+
+    Raises:
+        ValueError, TypeError: when values contradict each other or make no sense; the message names the field.
+    """
+
+    model_type = "vla_adapter"
+    sub_configs: ClassVar[dict[str, type[PreTrainedConfig]]] = {
+        "dinov2_config": Dinov2WithRegistersConfig,
+        "siglip_config": SiglipVisionConfig,
+        "text_config": Qwen2Config,
+    }
+
+    dinov2_config: dict | PreTrainedConfig | None = None
+    siglip_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+    cameras: list[str] | tuple[str, ...] = ("image", "wrist_image")
+    num_action_queries: int = 64
+    chunk_size: int = 8
+    action_dim: int = 7
+    proprio_dim: int = 8
+    policy_variant: str = "pro"
+    policy_num_layers: int = 24
+    policy_num_heads: int = 8
+    policy_rope_theta: float = 10000.0
+    policy_rope_dtype: str = "bfloat16"
+    policy_task_tokens: int | None = None
+    policy_noise_std: float = 0.02
+    norm_type: str = "bounds_q99"
+    norm_stats: dict[str, Any] | None = None
+    constant_dims: str = "zero"
+    image_jpeg_round_trip: bool = True
+    image_center_crop: float | None = 0.9
+    initializer_range: float = 0.02
+
+    def __post_init__(self, **kwargs):
+        published = (PUBLISHED_DINOV2, PUBLISHED_SIGLIP, PUBLISHED_QWEN2)
+        for (name, config_class), defaults in zip(self.sub_configs.items(), published, strict=True):
+            value = getattr(self, name)
+            if value is None:
+                value = defaults
+            if isinstance(value, dict):
+                value = config_class(**{key: v for key, v in value.items() if key != "model_type"})
+            elif not isinstance(value, config_class):
+                raise TypeError(f"{name} must be a dict or a {config_class.__name__}, got {type(value).__name__}.")
+            setattr(self, name, value)
+        if isinstance(self.cameras, tuple):
+            self.cameras = list(self.cameras)
+        super().__post_init__(**kwargs)
+        self.validate_architecture()
+
+    @property
+    def num_cameras(self) -> int:
+        return len(self.cameras)
+
+    @property
+    def image_size(self) -> int:
+        """Height and width of the images that the towers see, in pixels."""
+        return self.dinov2_config.image_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches per camera; the two towers cut an image alike."""
+        return (self.dinov2_config.image_size // self.dinov2_config.patch_size) ** 2
+
+    @property
+    def num_patch_tokens(self) -> int:
+        """Patches of all cameras: the vision part of the language model's input."""
+        return self.num_cameras * self.num_patches
+
+    @property
+    def num_task_tokens(self) -> int:
+        """States per layer that the policy treats as task states (see `policy_task_tokens`)."""
+        if self.policy_task_tokens is None:
+            return self.num_patch_tokens
+        return min(self.policy_task_tokens, self.num_patch_tokens + self.num_action_queries)
+
+    def validate_architecture(self) -> None:
+        """Refuse what cannot be built or would be silently wrong. Called at construction and by the model."""
+        for name in ("num_action_queries", "chunk_size", "action_dim", "proprio_dim", "policy_num_layers"):
+            _check_positive_int(name, getattr(self, name))
+        _check_positive_int("policy_num_heads", self.policy_num_heads)
+        self._check_cameras()
+        self._check_towers()
+        self._check_policy()
+        _check_choice("norm_type", self.norm_type, NORM_TYPES)
+        _check_choice("constant_dims", self.constant_dims, CONSTANT_DIM_RULES)
+        crop = self.image_center_crop
+        if crop is not None and not (isinstance(crop, (int, float)) and 0 < crop <= 1):
+            raise ValueError(f"image_center_crop must be a share of the area in (0, 1] or None, got {crop!r}.")
+        if self.norm_stats is not None:
+            check_norm_stats(self.norm_stats, self.norm_type, self.action_dim, self.proprio_dim, self.constant_dims)
+
+    def _check_cameras(self) -> None:
+        cameras = self.cameras
+        if not isinstance(cameras, (list, tuple)) or not all(isinstance(name, str) for name in cameras):
+            raise TypeError(f"cameras must be a list of names, got {cameras!r}.")
+        if not cameras or len(set(cameras)) != len(cameras):
+            raise ValueError(f"cameras must be at least one name, each once, got {list(cameras)}.")
+
+    def _check_towers(self) -> None:
+        dinov2, siglip = self.dinov2_config, self.siglip_config
+        for name, tower in (("dinov2_config", dinov2), ("siglip_config", siglip)):
+            for field in ("image_size", "patch_size"):
+                if not isinstance(getattr(tower, field), int):
+                    raise TypeError(f"{name}.{field} must be one int (square), got {getattr(tower, field)!r}.")
+            if tower.image_size % tower.patch_size:
+                raise ValueError(
+                    f"{name}.image_size={tower.image_size} must be a multiple of {name}.patch_size={tower.patch_size}."
+                )
+        sizes = (dinov2.image_size, dinov2.patch_size), (siglip.image_size, siglip.patch_size)
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                "dinov2_config and siglip_config must cut the same image into the same patches, got (image_size, "
+                f"patch_size) {sizes[0]} and {sizes[1]}."
+            )
+        for name in self.sub_configs:
+            sub_config = getattr(self, name)
+            if sub_config.hidden_size % sub_config.num_attention_heads:
+                raise ValueError(
+                    f"{name}.hidden_size={sub_config.hidden_size} must be a multiple of "
+                    f"{name}.num_attention_heads={sub_config.num_attention_heads}."
+                )
+
+    def _check_policy(self) -> None:
+        _check_choice("policy_variant", self.policy_variant, POLICY_VARIANTS)
+        _check_choice("policy_rope_dtype", self.policy_rope_dtype, ROPE_DTYPES)
+        width, heads, depth = self.text_config.hidden_size, self.policy_num_heads, self.text_config.num_hidden_layers
+        if self.policy_num_layers != depth:
+            raise ValueError(
+                f"policy_num_layers={self.policy_num_layers} must equal text_config.num_hidden_layers={depth}: each "
+                "block of the policy reads one layer of the language model."
+            )
+        if width % heads:
+            raise ValueError(f"policy_num_heads={heads} must divide text_config.hidden_size={width}.")
+        if self.policy_variant == "pro" and (width // heads) % 2:
+            raise ValueError(
+                f"policy_num_heads={heads} gives heads of odd size {width // heads} (text_config.hidden_size={width}), "
+                "which rotary positions cannot turn; choose a number of heads that makes them even."
+            )
+        if self.policy_task_tokens is not None:
+            _check_positive_int("policy_task_tokens", self.policy_task_tokens)
+        if self.policy_noise_std < 0:
+            raise ValueError(f"policy_noise_std must not be negative, got {self.policy_noise_std}.")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "VLAAdapterConfig":
+        """As in transformers, but fields given as keyword arguments are checked together with the rest.
+
+        `from_pretrained(repo, action_dim=14, norm_stats=...)` thus never sees the new size beside the old statistics.
+        A checkpoint in another layout is handed to its reader.
+        """
+        layout = config_dict.get("model_type", VLAAdapterConfig.model_type)
+        if layout != VLAAdapterConfig.model_type:
+            source = kwargs.get("name_or_path")
+            return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
+            config, kwargs = reader_of_layout(layout, source).read_config(source, **kwargs)
+            return (config, kwargs) if return_unused_kwargs else config
+        config_dict = dict(config_dict)
+        fields = set(cls.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+        for name in fields & set(kwargs):
+            value = kwargs.pop(name)
+            if name in cls.sub_configs and isinstance(value, dict):
+                value = {**config_dict.get(name, {}), **value}
+            config_dict[name] = value
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs) -> "VLAAdapterConfig":
+        """As in transformers. Readers of other layouts need to know the name."""
+        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """The whole configuration, not only what differs from the defaults.
+
+        Defaults of the towers' and the language model's configurations change between releases of transformers; a
+        checkpoint must mean the same under all of them. What says nothing about the model is left out: where it was
+        loaded from, and the label maps that every configuration has.
+        """
+        whole = self.to_dict()
+        for part in (whole, *(whole[name] for name in self.sub_configs)):
+            for key in ("_name_or_path", "id2label", "label2id", "problem_type"):
+                part.pop(key, None)
+        return whole
+
+
+def reader_of_layout(model_type: str, source: str | None) -> Any:
+    """The registered reader of checkpoints with this `model_type`.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    if model_type not in OTHER_LAYOUTS:
+        hint = (
+            " If it is a published VLA-Adapter, install vla-adapter-hf and import it."
+            if model_type == "openvla"
+            else ""
+        )
+        raise ValueError(f"{source} has model_type {model_type!r}, expected {VLAAdapterConfig.model_type!r}.{hint}")
+    return OTHER_LAYOUTS[model_type]
+
+
+def _check_positive_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}.")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+__all__ = ["VLAAdapterConfig"]

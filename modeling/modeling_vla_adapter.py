@@ -1,0 +1,449 @@
+"""VLA-Adapter as a transformers model (arXiv 2509.09372): camera frames, an instruction and a state to a chunk of actions."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.utils import ModelOutput, can_return_tuple
+
+from .bridge_attention_vla_adapter import (
+    BridgeAttention,
+    BridgeAttentionBlock,
+    BridgeAttentionPolicy,
+    ProprioProjector,
+)
+from .checkpoint_names_vla_adapter import installed_renames, name_in_file
+from .configuration_vla_adapter import VLAAdapterConfig, reader_of_layout
+from .normalization_vla_adapter import normalize, select_norm_stats, unnormalize
+
+
+@dataclass
+class VLAAdapterOutput(ModelOutput):
+    r"""
+    What [`VLAAdapterForActionPrediction.forward`] returns.
+
+    Args:
+        loss (`torch.Tensor` of shape `()`, *optional*, returned when `actions` are given):
+            Mean absolute error against the given actions, in normalised space, float32.
+        actions (`torch.Tensor` of shape `(batch, chunk_size, action_dim)`):
+            Predicted actions in normalised space.
+        hidden_states (`tuple[torch.Tensor]`, *optional*, with `output_hidden_states=True`):
+            The language model's: the input embeddings, then one per layer, the last after the final norm, each
+            `(batch, prompt + patches + action queries, hidden)`. A row's real positions come first.
+        attentions (`tuple[torch.Tensor]`, *optional*, with `output_attentions=True` and eager attention):
+            The language model's, one per layer, `(batch, heads, sequence, sequence)`.
+        policy_hidden_states (`tuple[torch.Tensor]`, *optional*, with `output_hidden_states=True`):
+            The policy's latent before the first block and after each, `(batch, chunk_size, hidden)`.
+        policy_attentions (`tuple[torch.Tensor]`, *optional*, with `output_attentions=True` and eager attention):
+            The policy's, one per block, `(batch, heads, chunk_size, sources)`: the latent, the action states, the
+            proprio token, then the task states.
+    """
+
+    loss: torch.Tensor | None = None
+    actions: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    policy_hidden_states: tuple[torch.Tensor, ...] | None = None
+    policy_attentions: tuple[torch.Tensor, ...] | None = None
+
+
+class VisionProjector(nn.Module):
+    """Patch features of both towers, side by side, into the language model's space."""
+
+    def __init__(self, config: VLAAdapterConfig):
+        super().__init__()
+        features = config.dinov2_config.hidden_size + config.siglip_config.hidden_size
+        width = config.text_config.hidden_size
+        self.fc1 = nn.Linear(features, 4 * features)
+        self.fc2 = nn.Linear(4 * features, width)
+        self.fc3 = nn.Linear(width, width)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        hidden = nn.functional.gelu(self.fc1(features))
+        return self.fc3(nn.functional.gelu(self.fc2(hidden)))
+
+
+class VLAAdapterPreTrainedModel(PreTrainedModel):
+    config_class = VLAAdapterConfig
+    config: VLAAdapterConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BridgeAttentionBlock"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (BridgeAttention, BridgeAttentionBlock, BridgeAttentionPolicy, ProprioProjector)):
+            # A new policy starts from PyTorch's own initialisation, as in the original.
+            for linear in module.children():
+                if isinstance(linear, nn.Linear):
+                    bound = linear.in_features**-0.5
+                    init.uniform_(linear.weight, -bound, bound)
+                    init.uniform_(linear.bias, -bound, bound)
+        if isinstance(module, BridgeAttention):
+            init.zeros_(module.gating_factor)
+
+
+class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
+    """Two vision towers, a language model that reads prompt, patches and action queries once, and the policy.
+
+    [`forward`] works in normalised space and is for training; [`predict_action`] works in physical units.
+    """
+
+    # The loss is a mean over a batch; the Trainer must not divide it by a number of tokens.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: VLAAdapterConfig):
+        super().__init__(config)
+        config.validate_architecture()
+        self.dinov2 = AutoModel.from_config(config.dinov2_config)
+        self.siglip = AutoModel.from_config(config.siglip_config)
+        # The features are read without a final norm. Without one, `last_hidden_state` is what is wanted.
+        self.dinov2.layernorm = nn.Identity()
+        getattr(self.siglip, "vision_model", self.siglip).post_layernorm = nn.Identity()
+        # Only masked pretraining uses it; a parameter without gradient would stop distributed training.
+        self.dinov2.embeddings.mask_token.requires_grad_(False)
+        self.vision_projector = VisionProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.action_queries = nn.Embedding(config.num_action_queries, config.text_config.hidden_size)
+        self.proprio_projector = ProprioProjector(config)
+        self.policy = BridgeAttentionPolicy(config)
+        self.register_load_state_dict_pre_hook(_rename_to_installed)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Projected patches of all cameras.
+
+        Args:
+            pixel_values (`torch.Tensor`): `(batch, 6 * cameras, height, width)`; of each camera three channels
+                normalised for DINOv2, then three for SigLIP.
+
+        Returns:
+            `torch.Tensor`: `(batch, cameras * patches, hidden)`, cameras in order.
+        """
+        config = self.config
+        expected = (6 * config.num_cameras, config.image_size, config.image_size)
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"pixel_values must have shape (batch, {', '.join(map(str, expected))}) for cameras {config.cameras}, "
+                f"got {tuple(pixel_values.shape)}."
+            )
+        frames = pixel_values.unflatten(1, (config.num_cameras, 6)).flatten(0, 1)  # (batch * cameras, 6, h, w)
+        prefix_tokens = 1 + config.dinov2_config.num_register_tokens
+        dinov2_features = self.dinov2(frames[:, :3]).last_hidden_state[:, prefix_tokens:]
+        siglip_features = self.siglip(frames[:, 3:]).last_hidden_state
+        features = torch.cat((dinov2_features, siglip_features), dim=-1)  # (batch * cameras, patches, both widths)
+        return self.vision_projector(features).unflatten(0, (-1, config.num_cameras)).flatten(1, 2)
+
+    def embed_inputs(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, patches: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The language model's input: `[t0] [patches] [t1 ...] [action queries]`, then whatever was padding.
+
+        `t0` is a row's first real token, on whichever side it was padded. With the padding moved behind everything
+        else, causal attention never sees it and positions count real tokens only, so neither a mask nor position
+        ids are needed and every row gets the actions that it gets alone.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor]`: embeddings `(batch, prompt + patches + queries, hidden)`, and the
+            position of each row's first action query `(batch,)`.
+        """
+        batch_size, prompt_length = input_ids.shape
+        num_patches, num_queries = patches.shape[1], self.config.num_action_queries
+        device = input_ids.device
+        tokens = self.get_input_embeddings()(input_ids)
+        queries = self.action_queries.weight.to(tokens.dtype).expand(batch_size, -1, -1)
+        sources = torch.cat((tokens, patches.to(tokens.dtype), queries), dim=1)
+
+        real = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
+        rank = real.cumsum(dim=1) - 1  # of a real token among the real ones
+        behind_all = num_patches + prompt_length + num_queries
+        token_place = torch.where(rank > 0, rank + num_patches, 0)
+        token_place = torch.where(real.bool(), token_place, behind_all)
+        patch_place = 1 + torch.arange(num_patches, device=device)
+        query_place = num_patches + prompt_length + torch.arange(num_queries, device=device)
+        others = torch.cat((patch_place, query_place)).expand(batch_size, -1)
+        order = torch.cat((token_place, others), dim=1).argsort(dim=1, stable=True)
+        embeddings = sources.gather(1, order[..., None].expand_as(sources))
+        return embeddings, num_patches + real.sum(dim=1)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        proprio: torch.Tensor | None = None,
+        actions: torch.Tensor | None = None,
+        action_is_pad: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> VLAAdapterOutput:
+        r"""
+        Predict a chunk of actions in normalised space, and the loss when the true ones are given.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch, prompt)`):
+                The prompt.
+            attention_mask (`torch.Tensor` of shape `(batch, prompt)`, *optional*):
+                1 for real tokens, 0 for padding, on either side.
+            pixel_values (`torch.Tensor` of shape `(batch, 6 * cameras, height, width)`):
+                Prepared images, see [`get_image_features`].
+            proprio (`torch.Tensor` of shape `(batch, proprio_dim)`):
+                The **normalised** state. (A raw `state` goes to [`predict_action`] only.)
+            actions (`torch.Tensor` of shape `(batch, chunk_size, action_dim)`, *optional*):
+                True actions in normalised space.
+            action_is_pad (`torch.BoolTensor` of shape `(batch, chunk_size)`, *optional*):
+                Steps past an episode's end; they do not count in the loss.
+        """
+        if kwargs.pop("state", None) is not None:
+            raise TypeError(
+                "forward works in normalised space and takes `proprio`, the normalised state; a raw `state` belongs "
+                "to predict_action, which normalises it."
+            )
+        self._check_inputs(input_ids, attention_mask, pixel_values, proprio, actions, action_is_pad)
+        config = self.config
+        output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        output_attentions = config.output_attentions if output_attentions is None else output_attentions
+
+        # 1. Look: patches of all cameras.
+        patches = self.get_image_features(pixel_values)
+
+        # 2. Read: one causal pass over prompt, patches and action queries.
+        embeddings, first_query = self.embed_inputs(input_ids, attention_mask, patches)
+        states = self.language_model(
+            inputs_embeds=embeddings,
+            use_cache=False,
+            output_hidden_states=True,
+            output_attentions=output_attentions,
+            return_dict=True,
+        )
+
+        # 3. Act: every block of the policy reads one layer, the input embeddings excepted.
+        task_states, action_states = self._policy_inputs(states.hidden_states[1:], patches.shape[1], first_query)
+        proprio_token = self.proprio_projector(proprio.to(embeddings.dtype))
+        predicted, latents, policy_attentions = self.policy(task_states, action_states, proprio_token)
+
+        loss = None
+        if actions is not None:
+            loss = l1_loss(predicted, actions, action_is_pad)
+        return VLAAdapterOutput(
+            loss=loss,
+            actions=predicted,
+            hidden_states=states.hidden_states if output_hidden_states else None,
+            attentions=states.attentions if output_attentions else None,
+            policy_hidden_states=latents if output_hidden_states else None,
+            policy_attentions=policy_attentions if output_attentions else None,
+        )
+
+    def _policy_inputs(
+        self, hidden_states: tuple[torch.Tensor, ...], num_patches: int, first_query: torch.Tensor
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Per layer the task states and the action states.
+
+        The read-out is shifted left by one, as in next-token prediction: task states are `t0` and all patches but the
+        last, action states start at the position before the first query and leave out the last query.
+        """
+        config = self.config
+        positions = first_query[:, None] - 1 + torch.arange(config.num_action_queries, device=first_query.device)
+        task_states, action_states = [], []
+        for states in hidden_states:
+            task = states[:, :num_patches]
+            action = states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
+            if config.num_task_tokens != num_patches:
+                both = torch.cat((task, action), dim=1)
+                task, action = both[:, : config.num_task_tokens], both[:, config.num_task_tokens :]
+            task_states.append(task)
+            action_states.append(action)
+        return task_states, action_states
+
+    def _check_inputs(self, input_ids, attention_mask, pixel_values, proprio, actions, action_is_pad) -> None:
+        config = self.config
+        if pixel_values is None or proprio is None:
+            missing = "pixel_values" if pixel_values is None else "proprio"
+            raise ValueError(f"{missing} is missing: forward needs input_ids, pixel_values and proprio.")
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must have shape (batch, prompt), got {tuple(input_ids.shape)}.")
+        batch_size = input_ids.shape[0]
+        chunk = (batch_size, config.chunk_size)
+        for name, value, shape in (
+            ("attention_mask", attention_mask, tuple(input_ids.shape)),
+            ("proprio", proprio, (batch_size, config.proprio_dim)),
+            ("actions", actions, (*chunk, config.action_dim)),
+            ("action_is_pad", action_is_pad, chunk),
+        ):
+            if value is not None and tuple(value.shape) != shape:
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}.")
+        if pixel_values.shape[0] != batch_size:
+            raise ValueError(
+                f"pixel_values has a batch of {pixel_values.shape[0]}, input_ids of {batch_size}; they must be equal."
+            )
+
+    @torch.no_grad()
+    def predict_action(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        state: np.ndarray | torch.Tensor | list | None = None,
+        unnorm_key: str | None = None,
+    ) -> np.ndarray:
+        r"""
+        Predict a chunk of actions in physical units from what the processor returns.
+
+        Inputs are moved to the model's device and precision here. The state is normalised in float64 before it is
+        rounded to anything.
+
+        Args:
+            input_ids, attention_mask, pixel_values: as in [`forward`].
+            state (`np.ndarray`, `torch.Tensor` or `list`): `(batch, proprio_dim)`, or `(proprio_dim,)` for a batch of
+                one: the robot's state in physical units, float32 or float64.
+            unnorm_key (`str`, *optional*): which of the model's statistics to use; may be left out when there is one
+                set. `libero_object` finds `libero_object_no_noops`.
+
+        Returns:
+            `np.ndarray`: float64 `(batch, chunk_size, action_dim)`.
+
+        Raises:
+            ValueError: without state or statistics, with an unknown `unnorm_key`, wrong shapes or NaN; the message
+                names the field.
+        """
+        config = self.config
+        key, stats = select_norm_stats(config.norm_stats, unnorm_key)
+        input_ids = torch.as_tensor(input_ids)
+        state = _check_state(state, input_ids.shape[0], config.proprio_dim)
+        if attention_mask is not None and not torch.as_tensor(attention_mask).any(dim=-1).all():
+            raise ValueError("attention_mask has a row without a single real token; every row needs an instruction.")
+
+        # 1. Physical units to normalised space.
+        proprio = normalize(state, stats["proprio"], config.norm_type, config.constant_dims)
+
+        # 2. To the model's device and precision.
+        def to_model(values, dtype=None):
+            return None if values is None else torch.as_tensor(values).to(self.device, dtype)
+
+        inputs = {
+            "input_ids": to_model(input_ids),
+            "attention_mask": to_model(attention_mask),
+            "pixel_values": to_model(pixel_values, self.dtype),
+            "proprio": to_model(proprio, self.dtype),
+        }
+
+        # 3. Predict, without the noise that training adds.
+        was_training = self.training
+        self.eval()
+        try:
+            normalized = self(**inputs, return_dict=True).actions
+        finally:
+            self.train(was_training)
+
+        # 4. Normalised space to physical units.
+        return unnormalize(normalized.double().cpu().numpy(), stats["action"], config.norm_type, config.constant_dims)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, output_loading_info=False, **kwargs):
+        """As in transformers, but a file that does not fill the model exactly is an error and not a warning.
+
+        A policy with some layers left at random predicts actions that look like actions. With
+        `ignore_mismatched_sizes=True`, for another robot's action size say, what does not fit starts anew.
+
+        Raises:
+            ValueError: when parameters are missing or left over; the message lists them.
+        """
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS & set(kwargs)}
+        source = pretrained_model_name_or_path
+        stored = {} if source is None else PreTrainedConfig.get_config_dict(source, **hub)[0]
+        layout = stored.get("model_type", VLAAdapterConfig.model_type)
+        if layout != VLAAdapterConfig.model_type:
+            reader = reader_of_layout(layout, source)
+            return reader.load_model(cls, source, config, output_loading_info=output_loading_info, **kwargs)
+        if not isinstance(config, PreTrainedConfig):
+            fields = set(VLAAdapterConfig.__dataclass_fields__) - {"dtype"} | {"attn_implementation"}
+            given = {name: kwargs.pop(name) for name in fields & set(kwargs)}
+            config = cls.config_class.from_pretrained(source if config is None else config, **hub, **given)
+        model, loading_info = super().from_pretrained(
+            source,
+            *args,
+            config=config,
+            output_loading_info=True,
+            key_mapping={**installed_renames(config), **(kwargs.pop("key_mapping", None) or {})},
+            **kwargs,
+        )
+        if not kwargs.get("ignore_mismatched_sizes", False):
+            for kind in ("missing_keys", "unexpected_keys"):
+                names = sorted(loading_info[kind])
+                if names:
+                    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+                    raise ValueError(
+                        f"{config.name_or_path or source}: {kind.replace('_', ' ')} {shown}. The file and the "
+                        "configuration do not belong together. To start anew what does not fit, pass "
+                        "ignore_mismatched_sizes=True."
+                    )
+        return (model, loading_info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs) -> None:
+        """As in transformers, with parameter names that do not depend on the release of transformers in use."""
+        if not getattr(self, "_hf_peft_config_loaded", False):
+            state_dict = self.state_dict() if state_dict is None else state_dict
+            state_dict = {name_in_file(name): tensor for name, tensor in state_dict.items()}
+            kwargs["save_original_format"] = False
+        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
+
+
+# Of from_pretrained's arguments, those that say where files come from.
+HUB_ARGUMENTS = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
+
+
+def l1_loss(predicted: torch.Tensor, actions: torch.Tensor, action_is_pad: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean absolute error over all real steps and dimensions, float32."""
+    errors = (predicted.float() - actions.float()).abs()
+    if action_is_pad is None:
+        return errors.mean()
+    real = (~action_is_pad.bool())[..., None].expand_as(errors)
+    # An all-padded batch has no error; the minimum keeps it from being 0 / 0.
+    return (errors * real).sum() / real.sum().clamp(min=1)
+
+
+def _check_state(state: Any, batch_size: int, proprio_dim: int) -> np.ndarray:
+    if state is None:
+        raise ValueError("state is missing: give the robot's state to the processor (state=...) or to predict_action.")
+    if isinstance(state, torch.Tensor):
+        if state.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(f"state is {state.dtype}, which has already lost digits; give float32 or float64.")
+        state = state.detach().cpu().numpy()
+    state = np.asarray(state, dtype=np.float64)
+    if state.ndim == 1 and batch_size == 1:
+        state = state[None]
+    if state.shape != (batch_size, proprio_dim):
+        raise ValueError(f"state must have shape ({batch_size}, {proprio_dim}), got {state.shape}.")
+    if not np.isfinite(state).all():
+        raise ValueError(f"state holds values that are not finite: {state.tolist()}.")
+    return state
+
+
+def _rename_to_installed(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args) -> None:
+    """Let `load_state_dict` (and the Trainer, which resumes with it) take the names of our files."""
+    installed = {prefix + name_in_file(name): prefix + name for name in module.state_dict()}
+    for name in [name for name in state_dict if name in installed and installed[name] != name]:
+        state_dict[installed[name]] = state_dict.pop(name)
+
+
+__all__ = ["VLAAdapterForActionPrediction", "VLAAdapterPreTrainedModel", "VLAAdapterOutput"]

@@ -1,0 +1,164 @@
+"""Between physical units and the model's normalised space, in float64 on the host.
+
+The arithmetic is that of the published models (see the docstrings). `state` and physical `actions` are in the robot's
+units; `proprio` and normalised actions are what the network sees and returns.
+"""
+
+from typing import Any
+
+import numpy as np
+
+
+NORM_TYPES = ("bounds_q99", "bounds", "normal")
+CONSTANT_DIM_RULES = ("zero", "published")
+# The two statistics that each type uses: low and high, or mean and standard deviation.
+USED_STATISTICS = {"bounds_q99": ("q01", "q99"), "bounds": ("min", "max"), "normal": ("mean", "std")}
+# Keeps the division finite where a dimension does not move; part of the published formula, in both directions.
+EPSILON = 1e-8
+
+
+def normalize(
+    values: np.ndarray, stats: dict[str, Any], norm_type: str = "bounds_q99", constant_dims: str = "zero"
+) -> np.ndarray:
+    """Physical units to normalised space, along the last axis.
+
+    Bounds: `clip(2 (x - low) / (high - low + 1e-8) - 1, -1, 1)`; normal: `(x - mean) / (std + 1e-8)`, not clipped.
+    Dimensions where `stats["mask"]` is false are left alone.
+
+    Args:
+        values (`np.ndarray`): `(..., dims)`, states or actions in physical units.
+        stats (`dict`): the `"action"` or `"proprio"` part of a set of norm stats.
+        norm_type (`str`): `"bounds_q99"`, `"bounds"` or `"normal"`.
+        constant_dims (`str`): `"zero"` maps normalised dimensions whose min equals their max to 0; `"published"`
+            does what the original code does at inference: nothing special, so the formula gives -1.
+
+    Returns:
+        `np.ndarray`: float64, of the same shape.
+    """
+    values = _as_float64(values, stats)
+    first, second, mask, constant = _prepared(stats, norm_type, constant_dims)
+    if norm_type == "normal":
+        normalized = (values - first) / (second + EPSILON)
+    else:
+        normalized = np.clip(2 * (values - first) / (second - first + EPSILON) - 1, -1, 1)
+    normalized = np.where(constant, 0.0, normalized)
+    return np.where(mask, normalized, values)
+
+
+def unnormalize(
+    values: np.ndarray, stats: dict[str, Any], norm_type: str = "bounds_q99", constant_dims: str = "zero"
+) -> np.ndarray:
+    """Normalised space to physical units, along the last axis: the inverse of [`normalize`] within its bounds.
+
+    Bounds: `0.5 (x + 1) (high - low + 1e-8) + low`; normal: `x (std + 1e-8) + mean`. Values are not clipped first, as
+    in the original. Dimensions where the mask is false are left alone (the gripper). With `constant_dims="zero"` a
+    constant dimension comes back as its constant whatever the network said.
+
+    Returns:
+        `np.ndarray`: float64, of the same shape.
+    """
+    values = _as_float64(values, stats)
+    first, second, mask, constant = _prepared(stats, norm_type, constant_dims)
+    if norm_type == "normal":
+        physical = values * (second + EPSILON) + first
+    else:
+        physical = 0.5 * (values + 1) * (second - first + EPSILON) + first
+    if constant.any():
+        physical = np.where(constant, np.asarray(stats["min"], dtype=np.float64), physical)
+    return np.where(mask, physical, values)
+
+
+def select_norm_stats(norm_stats: dict[str, Any] | None, unnorm_key: str | None) -> tuple[str, dict[str, Any]]:
+    """The set of statistics that `unnorm_key` names.
+
+    The key may be left out when there is one set only, and `libero_object` finds `libero_object_no_noops`, the name
+    under which the published LIBERO statistics are stored.
+
+    Returns:
+        `tuple[str, dict]`: the key as stored, and its statistics.
+
+    Raises:
+        ValueError: without statistics, or when the key is missing or unknown; the message lists the keys.
+    """
+    if not norm_stats:
+        raise ValueError(
+            "The model has no norm_stats, so it cannot tell physical units: train it with statistics, or pass "
+            "norm_stats={...} to from_pretrained."
+        )
+    keys = ", ".join(sorted(norm_stats))
+    if unnorm_key is None:
+        if len(norm_stats) > 1:
+            raise ValueError(f"unnorm_key is needed, as the model has several sets of norm_stats: {keys}.")
+        return next(iter(norm_stats.items()))
+    for key in (unnorm_key, f"{unnorm_key}_no_noops"):
+        if key in norm_stats:
+            return key, norm_stats[key]
+    raise ValueError(f"unnorm_key={unnorm_key!r} is not in the model's norm_stats, which has: {keys}.")
+
+
+def check_norm_stats(
+    norm_stats: Any, norm_type: str, action_dim: int, proprio_dim: int, constant_dims: str = "zero"
+) -> None:
+    """Refuse statistics that are incomplete, of the wrong length, not finite or upside down.
+
+    Raises:
+        TypeError, ValueError: naming the entry, what came and what was expected.
+    """
+    if not isinstance(norm_stats, dict):
+        raise TypeError(f"norm_stats must be a dict of sets of statistics by key, got {type(norm_stats).__name__}.")
+    for key, entry in norm_stats.items():
+        for part, dims in (("action", action_dim), ("proprio", proprio_dim)):
+            name = f"norm_stats[{key!r}][{part!r}]"
+            if not isinstance(entry, dict) or not isinstance(entry.get(part), dict):
+                raise ValueError(f"{name} is missing; a set of statistics needs 'action' and 'proprio'.")
+            _check_part(name, entry[part], norm_type, dims, f"{part}_dim")
+
+
+def _check_part(name: str, stats: dict[str, Any], norm_type: str, dims: int, field: str) -> None:
+    used = USED_STATISTICS[norm_type]
+    for statistic in used:
+        if statistic not in stats:
+            raise ValueError(
+                f"{name} lacks {statistic!r}, which norm_type={norm_type!r} needs; it has {sorted(stats)}."
+            )
+    for statistic in ("min", "max", "mean", "std", "q01", "q99", "mask"):
+        if statistic not in stats:
+            continue
+        values = np.asarray(stats[statistic])
+        if values.shape != (dims,):
+            raise ValueError(
+                f"{name}[{statistic!r}] has shape {values.shape}, but {field}={dims}. Give statistics of this robot "
+                "(norm_stats=...) or set the size that they are for."
+            )
+        if statistic == "mask":
+            if values.dtype != bool:
+                raise TypeError(f"{name}['mask'] must hold booleans, got {stats['mask']!r}.")
+        elif not np.issubdtype(values.dtype, np.number) or not np.isfinite(values.astype(np.float64)).all():
+            raise ValueError(f"{name}[{statistic!r}] must hold finite numbers, got {stats[statistic]!r}.")
+    first, second = (np.asarray(stats[statistic], np.float64) for statistic in used)
+    wrong = second < 0 if norm_type == "normal" else second < first
+    if wrong.any():
+        index = int(np.argmax(wrong))
+        expected = "std must not be negative" if norm_type == "normal" else f"{used[0]} must not exceed {used[1]}"
+        raise ValueError(f"{name}: {expected}, but dimension {index} has {first[index]} and {second[index]}.")
+
+
+def _as_float64(values: np.ndarray, stats: dict[str, Any]) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    dims = len(next(iter(stats.values())))
+    if values.shape[-1:] != (dims,):
+        # Without this check a (batch, 1) array would be broadcast against the statistics and pass for a state.
+        raise ValueError(f"values have shape {values.shape}, but the statistics are for {dims} dimensions.")
+    return values
+
+
+def _prepared(stats: dict[str, Any], norm_type: str, constant_dims: str) -> tuple[np.ndarray, ...]:
+    first, second = (np.asarray(stats[name], dtype=np.float64) for name in USED_STATISTICS[norm_type])
+    mask = np.asarray(stats.get("mask", np.ones(first.shape, dtype=bool)))
+    constant = np.zeros(first.shape, dtype=bool)
+    if constant_dims == "zero":
+        constant = np.asarray(stats["min"], np.float64) == np.asarray(stats["max"], np.float64)
+    return first, second, mask, constant
+
+
+__all__ = ["normalize", "unnormalize", "select_norm_stats", "check_norm_stats"]
