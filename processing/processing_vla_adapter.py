@@ -1,0 +1,154 @@
+"""Processor of VLA-Adapter: frames, instruction and state of a robot to the inputs of the model."""
+
+from typing import Any
+
+import numpy as np
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
+
+# Older releases of transformers copy only the files that this one imports itself, so it names them all.
+from .image_preparation_vla_adapter import prepare  # noqa: F401
+from .image_processing_vla_adapter import VLAAdapterImageProcessor, VLAAdapterImageProcessorKwargs
+from .jpeg_round_trip_vla_adapter import jpeg_round_trip  # noqa: F401
+
+
+# By the names under which they are saved. The instruction goes in in lower case, as in training.
+PROMPTS = {
+    "chat": (
+        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>user\nWhat action should the robot take to {instruction}?<|im_end|>\n<|im_start|>assistant\n"
+    ),
+    "in_out": "In: What action should the robot take to {instruction}?\nOut:",
+}
+
+
+class VLAAdapterProcessorKwargs(ProcessingKwargs, total=False):
+    images_kwargs: VLAAdapterImageProcessorKwargs
+    _defaults = {"text_kwargs": {"padding": True}, "common_kwargs": {"return_tensors": "pt"}}
+
+
+class VLAAdapterProcessor(ProcessorMixin):
+    r"""
+    What a robot sees, is told and feels, as inputs of [`VLAAdapterForActionPrediction.predict_action`].
+
+    Args:
+        image_processor ([`VLAAdapterImageProcessor`]): prepares the frames.
+        tokenizer (`PreTrainedTokenizerBase`): a Qwen2 tokenizer.
+        prompt_style (`str`, *optional*, defaults to `"chat"`): how the model was prompted in training: `"chat"` (all
+            published checkpoints) or `"in_out"` (`In: ... Out:`).
+        proprio_dim (`int`, *optional*, defaults to 8): size of the robot's state.
+
+    Raises:
+        ValueError: for an unknown prompt style.
+    """
+
+    valid_processor_kwargs = VLAAdapterProcessorKwargs
+
+    def __init__(
+        self,
+        image_processor: VLAAdapterImageProcessor | None = None,
+        tokenizer: Any = None,
+        prompt_style: str = "chat",
+        proprio_dim: int = 8,
+        **kwargs: Any,
+    ):
+        if prompt_style not in PROMPTS:
+            raise ValueError(f"prompt_style must be one of {', '.join(PROMPTS)}, got {prompt_style!r}.")
+        self.prompt_style = prompt_style
+        self.proprio_dim = proprio_dim
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+    @classmethod
+    def from_model_config(cls, config: Any, tokenizer: Any, prompt_style: str = "chat") -> "VLAAdapterProcessor":
+        """The processor that belongs to a model with this [`VLAAdapterConfig`]."""
+        image_processor = VLAAdapterImageProcessor.from_model_config(config)
+        return cls(image_processor, tokenizer, prompt_style=prompt_style, proprio_dim=config.proprio_dim)
+
+    @classmethod
+    def _get_arguments_from_pretrained(
+        cls, source: str, processor_dict: dict | None = None, **kwargs: Any
+    ) -> list[Any]:
+        # Without AutoImageProcessor, which in older releases of transformers exists only beside torchvision.
+        tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", source, **kwargs)
+        kwargs.pop("trust_remote_code", None)
+        return [VLAAdapterImageProcessor.from_pretrained(source, **kwargs), tokenizer]
+
+    def __call__(
+        self, images: Any = None, text: str | list[str] | None = None, state: Any = None, **kwargs: Any
+    ) -> BatchFeature:
+        r"""
+        Prepare one observation or a batch of them.
+
+        Args:
+            images: the frames, see [`VLAAdapterImageProcessor.make_samples`]: for one observation a list with one
+                frame per camera (or a dict by camera name), for a batch a list of such.
+            text (`str` or `list[str]`): the instruction, or one per observation.
+            state (array-like, *optional*): the robot's state in physical units, `(proprio_dim,)` or
+                `(batch, proprio_dim)`.
+            kwargs: as for any processor, e.g. `padding`, `padding_side`, `do_center_crop`, `return_tensors`.
+
+        Returns:
+            `BatchFeature`: `input_ids` and `attention_mask` `(batch, prompt)`, `pixel_values`
+            `(batch, 6 * cameras, height, width)` and `state`, a float64 NumPy array `(batch, proprio_dim)`. The state
+            stays out of torch so that `inputs.to(torch.bfloat16)` cannot round it before it is normalised.
+
+        Raises:
+            ValueError, TypeError: for a wrong number of cameras, an empty instruction, a state of the wrong size;
+                the message names what was expected.
+        """
+        if images is None or text is None:
+            raise ValueError(
+                f"{'images' if images is None else 'text'} is missing; the processor needs images and text."
+            )
+        merged = self._merge_kwargs(
+            VLAAdapterProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
+        )
+        return_tensors = merged["text_kwargs"].pop("return_tensors", None)
+        merged["images_kwargs"]["return_tensors"] = return_tensors
+
+        prompts = self.make_prompts(text)
+        samples = self.image_processor.make_samples(images)
+        if len(samples) != len(prompts):
+            raise ValueError(f"images has {len(samples)} observations and text {len(prompts)} instructions.")
+        if state is not None:
+            state = self._check_state(state, len(prompts))
+
+        data = {
+            **self.tokenizer(prompts, return_tensors=return_tensors, **merged["text_kwargs"]),
+            **self.image_processor(samples, **merged["images_kwargs"]),
+        }
+        if state is not None:
+            data["state"] = state
+        return BatchFeature(data=data)
+
+    def make_prompts(self, text: str | list[str]) -> list[str]:
+        """Instructions in the model's prompt."""
+        instructions = [text] if isinstance(text, str) else list(text)
+        for index, instruction in enumerate(instructions):
+            if not isinstance(instruction, str):
+                raise TypeError(f"text[{index}] must be a string, got {type(instruction).__name__}.")
+            if not instruction.strip():
+                raise ValueError(f"text[{index}] is empty; every observation needs an instruction.")
+        return [PROMPTS[self.prompt_style].format(instruction=instruction.lower()) for instruction in instructions]
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return ["input_ids", "attention_mask", "pixel_values", "state"]
+
+    def _check_state(self, state: Any, batch_size: int) -> np.ndarray:
+        if str(getattr(state, "dtype", "")).removeprefix("torch.") in ("float16", "bfloat16"):
+            raise ValueError(f"state is {state.dtype}, which has already lost digits; give float32 or float64.")
+        array = np.asarray(state.detach().cpu() if hasattr(state, "detach") else state, dtype=np.float64)
+        if array.ndim == 1 and batch_size == 1:
+            array = array[None]
+        if array.shape != (batch_size, self.proprio_dim):
+            raise ValueError(
+                f"state must have shape ({batch_size}, {self.proprio_dim}), one row of {self.proprio_dim} values per "
+                f"observation, got {array.shape}."
+            )
+        if not np.isfinite(array).all():
+            raise ValueError(f"state holds values that are not finite: {array.tolist()}.")
+        return array
+
+
+__all__ = ["VLAAdapterProcessor"]
