@@ -1,0 +1,54 @@
+"""VLA-Adapter for transformers: `AutoModel`, `AutoProcessor` and `AutoConfig` know it once this package is imported."""
+
+from contextlib import suppress
+
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
+
+from vla_adapter_hf._version import __version__
+from vla_adapter_hf.modeling.configuration_vla_adapter import OTHER_LAYOUTS, VLAAdapterConfig
+from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction, VLAAdapterOutput
+from vla_adapter_hf.processing.image_processing_vla_adapter import VLAAdapterImageProcessor
+from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
+from vla_adapter_hf.published_layout import MODEL_TYPE, PublishedLayout
+from vla_adapter_hf.published_processor import PrismaticProcessor
+from vla_adapter_hf.robots import ROBOTS, RobotPreset, get_robot
+
+
+class PublishedVLAAdapterConfig(VLAAdapterConfig):
+    """What `AutoConfig` finds for published files. Reading one gives a plain [`VLAAdapterConfig`]."""
+
+    model_type = MODEL_TYPE
+
+
+def _register() -> None:
+    OTHER_LAYOUTS[MODEL_TYPE] = PublishedLayout()
+    AutoConfig.register(VLAAdapterConfig.model_type, VLAAdapterConfig, exist_ok=True)
+    AutoConfig.register(MODEL_TYPE, PublishedVLAAdapterConfig, exist_ok=True)
+    AutoModel.register(VLAAdapterConfig, VLAAdapterForActionPrediction, exist_ok=True)
+    AutoProcessor.register(VLAAdapterConfig, VLAAdapterProcessor, exist_ok=True)
+    AutoProcessor.register(PublishedVLAAdapterConfig, PrismaticProcessor, exist_ok=True)
+    # AutoImageProcessor of older releases exists only beside torchvision; the processor does without it.
+    with suppress(ImportError):
+        AutoImageProcessor.register(
+            VLAAdapterConfig, image_processor_classes={"pil": VLAAdapterImageProcessor}, exist_ok=True
+        )
+    # With these, save_pretrained puts the code of modeling/ and processing/ beside the weights.
+    VLAAdapterConfig.register_for_auto_class()
+    VLAAdapterForActionPrediction.register_for_auto_class("AutoModel")
+    VLAAdapterImageProcessor.register_for_auto_class()
+    VLAAdapterProcessor.register_for_auto_class()
+
+
+_register()
+
+__all__ = [
+    "ROBOTS",
+    "RobotPreset",
+    "VLAAdapterConfig",
+    "VLAAdapterForActionPrediction",
+    "VLAAdapterImageProcessor",
+    "VLAAdapterOutput",
+    "VLAAdapterProcessor",
+    "__version__",
+    "get_robot",
+]

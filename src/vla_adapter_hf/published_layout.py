@@ -1,0 +1,479 @@
+"""Reading checkpoints in the layout in which VLA-Adapter was published.
+
+A folder there holds an OpenVLA-style `config.json` whose remote code runs on no current installation, a
+`model.safetensors` with towers in timm's naming, two pickles with policy and proprio projector, and
+`dataset_statistics.json`. Here it is read as data: none of its code is run, and pickles are opened with
+`weights_only=True` only.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from transformers.utils import logging
+
+from vla_adapter_hf.modeling.checkpoint_names_vla_adapter import name_in_file
+from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
+from vla_adapter_hf.modeling.modeling_vla_adapter import HUB_ARGUMENTS
+from vla_adapter_hf.robots import RobotPreset, get_robot
+
+
+logger = logging.get_logger(__name__)
+
+MODEL_TYPE = "openvla"
+POLICY_HEADS = 8
+# The published code splits every layer's states here, whatever the number of cameras.
+TASK_TOKENS = 512
+# What does not show in the tensors: heads per tower of the published model ids.
+TIMM_HEADS = {"vit_large_patch14_reg4_dinov2": 16, "vit_so400m_patch14_siglip_224": 16}
+
+# What our files call the tensors of the published ones. Braces stand for a block's number.
+DINOV2_NAMES = {
+    "cls_token": "embeddings.cls_token",
+    "reg_token": "embeddings.register_tokens",
+    "pos_embed": "embeddings.position_embeddings",
+    "patch_embed.proj": "embeddings.patch_embeddings.projection",
+    "blocks.{}.norm1": "encoder.layer.{}.norm1",
+    "blocks.{}.attn.proj": "encoder.layer.{}.attention.o_proj",
+    "blocks.{}.ls1.scale_factor": "encoder.layer.{}.layer_scale1.lambda1",
+    "blocks.{}.norm2": "encoder.layer.{}.norm2",
+    "blocks.{}.mlp.fc1": "encoder.layer.{}.mlp.fc1",
+    "blocks.{}.mlp.fc2": "encoder.layer.{}.mlp.fc2",
+    "blocks.{}.ls2.scale_factor": "encoder.layer.{}.layer_scale2.lambda1",
+}
+DINOV2_QKV = "encoder.layer.{}.attention.{}_proj"
+SIGLIP_NAMES = {
+    "pos_embed": "embeddings.position_embedding.weight",
+    "patch_embed.proj": "embeddings.patch_embedding",
+    "blocks.{}.norm1": "encoder.layers.{}.layer_norm1",
+    "blocks.{}.attn.proj": "encoder.layers.{}.self_attn.out_proj",
+    "blocks.{}.norm2": "encoder.layers.{}.layer_norm2",
+    "blocks.{}.mlp.fc1": "encoder.layers.{}.mlp.fc1",
+    "blocks.{}.mlp.fc2": "encoder.layers.{}.mlp.fc2",
+}
+SIGLIP_QKV = "encoder.layers.{}.self_attn.{}_proj"
+POLICY_NAMES = {
+    "layer_norm1": "norm_in",
+    "fc1": "fc_in",
+    "mlp_resnet_blocks.{}.ffn.0": "blocks.{}.norm",
+    "mlp_resnet_blocks.{}.ffn.1": "blocks.{}.fc",
+    "mlp_resnet_blocks.{}.gating_factor": "blocks.{}.attention.gating_factor",
+    **{
+        f"mlp_resnet_blocks.{{}}.{name}": f"blocks.{{}}.attention.{name}"
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj")
+        + tuple(f"{part}_{source}" for part in "kv" for source in ("self", "adapter", "task"))
+    },
+    "layer_norm2": "norm_out",
+    "fc2": "fc_out",
+}
+# Computed by nothing that reaches the actions: pooling head, final norms, tied head of the language model, FiLM layers
+# that the published code never calls. The last block of each tower is left out by its number.
+WITHOUT_EFFECT = re.compile(
+    r"vision_backbone\.featurizer\.norm\.|vision_backbone\.fused_featurizer\.(norm|attn_pool)\.|"
+    r"language_model\.lm_head\.|.*\.film_gen\."
+)
+
+
+@dataclass
+class PublishedCheckpoint:
+    """A folder in the published layout whose files have been found and looked into, but not loaded."""
+
+    source: str
+    config: dict[str, Any]
+    norm_stats: dict[str, Any] | None
+    weight_files: list[Path]
+    action_head_file: Path
+    proprio_projector_file: Path
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Published names and shapes of everything in `model.safetensors`."""
+    action_head: dict[str, torch.Tensor] = field(default_factory=dict)
+    proprio_projector: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Both memory-mapped where the pickle's format allows."""
+
+    @property
+    def is_pro(self) -> bool:
+        return any(".k_task." in name for name in self.action_head)
+
+
+def open_published(source: str, step: str | None = None, **hub: Any) -> PublishedCheckpoint:
+    """Find the files of a published checkpoint and check them, without loading weights.
+
+    Args:
+        source (`str`): a folder or a Hub id.
+        step (`str`, *optional*): which of several saved steps to take (`"150000"`, `"latest"`).
+        hub: `revision`, `token`, `cache_dir` and the like.
+
+    Raises:
+        ValueError: when a file is missing, damaged, or there is a choice to be made; the message says which.
+    """
+    folder = _local_folder(source, hub)
+    config = _read_json(folder / "config.json", source)
+    _check_is_vla_adapter(config, source)
+    weight_files = _find_weights(folder, source)
+    statistics = folder / "dataset_statistics.json"
+    checkpoint = PublishedCheckpoint(
+        source=str(source),
+        config=config,
+        norm_stats=_read_json(statistics, source) if statistics.is_file() else None,
+        weight_files=weight_files,
+        action_head_file=_find_pickle(folder, "action_head", step, source),
+        proprio_projector_file=_find_pickle(folder, "proprio_projector", step, source),
+    )
+    for path in weight_files:
+        with _open_safetensors(path) as file:
+            for name in file.keys():
+                checkpoint.shapes[name] = tuple(file.get_slice(name).get_shape())
+    checkpoint.action_head = _read_pickle(checkpoint.action_head_file)
+    checkpoint.proprio_projector = _read_pickle(checkpoint.proprio_projector_file)
+    return checkpoint
+
+
+def build_config(
+    checkpoint: PublishedCheckpoint, robot: str | RobotPreset | None = None, **overrides: Any
+) -> VLAAdapterConfig:
+    """The configuration of a published checkpoint.
+
+    Sizes are read off its tensors. Chunk length, cameras and the type of normalisation leave no trace there: they come
+    from the robot preset, LIBERO by default, and are said in the log.
+
+    Args:
+        robot (`str` or [`RobotPreset`], *optional*): which preset to take.
+        overrides: fields of [`VLAAdapterConfig`] that replace what was found.
+
+    Raises:
+        ValueError: when the tensors do not fit the preset or one another, or statistics are missing.
+    """
+    preset = robot if isinstance(robot, RobotPreset) else get_robot(robot or "libero")
+    source = checkpoint.source
+    action_dim = _shape(checkpoint.action_head, "model.fc2.weight", source)[0]
+    proprio_dim = _shape(checkpoint.proprio_projector, "fc1.weight", source)[1]
+    for name, found, expected in (
+        ("action_dim", action_dim, preset.action_dim),
+        ("proprio_dim", proprio_dim, preset.state_dim),
+    ):
+        if found != expected and name not in overrides:
+            raise ValueError(
+                f"{source} has {name}={found}, but a {preset.name} robot has {expected}. Its chunk length and cameras "
+                "cannot be read off the weights: name its robot (robot=..., --robot), or, for a robot of your own, "
+                f"give chunk_size, cameras, norm_type and {name}."
+            )
+    fields = {
+        "dinov2_config": _dinov2_config(checkpoint),
+        "siglip_config": _siglip_config(checkpoint),
+        "text_config": _text_config(checkpoint),
+        "cameras": list(preset.cameras),
+        "num_action_queries": _shape(checkpoint.shapes, "action_queries.weight", source)[0],
+        "chunk_size": preset.chunk_size,
+        "action_dim": action_dim,
+        "proprio_dim": proprio_dim,
+        "policy_variant": "pro" if checkpoint.is_pro else "original",
+        "policy_num_layers": 1 + max(_block_numbers(checkpoint.action_head, "model.mlp_resnet_blocks."), default=-1),
+        "policy_num_heads": POLICY_HEADS,
+        "policy_rope_dtype": "bfloat16",
+        "policy_task_tokens": TASK_TOKENS,
+        "norm_type": preset.norm_type,
+        "norm_stats": checkpoint.norm_stats,
+        "constant_dims": "published",
+        "image_jpeg_round_trip": True,
+        "image_center_crop": 0.9,
+        "dtype": checkpoint.config.get("torch_dtype"),
+        **overrides,
+    }
+    if fields["norm_stats"] is None:
+        raise ValueError(
+            f"{source} has no dataset_statistics.json. The statistics in its config.json are those of other datasets; "
+            "give the ones that the model was trained with (norm_stats=...)."
+        )
+    config = VLAAdapterConfig(**fields)
+    logger.warning_once(
+        f"{source}: taken as a {preset.name} model: chunks of {config.chunk_size} actions, cameras "
+        f"{', '.join(config.cameras)}, normalisation {config.norm_type}. The weights do not tell; if this is another "
+        "robot, name it (robot=..., --robot)."
+    )
+    return config
+
+
+def read_state_dict(checkpoint: PublishedCheckpoint) -> dict[str, torch.Tensor]:
+    """All tensors that have an effect, under the names of our own files, in the precision of the files."""
+    state_dict = dict(_translate(checkpoint))
+    queries = state_dict["action_queries.weight"].float()
+    if 0.0195 < queries.std() < 0.0205 and queries.mean().abs() < 0.002:
+        logger.warning(
+            f"{checkpoint.source}: the action queries look like they did before training (standard deviation "
+            f"{queries.std():.4f}). Folders merged by the original's separate script have lost the trained ones."
+        )
+    return state_dict
+
+
+def check_shapes(model: torch.nn.Module, state_dict: dict[str, torch.Tensor], source: str) -> None:
+    """Refuse a checkpoint that does not fill the model exactly.
+
+    Raises:
+        ValueError: naming the first tensors that are missing, left over or of another shape.
+    """
+    expected = {name_in_file(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = [f"{name} is missing" for name in sorted(expected.keys() - state_dict.keys())]
+    problems += [f"{name} has no place in the model" for name in sorted(state_dict.keys() - expected.keys())]
+    problems += [
+        f"{name} has shape {tuple(state_dict[name].shape)}, expected {shape}"
+        for name, shape in expected.items()
+        if name in state_dict and tuple(state_dict[name].shape) != shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
+        raise ValueError(f"{source} is not a complete VLA-Adapter checkpoint: {'; '.join(problems[:4])}{more}.")
+
+
+def _translate(checkpoint: PublishedCheckpoint) -> Iterator[tuple[str, torch.Tensor]]:
+    for path in checkpoint.weight_files:
+        with _open_safetensors(path) as file:
+            for name in file.keys():
+                if not WITHOUT_EFFECT.match(name) and not _is_last_block(name, checkpoint):
+                    yield from _translate_weight(name, file.get_tensor(name))
+    width = checkpoint.shapes["vision_backbone.featurizer.cls_token"][-1]
+    dtype = next(iter(checkpoint.action_head.values())).dtype
+    yield "dinov2.embeddings.mask_token", torch.zeros(1, width, dtype=dtype)  # only masked pretraining uses it
+    for name, tensor in checkpoint.action_head.items():
+        if not WITHOUT_EFFECT.match(name):
+            yield f"policy.{_renamed(name.removeprefix('model.'), POLICY_NAMES)}", tensor
+    for name, tensor in checkpoint.proprio_projector.items():
+        yield f"proprio_projector.{name}", tensor
+
+
+def _translate_weight(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    if name.startswith("vision_backbone.featurizer."):
+        rest = name.removeprefix("vision_backbone.featurizer.")
+        if rest == "pos_embed":
+            # The class token's position has been folded into the token itself, so its row is zero.
+            tensor = torch.cat((torch.zeros_like(tensor[:, :1]), tensor), dim=1)
+        yield from _translate_tower("dinov2", rest, tensor, DINOV2_NAMES, DINOV2_QKV)
+    elif name.startswith("vision_backbone.fused_featurizer."):
+        rest = name.removeprefix("vision_backbone.fused_featurizer.")
+        tensor = tensor[0] if rest == "pos_embed" else tensor
+        yield from _translate_tower("siglip", rest, tensor, SIGLIP_NAMES, SIGLIP_QKV)
+    elif name.startswith("projector."):
+        yield f"vision_{name}", tensor
+    elif name.startswith("language_model.model."):
+        yield f"language_model.{name.removeprefix('language_model.model.')}", tensor
+    else:
+        yield name, tensor
+
+
+def _translate_tower(
+    tower: str, name: str, tensor: torch.Tensor, names: dict[str, str], qkv: str
+) -> Iterator[tuple[str, torch.Tensor]]:
+    match = re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", name)
+    if match is None:
+        yield f"{tower}.{_renamed(name, names)}", tensor
+        return
+    for part, rows in zip("qkv", tensor.chunk(3), strict=True):
+        yield f"{tower}.{qkv.format(match[1], part)}.{match[2]}", rows
+
+
+def _renamed(name: str, names: dict[str, str]) -> str:
+    stem, _, parameter = name.rpartition(".")
+    for candidate, ending in ((name, ""), (stem, f".{parameter}")):
+        number = re.search(r"\.(\d+)\.", candidate)
+        key = candidate.replace(f".{number[1]}.", ".{}.", 1) if number else candidate
+        if key in names:
+            return names[key].format(number[1] if number else "") + ending
+    return name
+
+
+def _is_last_block(name: str, checkpoint: PublishedCheckpoint) -> bool:
+    """The features are read before a tower's last block, so it has no effect."""
+    for prefix in ("vision_backbone.featurizer.blocks.", "vision_backbone.fused_featurizer.blocks."):
+        if name.startswith(prefix):
+            return int(name.removeprefix(prefix).split(".")[0]) == max(_block_numbers(checkpoint.shapes, prefix))
+    return False
+
+
+def _dinov2_config(checkpoint: PublishedCheckpoint) -> dict[str, Any]:
+    config = _tower_config(checkpoint, "vision_backbone.featurizer.", tower=0)
+    registers = _shape(checkpoint.shapes, "vision_backbone.featurizer.reg_token", checkpoint.source)[1]
+    mlp_ratio = config.pop("intermediate_size") // config["hidden_size"]
+    return {**config, "num_register_tokens": registers, "mlp_ratio": mlp_ratio}
+
+
+def _siglip_config(checkpoint: PublishedCheckpoint) -> dict[str, Any]:
+    return {**_tower_config(checkpoint, "vision_backbone.fused_featurizer.", tower=1), "vision_use_head": False}
+
+
+def _tower_config(checkpoint: PublishedCheckpoint, prefix: str, tower: int) -> dict[str, Any]:
+    shapes, source = checkpoint.shapes, checkpoint.source
+    width, _, patch_size, _ = _shape(shapes, f"{prefix}patch_embed.proj.weight", source)
+    num_patches = _shape(shapes, f"{prefix}pos_embed", source)[1]
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": max(_block_numbers(shapes, f"{prefix}blocks."), default=0),
+        "num_attention_heads": _tower_heads(checkpoint, tower),
+        "intermediate_size": _shape(shapes, f"{prefix}blocks.0.mlp.fc1.weight", source)[0],
+        "image_size": round(num_patches**0.5) * patch_size,
+        "patch_size": patch_size,
+        "layer_norm_eps": 1e-6,
+        "hidden_act": "gelu",
+    }
+
+
+def _tower_heads(checkpoint: PublishedCheckpoint, tower: int) -> int:
+    model_ids = checkpoint.config.get("timm_model_ids", [])
+    model_id = model_ids[tower] if tower < len(model_ids) else None
+    arguments = checkpoint.config.get("timm_model_args", {}).get(model_id, {})
+    heads = arguments.get("num_heads", TIMM_HEADS.get(str(model_id).split(".")[0]))
+    if heads is None:
+        raise ValueError(
+            f"{checkpoint.source}: vision tower {model_id!r} is not known, and the number of its attention heads does "
+            f"not show in the weights. Known: {', '.join(TIMM_HEADS)}."
+        )
+    return heads
+
+
+def _text_config(checkpoint: PublishedCheckpoint) -> dict[str, Any]:
+    # The published pad token id is that of another language model; pads are never looked up, so it is left out.
+    dropped = {"model_type", "torch_dtype", "pad_token_id"}
+    text_config = {key: value for key, value in checkpoint.config["text_config"].items() if key not in dropped}
+    embeddings = _shape(checkpoint.shapes, "language_model.model.embed_tokens.weight", checkpoint.source)
+    return {**text_config, "vocab_size": embeddings[0]}
+
+
+def _block_numbers(names: dict[str, Any], prefix: str) -> set[int]:
+    return {int(name.removeprefix(prefix).split(".")[0]) for name in names if name.startswith(prefix)}
+
+
+def _shape(tensors: dict[str, Any], name: str, source: str) -> tuple[int, ...]:
+    if name not in tensors:
+        raise ValueError(f"{source} is not a complete VLA-Adapter checkpoint: tensor {name} is missing.")
+    return tuple(getattr(tensors[name], "shape", tensors[name]))
+
+
+def _local_folder(source: str, hub: dict[str, Any]) -> Path:
+    if Path(source).is_dir():
+        return Path(source)
+    patterns = ["config.json", "dataset_statistics.json", "*.safetensors", "*.safetensors.index.json", "*--*.pt"]
+    return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=["lora_adapter/*"], **hub))
+
+
+def _check_is_vla_adapter(config: dict[str, Any], source: str) -> None:
+    language_model = config.get("text_config", {}).get("model_type")
+    if config.get("model_type") != MODEL_TYPE:
+        raise ValueError(f"{source} has model_type {config.get('model_type')!r}; the published layout has 'openvla'.")
+    if language_model != "qwen2":
+        raise ValueError(
+            f"{source} is an OpenVLA model with the language model {language_model or config.get('llm_backbone_id')!r}, "
+            "not a VLA-Adapter: its policy predicts tokens. Only Qwen2 checkpoints of VLA-Adapter can be read."
+        )
+
+
+def _find_weights(folder: Path, source: str) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(_read_json(index, source)["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    missing = [name for name in names if not (folder / name).is_file()]
+    if not missing:
+        return [folder / name for name in names]
+    if (folder / "lora_adapter").is_dir():
+        raise ValueError(
+            f"{source} has a lora_adapter/ but no {missing[0]}. The adapter alone is not enough: the trained action "
+            "queries are only in the merged model. Merge it with the original training code first."
+        )
+    raise ValueError(f"{source} has no {', '.join(missing)}.")
+
+
+def _find_pickle(folder: Path, kind: str, step: str | None, source: str) -> Path:
+    names = sorted(path.name for path in folder.glob(f"{kind}--*.pt"))
+    wanted = [f"{kind}--{step}_checkpoint.pt"] if step is not None else names
+    found = [name for name in wanted if name in names]
+    if len(found) == 1:
+        return folder / found[0]
+    if not names:
+        raise ValueError(f"{source} has no {kind}--checkpoint.pt (nor {kind}--<step>_checkpoint.pt).")
+    if not found:
+        raise ValueError(f"{source} has no {wanted[0]}; it has {', '.join(names)}.")
+    raise ValueError(f"{source} has several of one kind: {', '.join(names)}. Say which (step=..., --step).")
+
+
+def _read_json(path: Path, source: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{source} has no {path.name}.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path.name} of {source} is damaged: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} of {source} must hold a JSON object, got {type(content).__name__}.")
+    return content
+
+
+def _open_safetensors(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path.name} is damaged or cut short ({error}); download it again.") from error
+
+
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    """A pickled state dict, without the prefix that distributed training leaves on its names."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path.name} holds something other than tensors, which would have to be executed to be read; it was "
+            f"refused and nothing was run. ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
+        raise ValueError(f"{path.name} is damaged or cut short ({str(error).splitlines()[0]}).") from error
+    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise ValueError(f"{path.name} must hold a state dict of tensors, got {type(content).__name__}.")
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether the file has the format that can be memory-mapped; older ones are read."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+class PublishedLayout:
+    """How [`VLAAdapterConfig`] and [`VLAAdapterForActionPrediction`] get at checkpoints in the published layout."""
+
+    def read_config(self, source: str, **kwargs: Any) -> tuple[VLAAdapterConfig, dict[str, Any]]:
+        """The configuration, with fields given as keyword arguments in it, and the arguments that are no fields."""
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS & set(kwargs)}
+        fields = (set(VLAAdapterConfig.__dataclass_fields__) - {"dtype"}) | {"attn_implementation", "name_or_path"}
+        overrides = {name: kwargs.pop(name) for name in fields & set(kwargs)}
+        if kwargs.get("dtype", "auto") not in ("auto", None):
+            overrides["dtype"] = kwargs["dtype"]
+        robot, step = kwargs.pop("robot", None), kwargs.pop("step", None)
+        kwargs.pop("_from_auto", None)
+        config = build_config(open_published(source, step, **hub), robot, **overrides)
+        return config, kwargs
+
+    def load_model(
+        self, model_class: type, source: str, config: VLAAdapterConfig | None, **kwargs: Any
+    ) -> torch.nn.Module:
+        """The model with the checkpoint's weights; arguments as those of `from_pretrained`."""
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS & set(kwargs)}
+        step = kwargs.get("step")
+        if config is None:
+            config, kwargs = self.read_config(source, **{**kwargs, **hub, "name_or_path": str(source)})
+            kwargs = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
+        checkpoint = open_published(source, step, **hub)
+        state_dict = read_state_dict(checkpoint)
+        if not kwargs.get("ignore_mismatched_sizes", False):
+            with torch.device("meta"):
+                check_shapes(model_class(config), state_dict, source)
+        loaded = model_class.from_pretrained(None, config=config, state_dict=state_dict, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.config.name_or_path = model.name_or_path = str(source)
+        return loaded
