@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
@@ -127,7 +128,7 @@ class PlainSource(DemonstrationSource):
         self._rows = np.zeros(0, np.int64)  # of each step in the table
 
     def content_digest(self) -> str:
-        digest = hashlib.blake2b(repr((self.columns, self.instruction)).encode(), digest_size=20)
+        digest = hashlib.blake2b(digest_size=20)
         table = self.table
         for array in (table.states, table.actions, table.episode_indices, table.starts):
             digest.update(np.ascontiguousarray(array).tobytes())
@@ -218,31 +219,20 @@ class PlainSource(DemonstrationSource):
         return images
 
 
+@dataclass(frozen=True)
 class PlainColumns:
     """The columns of a plain dataset that are read."""
 
-    def __init__(
-        self,
-        cameras: tuple[str, ...],
-        state: str,
-        action: str,
-        episode: str,
-        frame: str | None,
-        instruction: str | None,
-    ) -> None:
-        self.cameras = cameras
-        self.state = state
-        self.action = action
-        self.episode = episode
-        self.frame = frame
-        self.instruction = instruction
+    cameras: tuple[str, ...]
+    state: str
+    action: str
+    episode: str
+    frame: str | None
+    instruction: str | None
 
     def number_columns(self) -> tuple[str | None, ...]:
         """Everything but the frames."""
         return (self.state, self.action, self.episode, self.frame, self.instruction)
-
-    def __repr__(self) -> str:
-        return f"PlainColumns({self.__dict__})"
 
 
 def find_plain_columns(

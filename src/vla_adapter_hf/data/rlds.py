@@ -202,15 +202,16 @@ class RLDSSource(DemonstrationSource):
 
     def content_digest(self) -> str:
         # The stored checksums stand for the data: they are verified when it is read.
-        digest = hashlib.blake2b(repr((_INDEX_VERSION, self.columns, self.instruction)).encode(), digest_size=20)
+        digest = hashlib.blake2b(repr((self.columns.state, self.columns.action)).encode(), digest_size=20)
         for shard, records in zip(self.files.shards, self._records, strict=True):
             digest.update(shard_key(shard).encode())
             digest.update(np.array([(r.offset, r.length, r.stored_crc) for r in records], np.int64).tobytes())
         return digest.hexdigest()
 
     def _load_table(self) -> EpisodeTable:
-        verified = "" if self.verify_checksums else "-unverified"
-        index_path = cache_directory(self.cache_dir) / "rlds_index" / f"{self.fingerprint()}{verified}.npz"
+        parts = (_INDEX_VERSION, self.fingerprint(), self.columns, self.instruction, self.verify_checksums)
+        name = hashlib.blake2b(repr(parts).encode(), digest_size=20).hexdigest()
+        index_path = cache_directory(self.cache_dir) / "rlds_index" / f"{name}.npz"
         try:
             return self._load_index(index_path)
         except (OSError, KeyError, ValueError, BadZipFile):

@@ -163,10 +163,14 @@ class Feature:
 
 def _varints(raw: np.ndarray) -> np.ndarray:
     """Packed varints as bytes (n,) -> int64 (m,)."""
+    if len(raw) == 0:
+        return np.zeros(0, np.int64)
     last = raw < 0x80
-    which = np.concatenate([[0], np.cumsum(last)[:-1]]).astype(np.int64)
-    first = np.flatnonzero(np.concatenate([[True], last[:-1]])) if len(raw) else np.zeros(0, np.int64)
-    place = np.arange(len(raw)) - first[which] if len(raw) else np.zeros(0, np.int64)
+    first = np.flatnonzero(np.concatenate([[True], last[:-1]]))
+    which = np.concatenate([[0], np.cumsum(last)[:-1]])
+    place = np.arange(len(raw)) - first[which]
+    if not last[-1] or place.max() > 9:
+        raise TFRecordError("a list of integers is cut off or has one of more than 64 bits")
     values = np.zeros(int(last.sum()), np.uint64)
     np.bitwise_or.at(values, which, (raw & np.uint8(0x7F)).astype(np.uint64) << (7 * place).astype(np.uint64))
     return values.view(np.int64)

@@ -1,0 +1,180 @@
+"""A dataset by its path alone: what the command line calls."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from ..robots import RobotPreset, get_robot
+from .dataset import VLAAdapterDataset
+from .lerobot import LeRobotSource
+from .lerobot_metadata import read_lerobot_metadata
+from .plain import PlainSource, camera_columns
+from .rlds import RLDSSource
+from .rlds_files import find_version_folder, read_rlds_files
+from .source import DemonstrationSource
+from .statistics import compute_norm_stats
+from .storage import dataset_folder, write_beside
+from .streaming import VLAAdapterStreamingDataset
+
+
+FORMATS = ("auto", "lerobot", "rlds", "dataset")
+
+
+def detect_format(path: str | os.PathLike) -> str:
+    """`"lerobot"`, `"rlds"` or `"dataset"` (saved with `save_to_disk`) of a folder; a repository id is LeRobot.
+
+    Raises:
+        ValueError: a folder that is none of these.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return "lerobot"  # dataset_folder tells a repository id from a mistake
+    if (folder / "meta" / "info.json").is_file():
+        return "lerobot"
+    if (folder / "state.json").is_file():
+        return "dataset"
+    try:
+        find_version_folder(folder)
+    except ValueError as error:
+        if "several RLDS datasets" in str(error):
+            return "rlds"
+        raise ValueError(
+            f"dataset {str(path)!r} is not recognised: no meta/info.json (LeRobot), no TFRecord shards (RLDS), no state.json "
+            "(datasets.save_to_disk)"
+        ) from None
+    return "rlds"
+
+
+def _format(path: str | os.PathLike, format: str) -> str:
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r} is not known; use one of {', '.join(FORMATS)}")
+    return detect_format(path) if format == "auto" else format
+
+
+def load_demonstrations(
+    path: str | os.PathLike, format: str = "auto", streaming: bool = False, **options: Any
+) -> VLAAdapterDataset | VLAAdapterStreamingDataset:
+    """Open the dataset at `path`, whatever its format.
+
+    Args:
+        path: a folder, or the id of a Hub dataset repository (LeRobot, or RLDS with `format="rlds"`).
+        format: `"lerobot"`, `"rlds"`, `"dataset"` (a folder written by `datasets`' `save_to_disk`) or `"auto"`.
+        streaming: return a `VLAAdapterStreamingDataset`.
+        options: arguments of `from_lerobot`, `from_rlds` or `from_dataset`.
+
+    Raises:
+        ValueError: a format that is not known or not recognised, and what the reader refuses.
+    """
+    kind = _format(path, format)
+    dataset_class = VLAAdapterStreamingDataset if streaming else VLAAdapterDataset
+    if kind == "lerobot":
+        return dataset_class.from_lerobot(path, **options)
+    if kind == "rlds":
+        return dataset_class.from_rlds(path, **options)
+    rows = datasets.load_from_disk(os.fspath(path))
+    options.setdefault("unnorm_key", Path(path).name)
+    return dataset_class.from_dataset(rows.to_iterable_dataset() if streaming else rows, **options)
+
+
+def open_source(
+    path: str | os.PathLike,
+    format: str = "auto",
+    robot: str | RobotPreset | None = None,
+    state_column: str | None = None,
+    action_column: str | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool | None = None,
+) -> DemonstrationSource:
+    """The recorded numbers of a dataset, for which cameras need not be chosen and no frame is read.
+
+    Args as for `VLAAdapterDataset.from_lerobot` and `from_rlds`.
+    """
+    kind = _format(path, format)
+    preset = get_robot(robot) if robot is not None else None
+    if kind == "lerobot":
+        # Of a Hub dataset only metadata and parquet files: no video.
+        folder = dataset_folder(path, revision, ("meta/**", "data/**"))
+        cameras = read_lerobot_metadata(folder).camera_columns
+        own_name = os.fspath(path).rstrip("/").rsplit("/", 1)[-1]
+        return LeRobotSource(
+            folder, cameras, preset, state_column, action_column, name=own_name, cache_dir=cache_dir, progress=progress
+        )
+    if kind == "rlds":
+        folder = dataset_folder(path, revision, (f"{name}/**",) if name is not None else None)
+        files = read_rlds_files(find_version_folder(folder, name))
+        return RLDSSource(
+            files.folder,
+            files.image_features or None,
+            preset,
+            state_column,
+            action_column,
+            cache_dir=cache_dir,
+            progress=progress,
+        )
+    rows = datasets.load_from_disk(os.fspath(path))
+    return PlainSource(
+        rows,
+        camera_columns(rows.features),
+        preset,
+        state_column,
+        action_column,
+        instruction="",
+        name=Path(path).name,
+    )
+
+
+def dataset_statistics(
+    path: str | os.PathLike,
+    format: str = "auto",
+    robot: str | RobotPreset | None = None,
+    unnorm_key: str | None = None,
+    action_mask: Sequence[bool] | None = None,
+    state_column: str | None = None,
+    action_column: str | None = None,
+    name: str | None = None,
+    revision: str | None = None,
+    on_bad_episode: str = "error",
+    output: str | os.PathLike | None = None,
+    use_cache: bool = True,
+    cache_dir: str | os.PathLike | None = None,
+    progress: bool | None = None,
+) -> dict[str, dict[str, Any]]:
+    """`vla-adapter stats DATASET`: the norm stats of a dataset, also written to the JSON file `output`.
+
+    Args as for `open_source` and `statistics.compute_norm_stats`.
+    """
+    source = open_source(path, format, robot, state_column, action_column, name, revision, cache_dir, progress)
+    norm_stats = compute_norm_stats(source, unnorm_key, action_mask, on_bad_episode, use_cache, cache_dir, progress)
+    if output is not None:
+        text = json.dumps(norm_stats, indent=2) + "\n"
+        write_beside(Path(output), lambda file: file.write(text.encode()))
+    return norm_stats
+
+
+def describe_norm_stats(norm_stats: dict[str, dict[str, Any]]) -> str:
+    """Norm stats as a table to be read by a person, a line per dimension."""
+    lines = []
+    for key, entry in norm_stats.items():
+        lines.append(f"{key}: {entry['num_transitions']} transitions in {entry['num_trajectories']} trajectories")
+        columns = ("min", "q01", "mean", "q99", "max", "std")
+        lines.append(f"{'':14}" + "".join(f"{column:>11}" for column in columns))
+        for part in ("action", "proprio"):
+            stats = entry[part]
+            for dimension in range(len(stats["mean"])):
+                notes = []
+                if not stats.get("mask", [True] * (dimension + 1))[dimension]:
+                    notes.append("not normalised")
+                if stats["min"][dimension] == stats["max"][dimension]:
+                    notes.append("constant")
+                label = f"{part}[{dimension}]"
+                values = "".join(f"{stats[column][dimension]:11.4f}" for column in columns)
+                lines.append(f"{label:14}{values}  {', '.join(notes)}".rstrip())
+    return "\n".join(lines)
