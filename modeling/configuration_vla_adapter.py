@@ -254,8 +254,10 @@ class VLAAdapterConfig(PreTrainedConfig):
             )
         if self.policy_task_tokens is not None:
             _check_positive_int("policy_task_tokens", self.policy_task_tokens)
-        if self.policy_noise_std < 0:
-            raise ValueError(f"policy_noise_std must not be negative, got {self.policy_noise_std}.")
+        if not 0 <= self.policy_noise_std < float("inf"):
+            raise ValueError(f"policy_noise_std must be a number of at least 0, got {self.policy_noise_std}.")
+        if not 0 < self.policy_rope_theta < float("inf"):
+            raise ValueError(f"policy_rope_theta must be a number above 0, got {self.policy_rope_theta}.")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "VLAAdapterConfig":

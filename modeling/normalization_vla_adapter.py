@@ -111,16 +111,17 @@ def check_norm_stats(
             name = f"norm_stats[{key!r}][{part!r}]"
             if not isinstance(entry, dict) or not isinstance(entry.get(part), dict):
                 raise ValueError(f"{name} is missing; a set of statistics needs 'action' and 'proprio'.")
-            _check_part(name, entry[part], norm_type, dims, f"{part}_dim")
+            _check_part(name, entry[part], norm_type, constant_dims, dims, f"{part}_dim")
 
 
-def _check_part(name: str, stats: dict[str, Any], norm_type: str, dims: int, field: str) -> None:
+def _check_part(name: str, stats: dict[str, Any], norm_type: str, constant_dims: str, dims: int, field: str) -> None:
     used = USED_STATISTICS[norm_type]
-    for statistic in used:
+    needed = [(statistic, f"norm_type={norm_type!r}") for statistic in used]
+    if constant_dims == "zero":
+        needed += [(statistic, f"constant_dims={constant_dims!r}") for statistic in ("min", "max")]
+    for statistic, reader in needed:
         if statistic not in stats:
-            raise ValueError(
-                f"{name} lacks {statistic!r}, which norm_type={norm_type!r} needs; it has {sorted(stats)}."
-            )
+            raise ValueError(f"{name} lacks {statistic!r}, which {reader} needs; it has {sorted(stats)}.")
     for statistic in ("min", "max", "mean", "std", "q01", "q99", "mask"):
         if statistic not in stats:
             continue
