@@ -23,7 +23,7 @@ from ..robots import RobotPreset
 from .columns import ACTION_NAMES, STATE_NAMES, find_cameras, find_column, last_name
 from .episodes import BadEpisode, EpisodeTable, EpisodeTableBuilder
 from .frames import decode_frame
-from .rlds_files import RLDSFiles, find_version_folder, read_rlds_files, shard_key
+from .rlds_files import RLDSFiles, Shard, find_version_folder, read_rlds_files, shard_key
 from .source import DemonstrationSource
 from .storage import cache_directory, write_beside
 from .tfrecord import Feature, Record, TFRecordError, parse_example, read_record, scan_records
@@ -83,6 +83,23 @@ def find_rlds_columns(
         action=find_column("action", "action_column", action_column, ACTION_NAMES, sorted(numbers), where),
         instruction=instruction,
     )
+
+
+def first_readable_example(shards: Sequence[Shard], where: str) -> dict[str, Feature]:
+    """The features of the first record that is not damaged: what shows which columns there are.
+
+    Raises:
+        ValueError: there is none.
+    """
+    damage = None
+    for shard in shards:
+        with open(shard.path, "rb") as file:
+            for record in scan_records(shard.path):
+                try:
+                    return parse_example(read_record(file, record, str(shard.path)))
+                except TFRecordError as error:
+                    damage = error
+    raise ValueError(f"{where}: there are no episodes that can be read{f': {damage}' if damage else ''}")
 
 
 def _looks_like_image(feature: Feature) -> bool:
@@ -177,7 +194,7 @@ class RLDSSource(DemonstrationSource):
                 raise ValueError(
                     f"{self.where}: {shard.path.name} has {len(records)} episodes, dataset_info.json says {shard.records}"
                 )
-        first = self._first_example()
+        first = first_readable_example(self.files.shards, self.where)
         self.columns = find_rlds_columns(
             self.files, first, self.where, cameras, robot, state_column, action_column, instruction_column
         )
@@ -192,13 +209,6 @@ class RLDSSource(DemonstrationSource):
     def __del__(self) -> None:
         for descriptor in getattr(self, "_open", {}).values():
             os.close(descriptor)
-
-    def _first_example(self) -> dict[str, Feature]:
-        for shard, records in zip(self.files.shards, self._records, strict=True):
-            if records:
-                with open(shard.path, "rb") as file:
-                    return parse_example(read_record(file, records[0], str(shard.path), self.verify_checksums))
-        raise ValueError(f"{self.where}: there are no episodes in {self.files.folder}")
 
     def content_digest(self) -> str:
         # The stored checksums stand for the data: they are verified when it is read.

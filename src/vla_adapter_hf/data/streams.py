@@ -22,11 +22,11 @@ from .frames import decode_frame
 from .lerobot import LeRobotSource
 from .lerobot_metadata import LeRobotEpisode, read_lerobot_metadata
 from .plain import find_plain_columns, frame_from_cell
-from .rlds import RLDSSource, find_rlds_columns, read_rlds_episode
+from .rlds import RLDSSource, find_rlds_columns, first_readable_example, read_rlds_episode
 from .rlds_files import Shard, find_version_folder, read_rlds_files
 from .source import DemonstrationSource
 from .storage import dataset_folder
-from .tfrecord import TFRecordError, parse_example, read_record, scan_records
+from .tfrecord import TFRecordError, read_record, scan_records
 from .video import VideoCache
 
 
@@ -276,18 +276,11 @@ class RLDSStream(EpisodeStream):
                 self._shards.append((shard, records_before))
             records_before += shard.records if shard.records is not None else len(scan_records(shard.path))
         self.num_shards = len(self._shards)
-        first = self._first_example()
+        first = first_readable_example([shard for shard, _ in self._shards], self.where)
         self.columns = find_rlds_columns(
             self.files, first, self.where, cameras, robot, state_column, action_column, instruction_column
         )
         self.cameras = self.columns.cameras
-
-    def _first_example(self) -> Any:
-        for shard, _ in self._shards:
-            for record in scan_records(shard.path)[:1]:
-                with open(shard.path, "rb") as file:
-                    return parse_example(read_record(file, record, str(shard.path), self.verify_checksums))
-        raise ValueError(f"{self.where}: there are no episodes in {self.files.folder}")
 
     def source(self) -> DemonstrationSource | None:
         return RLDSSource(

@@ -54,6 +54,8 @@ class VideoFile:
         self._stream.thread_count = 1
         self._time_base = Fraction(self._stream.time_base)
         self._first = self._stream.start_time or 0
+        rate = self._stream.average_rate
+        self._own_step = 1 / Fraction(rate) / self._time_base if rate else None  # between the file's frames
         self._frames = None
         self._frame = None
 
@@ -67,7 +69,7 @@ class VideoFile:
         target = self._first + round(frame_number / rate / self._time_base)
         step = 1 / rate / self._time_base  # one frame, in units of the stream
         try:
-            frame = self._decode_until(target, step)
+            frame = self._decode_until(target, min(step, self._own_step or step))
         except self._decode_errors as error:
             self._frames = self._frame = None
             raise VideoError(f"video {self.path} cannot be decoded at frame {frame_number}: {error}") from error
