@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
 from .bridge_attention_vla_adapter import (
@@ -128,15 +129,20 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Projected patches of all cameras.
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        """Patches of all cameras, as both towers see them and as the language model reads them.
 
         Args:
             pixel_values (`torch.Tensor`): `(batch, 6 * cameras, height, width)`; of each camera three channels
                 normalised for DINOv2, then three for SigLIP.
+            kwargs: for the towers, e.g. `output_hidden_states`, `output_attentions`.
 
         Returns:
-            `torch.Tensor`: `(batch, cameras * patches, hidden)`, cameras in order.
+            `BaseModelOutputWithPooling`: `last_hidden_state` `(batch, cameras * patches, both widths)`, cameras in
+            order; `pooler_output` `(batch, cameras * patches, hidden)`, the same projected into the language model's
+            space; `hidden_states` and `attentions` on request, first DINOv2's and then SigLIP's, of
+            `batch * cameras` frames.
         """
         config = self.config
         expected = (6 * config.num_cameras, config.image_size, config.image_size)
@@ -146,11 +152,17 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
                 f"got {tuple(pixel_values.shape)}."
             )
         frames = pixel_values.unflatten(1, (config.num_cameras, 6)).flatten(0, 1)  # (batch * cameras, 6, h, w)
+        dinov2 = self.dinov2(frames[:, :3], return_dict=True, **kwargs)
+        siglip = self.siglip(frames[:, 3:], return_dict=True, **kwargs)
         prefix_tokens = 1 + config.dinov2_config.num_register_tokens
-        dinov2_features = self.dinov2(frames[:, :3]).last_hidden_state[:, prefix_tokens:]
-        siglip_features = self.siglip(frames[:, 3:]).last_hidden_state
-        features = torch.cat((dinov2_features, siglip_features), dim=-1)  # (batch * cameras, patches, both widths)
-        return self.vision_projector(features).unflatten(0, (-1, config.num_cameras)).flatten(1, 2)
+        features = torch.cat((dinov2.last_hidden_state[:, prefix_tokens:], siglip.last_hidden_state), dim=-1)
+        features = features.unflatten(0, (-1, config.num_cameras)).flatten(1, 2)  # (batch, cameras * patches, widths)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=features,
+            pooler_output=self.vision_projector(features),
+            hidden_states=dinov2.hidden_states and dinov2.hidden_states + siglip.hidden_states,
+            attentions=dinov2.attentions and dinov2.attentions + siglip.attentions,
+        )
 
     def embed_inputs(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, patches: torch.Tensor
@@ -225,7 +237,7 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
 
         # 1. Look: patches of all cameras.
-        patches = self.get_image_features(pixel_values)
+        patches = self.get_image_features(pixel_values, return_dict=True).pooler_output
 
         # 2. Read: one causal pass over prompt, patches and action queries.
         embeddings, first_query = self.embed_inputs(input_ids, attention_mask, patches)
@@ -346,14 +358,17 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
             "pixel_values": to_model(pixel_values, self.dtype),
             "proprio": to_model(proprio, self.dtype),
         }
+        if pixel_values is not None and not inputs["pixel_values"].isfinite().all():
+            raise ValueError("pixel_values holds values that are not finite.")
 
         # 3. Predict, without the noise that training adds.
-        was_training = self.training
+        in_training = [module for module in self.modules() if module.training]
         self.eval()
         try:
             normalized = self(**inputs, return_dict=True).actions
         finally:
-            self.train(was_training)
+            for module in in_training:  # and no others: towers may be kept in evaluation mode while the rest trains
+                module.training = True
 
         # 4. Normalised space to physical units.
         return unnormalize(normalized.double().cpu().numpy(), stats["action"], config.norm_type, config.constant_dims)
