@@ -17,6 +17,11 @@ except ImportError:
 _JPEG_START = b"\xff\xd8\xff"
 
 
+def is_jpeg(data: bytes) -> bool:
+    """Whether an encoded frame is a JPEG file."""
+    return data[:3] == _JPEG_START
+
+
 def decode_frame(data: bytes, like_tensorflow: bool = False) -> np.ndarray:
     """JPEG, PNG or anything else Pillow reads -> uint8 (height, width, 3), RGB.
 
@@ -29,7 +34,7 @@ def decode_frame(data: bytes, like_tensorflow: bool = False) -> np.ndarray:
     Raises:
         ValueError: `data` is no image.
     """
-    if like_tensorflow and simplejpeg is not None and data[:3] == _JPEG_START:
+    if like_tensorflow and simplejpeg is not None and is_jpeg(data):
         try:
             return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, fastupsample=False)
         except ValueError as error:

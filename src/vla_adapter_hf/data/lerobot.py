@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from ..robots import RobotPreset
 from .columns import ACTION_NAMES, STATE_NAMES, column_to_matrix
 from .episodes import BadEpisode, EpisodeTable, EpisodeTableBuilder
-from .frames import decode_frame
+from .frames import decode_frame, is_jpeg
 from .lerobot_metadata import LeRobotEpisode, LeRobotMetadata, read_lerobot_metadata
 from .source import DemonstrationSource
 from .storage import cache_directory
@@ -236,6 +236,10 @@ class LeRobotSource(DemonstrationSource):
             else:
                 images.append(decode_frame(self._encoded(column, self._first_rows[position] + frame)))
         return images
+
+    def frames_are_jpeg(self) -> bool:
+        column = self.cameras[0]
+        return not self.metadata.is_video(column) and is_jpeg(self._encoded(column, self._first_rows[0]))
 
     def _encoded(self, column: str, row: int) -> bytes:
         if column not in self._image_chunks:

@@ -15,7 +15,7 @@ from PIL import Image
 from ..robots import RobotPreset
 from .columns import ACTION_NAMES, STATE_NAMES, column_to_matrix, find_cameras, find_column
 from .episodes import BadEpisode, EpisodeTable, EpisodeTableBuilder
-from .frames import decode_frame
+from .frames import decode_frame, is_jpeg
 from .source import DemonstrationSource
 
 
@@ -217,6 +217,11 @@ class PlainSource(DemonstrationSource):
             except (ValueError, OSError) as error:
                 raise ValueError(f"camera {camera!r}: {error}") from error
         return images
+
+    def frames_are_jpeg(self) -> bool:
+        cell = self._frames[int(self._rows[0])][self.cameras[0]]
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        return isinstance(data, bytes) and is_jpeg(data)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..robots import RobotPreset
 from .columns import ACTION_NAMES, STATE_NAMES, find_cameras, find_column, last_name
 from .episodes import BadEpisode, EpisodeTable, EpisodeTableBuilder
-from .frames import decode_frame
+from .frames import decode_frame, is_jpeg
 from .rlds_files import RLDSFiles, Shard, find_version_folder, read_rlds_files, shard_key
 from .source import DemonstrationSource
 from .storage import cache_directory, write_beside
@@ -321,14 +321,16 @@ class RLDSSource(DemonstrationSource):
         return np.flatnonzero(np.isin(self._shard_of_episode, of_split)).tolist()
 
     def read_images(self, position: int, frame: int) -> list[np.ndarray]:
+        return [decode_frame(data, like_tensorflow=True) for data in self._encoded(position, frame)]
+
+    def frames_are_jpeg(self) -> bool:
+        return is_jpeg(self._encoded(0, 0)[0])
+
+    def _encoded(self, position: int, frame: int) -> list[bytes]:
         step = int(self.table.starts[position]) + frame
         shard = int(self._shard_of_episode[position])
-        images = []
-        for start, stop in self._spans[step].tolist():
-            # pread keeps no position: a descriptor that came with a fork is safe to share.
-            data = os.pread(self._descriptor(shard), stop - start, start)
-            images.append(decode_frame(data, like_tensorflow=True))
-        return images
+        # pread keeps no position: a descriptor that came with a fork is safe to share.
+        return [os.pread(self._descriptor(shard), stop - start, start) for start, stop in self._spans[step].tolist()]
 
     def _descriptor(self, shard: int) -> int:
         descriptor = self._open.pop(shard, None)

@@ -52,6 +52,13 @@ class DemonstrationSource(ABC):
             ValueError: a frame that is missing or cannot be decoded. The caller adds episode and frame.
         """
 
+    def frames_are_jpeg(self) -> bool:
+        """Whether camera frames were recorded as JPEG, going by the first one.
+
+        A model trained on such frames wants its camera's frames to go through JPEG at inference too.
+        """
+        return False
+
     def frame_problems(self) -> dict[int, BadEpisode]:
         """By position, episodes whose camera frames are known to be missing. Their numbers may still be good."""
         return {}
