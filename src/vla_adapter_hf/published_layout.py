@@ -8,9 +8,6 @@ A folder there holds an OpenVLA-style `config.json` whose remote code runs on no
 
 from __future__ import annotations
 
-import json
-import pickle
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,12 +15,22 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from vla_adapter_hf.modeling.checkpoint_names_vla_adapter import name_in_file
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.modeling.modeling_vla_adapter import HUB_ARGUMENTS
+from vla_adapter_hf.published_names import (
+    DINOV2_PREFIX,
+    POLICY_NAMES,
+    SIGLIP_PREFIX,
+    WITHOUT_EFFECT,
+    block_numbers,
+    has_effect,
+    renamed,
+    translate_weight,
+)
+from vla_adapter_hf.reading import as_state_dict, open_safetensors, read_json, read_pickle
 from vla_adapter_hf.robots import RobotPreset, get_robot
 
 
@@ -35,52 +42,6 @@ POLICY_HEADS = 8
 TASK_TOKENS = 512
 # What does not show in the tensors: heads per tower of the published model ids.
 TIMM_HEADS = {"vit_large_patch14_reg4_dinov2": 16, "vit_so400m_patch14_siglip_224": 16}
-
-# What our files call the tensors of the published ones. Braces stand for a block's number.
-DINOV2_NAMES = {
-    "cls_token": "embeddings.cls_token",
-    "reg_token": "embeddings.register_tokens",
-    "pos_embed": "embeddings.position_embeddings",
-    "patch_embed.proj": "embeddings.patch_embeddings.projection",
-    "blocks.{}.norm1": "encoder.layer.{}.norm1",
-    "blocks.{}.attn.proj": "encoder.layer.{}.attention.o_proj",
-    "blocks.{}.ls1.scale_factor": "encoder.layer.{}.layer_scale1.lambda1",
-    "blocks.{}.norm2": "encoder.layer.{}.norm2",
-    "blocks.{}.mlp.fc1": "encoder.layer.{}.mlp.fc1",
-    "blocks.{}.mlp.fc2": "encoder.layer.{}.mlp.fc2",
-    "blocks.{}.ls2.scale_factor": "encoder.layer.{}.layer_scale2.lambda1",
-}
-DINOV2_QKV = "encoder.layer.{}.attention.{}_proj"
-SIGLIP_NAMES = {
-    "pos_embed": "embeddings.position_embedding.weight",
-    "patch_embed.proj": "embeddings.patch_embedding",
-    "blocks.{}.norm1": "encoder.layers.{}.layer_norm1",
-    "blocks.{}.attn.proj": "encoder.layers.{}.self_attn.out_proj",
-    "blocks.{}.norm2": "encoder.layers.{}.layer_norm2",
-    "blocks.{}.mlp.fc1": "encoder.layers.{}.mlp.fc1",
-    "blocks.{}.mlp.fc2": "encoder.layers.{}.mlp.fc2",
-}
-SIGLIP_QKV = "encoder.layers.{}.self_attn.{}_proj"
-POLICY_NAMES = {
-    "layer_norm1": "norm_in",
-    "fc1": "fc_in",
-    "mlp_resnet_blocks.{}.ffn.0": "blocks.{}.norm",
-    "mlp_resnet_blocks.{}.ffn.1": "blocks.{}.fc",
-    "mlp_resnet_blocks.{}.gating_factor": "blocks.{}.attention.gating_factor",
-    **{
-        f"mlp_resnet_blocks.{{}}.{name}": f"blocks.{{}}.attention.{name}"
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-        + tuple(f"{part}_{source}" for part in "kv" for source in ("self", "adapter", "task"))
-    },
-    "layer_norm2": "norm_out",
-    "fc2": "fc_out",
-}
-# Computed by nothing that reaches the actions: pooling head, final norms, tied head of the language model, FiLM layers
-# that the published code never calls. The last block of each tower is left out by its number.
-WITHOUT_EFFECT = re.compile(
-    r"vision_backbone\.featurizer\.norm\.|vision_backbone\.fused_featurizer\.(norm|attn_pool)\.|"
-    r"language_model\.lm_head\.|.*\.film_gen\."
-)
 
 
 @dataclass
@@ -116,24 +77,26 @@ def open_published(source: str, step: str | None = None, **hub: Any) -> Publishe
         ValueError: when a file is missing, damaged, or there is a choice to be made; the message says which.
     """
     folder = _local_folder(source, hub)
-    config = _read_json(folder / "config.json", source)
+    config = read_json(folder / "config.json", source)
     _check_is_vla_adapter(config, source)
     weight_files = _find_weights(folder, source)
     statistics = folder / "dataset_statistics.json"
     checkpoint = PublishedCheckpoint(
         source=str(source),
         config=config,
-        norm_stats=_read_json(statistics, source) if statistics.is_file() else None,
+        norm_stats=read_json(statistics, source) if statistics.is_file() else None,
         weight_files=weight_files,
         action_head_file=_find_pickle(folder, "action_head", step, source),
         proprio_projector_file=_find_pickle(folder, "proprio_projector", step, source),
     )
     for path in weight_files:
-        with _open_safetensors(path) as file:
+        with open_safetensors(path) as file:
             for name in file.keys():
                 checkpoint.shapes[name] = tuple(file.get_slice(name).get_shape())
-    checkpoint.action_head = _read_pickle(checkpoint.action_head_file)
-    checkpoint.proprio_projector = _read_pickle(checkpoint.proprio_projector_file)
+    checkpoint.action_head, checkpoint.proprio_projector = (
+        as_state_dict(read_pickle(path), path.name)
+        for path in (checkpoint.action_head_file, checkpoint.proprio_projector_file)
+    )
     return checkpoint
 
 
@@ -167,8 +130,8 @@ def build_config(
                 f"give chunk_size, cameras, norm_type and {name}."
             )
     fields = {
-        "dinov2_config": _dinov2_config(checkpoint),
-        "siglip_config": _siglip_config(checkpoint),
+        "dinov2_config": dinov2_fields(checkpoint.shapes, _tower_heads(checkpoint, 0), source),
+        "siglip_config": siglip_fields(checkpoint.shapes, _tower_heads(checkpoint, 1), source),
         "text_config": _text_config(checkpoint),
         "cameras": list(preset.cameras),
         "num_action_queries": _shape(checkpoint.shapes, "action_queries.weight", source)[0],
@@ -176,7 +139,7 @@ def build_config(
         "action_dim": action_dim,
         "proprio_dim": proprio_dim,
         "policy_variant": "pro" if checkpoint.is_pro else "original",
-        "policy_num_layers": 1 + max(_block_numbers(checkpoint.action_head, "model.mlp_resnet_blocks."), default=-1),
+        "policy_num_layers": 1 + max(block_numbers(checkpoint.action_head, "model.mlp_resnet_blocks."), default=-1),
         "policy_num_heads": POLICY_HEADS,
         "policy_rope_dtype": "bfloat16",
         "policy_task_tokens": TASK_TOKENS,
@@ -214,13 +177,29 @@ def read_state_dict(checkpoint: PublishedCheckpoint) -> dict[str, torch.Tensor]:
     return state_dict
 
 
-def check_shapes(model: torch.nn.Module, state_dict: dict[str, torch.Tensor], source: str) -> None:
+def check_shapes(
+    model: torch.nn.Module,
+    state_dict: dict[str, torch.Tensor],
+    source: str,
+    kind: str = "a complete VLA-Adapter checkpoint",
+    new_parts: tuple[str, ...] = (),
+) -> None:
     """Refuse a checkpoint that does not fill the model exactly.
+
+    Args:
+        model (`torch.nn.Module`): may be on the meta device.
+        state_dict (`dict`): what there is, under the names of our files.
+        source, kind (`str`): for the message, what was read and what it should have been.
+        new_parts (`tuple[str]`): beginnings of the names of parts that start anew and need not be there.
 
     Raises:
         ValueError: naming the first tensors that are missing, left over or of another shape.
     """
-    expected = {name_in_file(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    expected = {
+        name_in_file(name): tuple(tensor.shape)
+        for name, tensor in model.state_dict().items()
+        if not name.startswith(new_parts)
+    }
     problems = [f"{name} is missing" for name in sorted(expected.keys() - state_dict.keys())]
     problems += [f"{name} has no place in the model" for name in sorted(state_dict.keys() - expected.keys())]
     problems += [
@@ -230,92 +209,42 @@ def check_shapes(model: torch.nn.Module, state_dict: dict[str, torch.Tensor], so
     ]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
-        raise ValueError(f"{source} is not a complete VLA-Adapter checkpoint: {'; '.join(problems[:4])}{more}.")
+        raise ValueError(f"{source} is not {kind}: {'; '.join(problems[:4])}{more}.")
 
 
 def _translate(checkpoint: PublishedCheckpoint) -> Iterator[tuple[str, torch.Tensor]]:
     for path in checkpoint.weight_files:
-        with _open_safetensors(path) as file:
+        with open_safetensors(path) as file:
             for name in file.keys():
-                if not WITHOUT_EFFECT.match(name) and not _is_last_block(name, checkpoint):
-                    yield from _translate_weight(name, file.get_tensor(name))
-    width = checkpoint.shapes["vision_backbone.featurizer.cls_token"][-1]
-    dtype = next(iter(checkpoint.action_head.values())).dtype
-    yield "dinov2.embeddings.mask_token", torch.zeros(1, width, dtype=dtype)  # only masked pretraining uses it
+                if has_effect(name, checkpoint.shapes):
+                    yield from translate_weight(name, file.get_tensor(name))
     for name, tensor in checkpoint.action_head.items():
         if not WITHOUT_EFFECT.match(name):
-            yield f"policy.{_renamed(name.removeprefix('model.'), POLICY_NAMES)}", tensor
+            yield f"policy.{renamed(name.removeprefix('model.'), POLICY_NAMES)}", tensor
     for name, tensor in checkpoint.proprio_projector.items():
         yield f"proprio_projector.{name}", tensor
 
 
-def _translate_weight(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    if name.startswith("vision_backbone.featurizer."):
-        rest = name.removeprefix("vision_backbone.featurizer.")
-        if rest == "pos_embed":
-            # The class token's position has been folded into the token itself, so its row is zero.
-            tensor = torch.cat((torch.zeros_like(tensor[:, :1]), tensor), dim=1)
-        yield from _translate_tower("dinov2", rest, tensor, DINOV2_NAMES, DINOV2_QKV)
-    elif name.startswith("vision_backbone.fused_featurizer."):
-        rest = name.removeprefix("vision_backbone.fused_featurizer.")
-        tensor = tensor[0] if rest == "pos_embed" else tensor
-        yield from _translate_tower("siglip", rest, tensor, SIGLIP_NAMES, SIGLIP_QKV)
-    elif name.startswith("projector."):
-        yield f"vision_{name}", tensor
-    elif name.startswith("language_model.model."):
-        yield f"language_model.{name.removeprefix('language_model.model.')}", tensor
-    else:
-        yield name, tensor
+def dinov2_fields(shapes: dict[str, tuple[int, ...]], heads: int, source: str) -> dict[str, Any]:
+    """The configuration of the first tower, from published names and shapes and what they do not tell, the heads."""
+    fields = _tower_fields(shapes, DINOV2_PREFIX, heads, source)
+    registers = _shape(shapes, f"{DINOV2_PREFIX}reg_token", source)[1]
+    mlp_ratio = fields.pop("intermediate_size") // fields["hidden_size"]
+    return {**fields, "num_register_tokens": registers, "mlp_ratio": mlp_ratio}
 
 
-def _translate_tower(
-    tower: str, name: str, tensor: torch.Tensor, names: dict[str, str], qkv: str
-) -> Iterator[tuple[str, torch.Tensor]]:
-    match = re.fullmatch(r"blocks\.(\d+)\.attn\.qkv\.(weight|bias)", name)
-    if match is None:
-        yield f"{tower}.{_renamed(name, names)}", tensor
-        return
-    for part, rows in zip("qkv", tensor.chunk(3), strict=True):
-        yield f"{tower}.{qkv.format(match[1], part)}.{match[2]}", rows
+def siglip_fields(shapes: dict[str, tuple[int, ...]], heads: int, source: str) -> dict[str, Any]:
+    """The same of the second tower."""
+    return {**_tower_fields(shapes, SIGLIP_PREFIX, heads, source), "vision_use_head": False}
 
 
-def _renamed(name: str, names: dict[str, str]) -> str:
-    stem, _, parameter = name.rpartition(".")
-    for candidate, ending in ((name, ""), (stem, f".{parameter}")):
-        number = re.search(r"\.(\d+)\.", candidate)
-        key = candidate.replace(f".{number[1]}.", ".{}.", 1) if number else candidate
-        if key in names:
-            return names[key].format(number[1] if number else "") + ending
-    return name
-
-
-def _is_last_block(name: str, checkpoint: PublishedCheckpoint) -> bool:
-    """The features are read before a tower's last block, so it has no effect."""
-    for prefix in ("vision_backbone.featurizer.blocks.", "vision_backbone.fused_featurizer.blocks."):
-        if name.startswith(prefix):
-            return int(name.removeprefix(prefix).split(".")[0]) == max(_block_numbers(checkpoint.shapes, prefix))
-    return False
-
-
-def _dinov2_config(checkpoint: PublishedCheckpoint) -> dict[str, Any]:
-    config = _tower_config(checkpoint, "vision_backbone.featurizer.", tower=0)
-    registers = _shape(checkpoint.shapes, "vision_backbone.featurizer.reg_token", checkpoint.source)[1]
-    mlp_ratio = config.pop("intermediate_size") // config["hidden_size"]
-    return {**config, "num_register_tokens": registers, "mlp_ratio": mlp_ratio}
-
-
-def _siglip_config(checkpoint: PublishedCheckpoint) -> dict[str, Any]:
-    return {**_tower_config(checkpoint, "vision_backbone.fused_featurizer.", tower=1), "vision_use_head": False}
-
-
-def _tower_config(checkpoint: PublishedCheckpoint, prefix: str, tower: int) -> dict[str, Any]:
-    shapes, source = checkpoint.shapes, checkpoint.source
+def _tower_fields(shapes: dict[str, tuple[int, ...]], prefix: str, heads: int, source: str) -> dict[str, Any]:
     width, _, patch_size, _ = _shape(shapes, f"{prefix}patch_embed.proj.weight", source)
     num_patches = _shape(shapes, f"{prefix}pos_embed", source)[1]
     return {
         "hidden_size": width,
-        "num_hidden_layers": max(_block_numbers(shapes, f"{prefix}blocks."), default=0),
-        "num_attention_heads": _tower_heads(checkpoint, tower),
+        "num_hidden_layers": max(block_numbers(shapes, f"{prefix}blocks."), default=0),
+        "num_attention_heads": heads,
         "intermediate_size": _shape(shapes, f"{prefix}blocks.0.mlp.fc1.weight", source)[0],
         "image_size": round(num_patches**0.5) * patch_size,
         "patch_size": patch_size,
@@ -345,10 +274,6 @@ def _text_config(checkpoint: PublishedCheckpoint) -> dict[str, Any]:
     return {**text_config, "vocab_size": embeddings[0]}
 
 
-def _block_numbers(names: dict[str, Any], prefix: str) -> set[int]:
-    return {int(name.removeprefix(prefix).split(".")[0]) for name in names if name.startswith(prefix)}
-
-
 def _shape(tensors: dict[str, Any], name: str, source: str) -> tuple[int, ...]:
     if name not in tensors:
         raise ValueError(f"{source} is not a complete VLA-Adapter checkpoint: tensor {name} is missing.")
@@ -376,7 +301,7 @@ def _check_is_vla_adapter(config: dict[str, Any], source: str) -> None:
 def _find_weights(folder: Path, source: str) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(_read_json(index, source)["weight_map"].values()))
+        names = sorted(set(read_json(index, source)["weight_map"].values()))
     else:
         names = ["model.safetensors"]
     missing = [name for name in names if not (folder / name).is_file()]
@@ -401,47 +326,6 @@ def _find_pickle(folder: Path, kind: str, step: str | None, source: str) -> Path
     if not found:
         raise ValueError(f"{source} has no {wanted[0]}; it has {', '.join(names)}.")
     raise ValueError(f"{source} has several of one kind: {', '.join(names)}. Say which (step=..., --step).")
-
-
-def _read_json(path: Path, source: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{source} has no {path.name}.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path.name} of {source} is damaged: {error}.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} of {source} must hold a JSON object, got {type(content).__name__}.")
-    return content
-
-
-def _open_safetensors(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path.name} is damaged or cut short ({error}); download it again.") from error
-
-
-def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """A pickled state dict, without the prefix that distributed training leaves on its names."""
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path.name} holds something other than tensors, which would have to be executed to be read; it was "
-            f"refused and nothing was run. ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"{path.name} is damaged or cut short ({str(error).splitlines()[0]}).") from error
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError(f"{path.name} must hold a state dict of tensors, got {type(content).__name__}.")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
-
-
-def _is_zip(path: Path) -> bool:
-    """Whether the file has the format that can be memory-mapped; older ones are read."""
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04"
 
 
 class PublishedLayout:
