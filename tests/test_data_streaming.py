@@ -85,6 +85,7 @@ def keys_of(samples):
     return [(sample["episode_index"], sample["frame_index"]) for sample in samples]
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
 @pytest.mark.parametrize("name", ["lerobot_v30_image", "lerobot_v21_video"], ids=["one file", "a file per episode"])
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_workers_share_a_stream_out_without_loss_or_repetition(name, workers):
