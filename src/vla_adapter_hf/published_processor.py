@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, Qwen2Tokenizer
+from transformers import AutoConfig
 
 from vla_adapter_hf.modeling.modeling_vla_adapter import HUB_ARGUMENTS
+from vla_adapter_hf.pretrained_parts import load_tokenizer
 from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
 
 
@@ -22,5 +23,4 @@ class PrismaticProcessor(VLAAdapterProcessor):
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS & set(kwargs)}
         layout = {name: kwargs[name] for name in ("robot", "step", "cameras", "proprio_dim") if name in kwargs}
         config = AutoConfig.from_pretrained(source, **hub, **layout)
-        tokenizer = Qwen2Tokenizer.from_pretrained(source, **hub)
-        return VLAAdapterProcessor.from_model_config(config, tokenizer)
+        return VLAAdapterProcessor.from_model_config(config, load_tokenizer(source, **hub))

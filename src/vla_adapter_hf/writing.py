@@ -1,0 +1,104 @@
+"""Writing a checkpoint in our own layout: complete and read back, or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModel, AutoProcessor
+
+from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
+
+
+# Largest difference of a verified reload, in physical units. The weights are the same to the bit; where they lie in
+# memory changes the order of additions, and with it the last digits.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+
+
+def check_destination(destination: str | Path) -> Path:
+    """The folder to write, which must not be there yet or be empty.
+
+    Raises:
+        ValueError: when there is something already.
+    """
+    destination = Path(destination)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ValueError(f"{destination} exists already; name a new folder or remove it first.")
+    return destination
+
+
+def write_checkpoint(
+    destination: Path, model: torch.nn.Module, processor: object, card: str, say: Callable[[str], None] = print
+) -> None:
+    """Write model, processor and model card beside the destination, read them back, and rename.
+
+    Args:
+        destination (`Path`): a folder that [`check_destination`] accepts.
+        model, processor: what to save.
+        card (`str`): the text of the README.md.
+        say (`Callable`): receives a line of progress at a time.
+
+    Raises:
+        RuntimeError: when what was written is not what was in memory. Nothing is left behind then.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    try:
+        say("Writing")
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        say("Verifying")
+        difference = verify(partial, model, processor)
+        actions = f", actions within {difference:.1e}" if model.config.norm_stats else ""
+        say(f"  read back: the same weights{actions}")
+        partial.chmod(0o755)
+        if destination.exists():
+            destination.rmdir()
+        partial.rename(destination)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def verify(folder: Path, model: torch.nn.Module, processor: object) -> float:
+    """Read a written checkpoint back and compare weights (to the bit) and actions with the model in memory.
+
+    Returns:
+        `float`: the largest difference of an action, in physical units.
+
+    Raises:
+        RuntimeError: when they are not the same.
+    """
+    written = AutoModel.from_pretrained(folder, dtype=model.dtype)
+    for (name, expected), (_, found) in zip(model.state_dict().items(), written.state_dict().items(), strict=True):
+        if not torch.equal(expected.cpu(), found):
+            raise RuntimeError(f"verification failed: {name} changed on its way to disk.")
+    observation = synthetic_observation(model.config)
+    keys = list(model.config.norm_stats or {})
+    if not keys:
+        return 0.0
+    actions = [
+        one.predict_action(**of(**observation), unnorm_key=keys[0])
+        for one, of in ((model, processor), (written, AutoProcessor.from_pretrained(folder)))
+    ]
+    difference = float(np.abs(actions[0] - actions[1]).max())
+    if not difference <= TOLERANCE[model.dtype]:
+        raise RuntimeError(f"verification failed: read back, the actions differ by {difference:.2e}.")
+    return difference
+
+
+def synthetic_observation(config: VLAAdapterConfig) -> dict[str, object]:
+    """An observation of the right sizes for any model: smooth random frames and a state within the statistics."""
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(0, 256, (config.num_cameras, 8, 8, 3), dtype=np.uint8)
+    proprio = next(iter(config.norm_stats.values()))["proprio"] if config.norm_stats else {}
+    return {
+        "images": [frame.repeat(32, axis=0).repeat(32, axis=1) for frame in coarse],
+        "text": "pick up the object and place it in the basket",
+        "state": np.asarray(proprio.get("mean", np.zeros(config.proprio_dim)), dtype=np.float64),
+    }
