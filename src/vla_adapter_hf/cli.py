@@ -63,6 +63,38 @@ def convert(
 
 
 @app.command()
+def init(
+    destination: Path,
+    base: Annotated[str | None, typer.Option(help="Base vision-language model in its own layout.")] = None,
+    dinov2: Annotated[str | None, typer.Option(help="DINOv2 with registers: folder or Hub id.")] = None,
+    siglip: Annotated[str | None, typer.Option(help="SigLIP: folder or Hub id.")] = None,
+    language_model: Annotated[str | None, typer.Option(help="Qwen2.5: folder or Hub id.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Where it is, if not with the language model.")] = None,
+    robot: Annotated[str, typer.Option(help="Robot preset for sizes, cameras and normalisation.")] = "libero",
+    cameras: Annotated[str | None, typer.Option(help="Camera names in order, as in front,wrist.")] = None,
+    chunk_size: Annotated[int | None, typer.Option(help="Actions per chunk.")] = None,
+    action_dim: Annotated[int | None, typer.Option(help="Size of an action.")] = None,
+    proprio_dim: Annotated[int | None, typer.Option(help="Size of the state.")] = None,
+    norm_type: Annotated[str | None, typer.Option(help="bounds_q99, bounds or normal.")] = None,
+    norm_stats: Annotated[Path | None, typer.Option(help="JSON file of statistics.")] = None,
+    policy_variant: Annotated[str | None, typer.Option(help="pro (the default) or original.")] = None,
+    step: Step = None,
+    dtype: Annotated[str, typer.Option(help="Precision to store: float32, bfloat16 or float16.")] = "float32",
+    seed: Annotated[int, typer.Option(help="What the new parts are drawn from.")] = 0,
+) -> None:
+    """Write a model with a new policy, to train from: a base model, or DINOv2 + SigLIP + Qwen2.5."""
+    from vla_adapter_hf.starting_points import init as run
+
+    fields = {"chunk_size": chunk_size, "action_dim": action_dim, "proprio_dim": proprio_dim, "norm_type": norm_type}
+    fields |= {"cameras": cameras.split(",") if cameras else None, "policy_variant": policy_variant}
+    options = {"dinov2": dinov2, "siglip": siglip, "language_model": language_model, "tokenizer": tokenizer}
+    options |= {"robot": robot, "norm_stats": norm_stats, "step": step, "seed": seed}
+    with readable_errors():
+        given = {name: value for name, value in fields.items() if value is not None}
+        run(destination, base, dtype=_dtype(dtype), say=typer.echo, **options, **given)
+
+
+@app.command()
 def demo(
     checkpoint: Annotated[str | None, typer.Option(help="Folder or Hub id; by default the embedded one.")] = None,
     output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("demo.png"),
