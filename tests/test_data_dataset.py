@@ -211,6 +211,22 @@ def test_unknown_versions_are_refused(tmp_path):
         VLAAdapterDataset.from_lerobot(folder, robot="libero")
 
 
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("lerobot_v21_video", "meta/episodes.jsonl"),
+        ("lerobot_v21_video", "meta/tasks.jsonl"),
+        ("lerobot_v30_image", "meta/tasks.parquet"),
+        ("lerobot_v30_image", "meta/episodes/chunk-000/file-000.parquet"),
+    ],
+)
+def test_incomplete_metadata_is_refused(name, path, tmp_path):
+    folder = copy_of(name, tmp_path)
+    (folder / path).unlink()
+    with pytest.raises(ValueError, match="the dataset is incomplete, fetch it again"):
+        VLAAdapterDataset.from_lerobot(folder, robot="libero")
+
+
 # Bad episodes
 
 
@@ -310,6 +326,17 @@ def test_bad_episodes_are_named_or_skipped_and_counted(damage, tmp_path, caplog)
     sample = next(dataset[i] for i in range(len(dataset)) if dataset.get(i, load_images=False)["episode_index"] == 2)
     assert np.array_equal(sample["actions"], whole[0]["actions"])
     assert np.array_equal(sample["images"][1], whole[0]["images"][1])
+
+
+def test_bad_episodes_that_are_not_chosen_stand_in_nobodys_way(tmp_path, caplog):
+    folder = copy_of("lerobot_v21_video", tmp_path)
+    break_nan(folder)
+    dataset = VLAAdapterDataset.from_lerobot(folder, robot="libero", episodes=[0, 2])
+    assert dataset.num_skipped_episodes == 0
+    with caplog.at_level("WARNING"):
+        stats = dataset.norm_stats["lerobot_v21_video"]
+    assert (stats["num_transitions"], stats["num_trajectories"]) == (226 - 58, 3)
+    assert "statistics leave out 1 episodes, the first: episode 1, frame 12" in caplog.text
 
 
 def test_bad_episodes_in_parquet_files_with_images_leave_the_others_in_place(tmp_path):

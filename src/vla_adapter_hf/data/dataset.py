@@ -13,7 +13,7 @@ import torch
 
 from ..robots import RobotPreset, get_robot
 from .episodes import BadEpisode, BadEpisodeError, check_on_bad_episode
-from .lerobot import LeRobotSource
+from .lerobot import LeRobotSource, lerobot_folder
 from .plain import PlainSource
 from .rlds import RLDSSource
 from .source import DemonstrationSource
@@ -124,12 +124,13 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
         if episodes is None:
             return chosen
         wanted = {int(index) for index in episodes}
-        missing = wanted - set(indices[chosen].tolist())
+        numbers = indices[chosen].tolist()
+        missing = wanted - set(numbers)
         if missing:
-            raise ValueError(
-                f"{self.source.where}: episode {min(missing)} does not exist; there are {len(chosen)}, "
-                f"numbered {indices[chosen].min()} to {indices[chosen].max()}"
+            there = (
+                f"there are {len(numbers)}, numbered {min(numbers)} to {max(numbers)}" if numbers else "there are none"
             )
+            raise ValueError(f"{self.source.where}: episode {min(missing)} does not exist; {there}")
         return [position for position in chosen if int(indices[position]) in wanted]
 
     def _find_bad_episodes(self, chosen: list[int]) -> list[BadEpisode]:
@@ -187,7 +188,7 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
         """
         preset = get_robot(robot) if robot is not None else None
         source = LeRobotSource(
-            dataset_folder(path, revision, ("meta/**", "data/**", "videos/**")),
+            lerobot_folder(path, cameras, preset, revision),
             cameras,
             preset,
             state_column,
@@ -357,8 +358,9 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
     def norm_stats(self) -> dict[str, dict[str, Any]]:
         """`{unnorm_key: statistics}` over the whole dataset, whatever part of it this is; see `statistics`."""
         if self._norm_stats is None:
+            # Bad episodes among the chosen ones have been dealt with; others must not stand in the way now.
             self._norm_stats = compute_norm_stats(
-                self, on_bad_episode=self.on_bad_episode, cache_dir=self.cache_dir, progress=self.progress
+                self, on_bad_episode="skip", cache_dir=self.cache_dir, progress=self.progress
             )
         return self._norm_stats
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .episodes import BadEpisode, EpisodeTable, EpisodeTableBuilder
 from .frames import decode_frame, is_jpeg
 from .lerobot_metadata import LeRobotEpisode, LeRobotMetadata, read_lerobot_metadata
 from .source import DemonstrationSource
-from .storage import cache_directory
+from .storage import cache_directory, dataset_folder
 from .video import VideoCache
 
 
@@ -200,10 +201,12 @@ class LeRobotSource(DemonstrationSource):
                 break
         return problems
 
+    @cached_property
+    def _episode_of_index(self) -> dict[int, LeRobotEpisode]:
+        return {episode.index: episode for episode in self.metadata.episodes}
+
     def _episode_at(self, position: int) -> LeRobotEpisode | None:
-        if not hasattr(self, "_by_index"):
-            self._by_index = {episode.index: episode for episode in self.metadata.episodes}
-        return self._by_index.get(int(self.table.episode_indices[position]))
+        return self._episode_of_index.get(int(self.table.episode_indices[position]))
 
     def positions_of_split(self, split: str) -> list[int]:
         if split not in self.metadata.splits:
@@ -251,6 +254,26 @@ class LeRobotSource(DemonstrationSource):
         if not data:
             raise ValueError(f"camera {column!r} has no image")
         return data
+
+
+def lerobot_folder(
+    path: str | os.PathLike,
+    cameras: Sequence[str] | None = None,
+    robot: RobotPreset | None = None,
+    revision: str | None = None,
+) -> Path:
+    """A LeRobot dataset's local folder; from the Hub its metadata first, then data and the videos of the chosen cameras.
+
+    Raises:
+        ValueError: see `storage.dataset_folder` and `columns.find_cameras`.
+    """
+    folder = dataset_folder(path, revision, ("meta/**",))
+    if Path(path).expanduser().is_dir():
+        return folder
+    metadata = read_lerobot_metadata(folder, f"LeRobot dataset {path}")
+    chosen = metadata.find_cameras(cameras, robot.cameras if robot is not None else None)
+    videos = [f"videos/*{column}/*" for column in chosen if metadata.is_video(column)]
+    return dataset_folder(path, revision, ("meta/**", "data/**", *videos))
 
 
 def _disable(progress: bool | None) -> bool | None:

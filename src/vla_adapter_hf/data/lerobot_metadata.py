@@ -121,6 +121,8 @@ def _read_splits(splits: dict[str, str]) -> dict[str, tuple[int, int]]:
 
 
 def _json_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; the dataset is incomplete, fetch it again")
     with path.open(encoding="utf-8") as file:
         return [json.loads(line) for line in file if line.strip()]
 
@@ -154,7 +156,10 @@ def _read_v3(folder: Path, info: dict[str, Any], cameras: list[str]) -> tuple[di
         columns += [f"videos/{key}/{part}" for part in ("chunk_index", "file_index", "from_timestamp")]
     fps = float(info["fps"])
     episodes = []
-    for path in sorted((folder / "meta" / "episodes").glob("*/*.parquet")):
+    paths = sorted((folder / "meta" / "episodes").glob("*/*.parquet"))
+    if not paths:
+        raise ValueError(f"{folder}: meta/episodes has no parquet file; the dataset is incomplete, fetch it again")
+    for path in paths:
         file = pq.ParquetFile(path)
         # The statistics in the same file (hundreds of nested columns) are not wanted.
         present = [name for name in columns if name in file.schema_arrow.names]
@@ -186,6 +191,8 @@ def _read_v3(folder: Path, info: dict[str, Any], cameras: list[str]) -> tuple[di
 
 def _read_v3_tasks(path: Path) -> dict[int, str]:
     # Not through pandas: the text is its index, stored as a column of its own name or of a placeholder's.
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; the dataset is incomplete, fetch it again")
     table = pq.read_table(path)
     texts = [name for name in ("task", "__index_level_0__") if name in table.column_names]
     if not texts or "task_index" not in table.column_names:

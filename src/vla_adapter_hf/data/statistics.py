@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from .storage import cache_directory, write_beside
 
 if TYPE_CHECKING:
     from .dataset import VLAAdapterDataset
+
+logger = logging.getLogger(__name__)
 
 _RULES_VERSION = 1  # part of the cache key: a change of the rules below must not find old results
 _BLOCK = 1 << 16  # steps added up at a time
@@ -124,6 +127,11 @@ def compute_norm_stats(
         if table.problems and on_bad_episode == "error":
             raise BadEpisodeError(
                 source.where, list(table.problems.values()), 'Mend the dataset or pass on_bad_episode="skip"'
+            )
+        if table.problems:
+            first = next(iter(table.problems.values()))
+            logger.warning(
+                "%s: statistics leave out %d episodes, the first: %s", source.where, len(table.problems), first
             )
         entry = _norm_stats_of(table.states, table.actions, source, progress)
         entry["num_transitions"] = len(table.actions)
