@@ -2,10 +2,11 @@
 
     python benchmarks/data_loading.py [--samples 300] [--repeats 3] [--workers 0]
 
-Four episodes of the test fixtures are scaled up to two 256x256 cameras and written in each format to a temporary folder.
-"plain" is decoding alone, "resized" adds the exact Lanczos-3 resize to 224x224, "augmented" the training augmentation.
-Random access draws samples in random order, streams take them as they come. With `--workers 0` everything runs in this
-process: that is what one worker does, without handing samples over. The best of the repeats is shown.
+Four episodes of the test fixtures are scaled up to two 256x256 cameras and written in each format to a temporary
+folder. "plain" is decoding alone, "resized" adds the exact Lanczos-3 resize to 224x224, "augmented" the training
+augmentation. Random access draws samples in random order, streams take them as they come. With `--workers 0`
+everything runs in this process and seconds are processor time, which other work on the machine disturbs less: that is
+what one worker with a core of its own does, without handing samples over. The best of the repeats is shown.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training augmentation: the published operations in their order and ranges, and the same draws wherever they are made."""
+"""Training augmentation: the published operations, their order and ranges, and draws that are the same everywhere."""
 
 import colorsys
 
@@ -56,7 +56,7 @@ def test_operations_are_the_published_ones_in_their_order(frame, index):
 
 
 def test_a_known_draw_gives_known_pixels():
-    """Crop switched off, one colour: brightness +0.1, contrast does nothing, saturation doubles, hue turns by a third."""
+    """No crop, one colour: brightness +0.1, contrast does nothing, saturation doubles, hue turns by a third."""
     augmentation = ImageAugmentation(4, crop_area=1.0)
     image = np.full((4, 4, 3), (153, 102, 102), np.uint8)  # 0.6, 0.4, 0.4
     draw = {"y": 0.0, "x": 0.0, "brightness": 0.1, "contrast": 1.2, "saturation": 2.0, "hue": 1 / 3}

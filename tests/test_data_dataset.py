@@ -306,8 +306,16 @@ def change_length(folder, episode, length):
 
 
 BREAKS = [
-    break_nan, break_short, break_empty, break_length, break_frames, break_size, break_data_file, break_video, break_task
-]  # fmt: skip
+    break_nan,
+    break_short,
+    break_empty,
+    break_length,
+    break_frames,
+    break_size,
+    break_data_file,
+    break_video,
+    break_task,
+]
 
 
 @pytest.mark.parametrize("damage", BREAKS, ids=lambda damage: damage.__name__.removeprefix("break_"))

@@ -54,7 +54,7 @@ def test_lerobot_v20_is_v21_without_statistics_per_episode(tmp_path):
 
 
 def test_lerobot_v2_with_frames_in_parquet(tmp_path):
-    """v2.1 with images: one parquet per episode, cut from the v3.0 fixture, the second episode in a chunk of its own."""
+    """v2.1 with images: one parquet per episode, cut from the v3.0 fixture, the second in a chunk of its own."""
     import pyarrow.parquet as pq
 
     folder = copy_of("lerobot_v30_image", tmp_path)
@@ -77,7 +77,7 @@ def test_lerobot_v2_with_frames_in_parquet(tmp_path):
 
 
 def test_lerobot_v3_with_frames_and_data_in_several_files(tmp_path):
-    """The second file's rows count on in `index`, and the cameras may split elsewhere: places come from meta/episodes."""
+    """The second file's rows count on in `index`: places come from meta/episodes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -121,7 +121,8 @@ class RobotPreset:
             raise ValueError(f"norm_type={self.norm_type!r} is not one of {', '.join(map(repr, NORM_TYPES))}")
         if len(self.action_mask) != self.action_dim:
             raise ValueError(
-                f"action_mask of robot {self.name!r} has {len(self.action_mask)} entries for action_dim={self.action_dim}"
+                f"action_mask of robot {self.name!r} has {len(self.action_mask)} entries for "
+                f"action_dim={self.action_dim}"
             )
 
     def to_training(self, actions: np.ndarray) -> np.ndarray:

@@ -1,7 +1,8 @@
 """What happens to camera frames between decoding and the processor: resize, and in training augmentation.
 
-A transform is called with all cameras' frames of one sample and returns frames of the model's size. Its draws depend on
-seed, epoch, sample index and camera alone: the same sample looks the same whatever the number of workers and the order.
+A transform is called with all cameras' frames of one sample and returns frames of the model's size. Its draws depend
+on seed, epoch, sample index and camera alone: the same sample looks the same whatever the number of workers and the
+order.
 """
 
 from __future__ import annotations
@@ -77,9 +78,10 @@ class ImageAugmentation:
     Args:
         image_size: pixels, one number or (height, width).
         seed: with epoch, sample index and camera it decides all draws.
-        crop_area: share of the area that the crop keeps; the processor's centre crop at inference should have the same.
-        independent_offsets: draw the crop's two offsets on their own. The published training uses one draw for both, so its
-            window moves along the diagonal only; that is the default.
+        crop_area: share of the area that the crop keeps; the processor's centre crop at inference should have the
+            same.
+        independent_offsets: draw the crop's two offsets on their own. The published training uses one draw for both,
+            so its window moves along the diagonal only; that is the default.
         brightness, contrast, saturation, hue: the ranges of the draws.
 
     Raises:
@@ -190,8 +192,8 @@ def adjust_contrast(planes: np.ndarray, factor: float) -> None:
 def adjust_saturation_and_hue(planes: np.ndarray, factor: float, delta: float) -> np.ndarray:
     """In HSV, scale S by `factor` (clipped to 0...1), then turn H by `delta` of a full turn.
 
-    Both in one passage through HSV: the value V and, away from grey, the hue survive the saturation step unchanged, and what
-    comes out of HSV lies in 0...1, so nothing is lost by not going back to RGB in between.
+    Both in one passage through HSV: the value V and, away from grey, the hue survive the saturation step unchanged,
+    and what comes out of HSV lies in 0...1, so nothing is lost by not going back to RGB in between.
 
     Args:
         planes: float32 (3, height, width) in 0...1.

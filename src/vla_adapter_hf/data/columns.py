@@ -70,7 +70,8 @@ def find_cameras(
 
     Raises:
         TypeError: `given` is a string instead of a list.
-        ValueError: a camera that does not exist, that is ambiguous or given twice; no cameras given and more than one there.
+        ValueError: a camera that does not exist, that is ambiguous or given twice; no cameras given and more than one
+            there.
     """
     if isinstance(given, str):
         raise TypeError(f"cameras={given!r} is a string; expected a list of camera names, such as [{given!r}]")
@@ -83,7 +84,8 @@ def find_cameras(
             return [available[0]]
         else:
             raise ValueError(
-                f"{where}: there are {len(available)} cameras ({_listed(available)}); their order matters to the model. "
+                f"{where}: there are {len(available)} cameras ({_listed(available)}); their order matters to "
+                "the model. "
                 "Give cameras=[...], third person first, then the wrist camera(s)"
             )
     if len(given) == 0:
@@ -93,7 +95,8 @@ def find_cameras(
         matches = [name] if name in available else [column for column in available if last_name(column) == name]
         if not matches:
             raise ValueError(
-                f"{where}: camera {name!r} does not exist; cameras that exist: {_listed(available)}. Give cameras=[...]"
+                f"{where}: camera {name!r} does not exist; cameras that exist: {_listed(available)}. Give "
+                "cameras=[...]"
             )
         if len(matches) > 1:
             raise ValueError(f"{where}: camera {name!r} could be any of {_listed(matches)}; give its full column name")

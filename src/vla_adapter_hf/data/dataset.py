@@ -45,13 +45,14 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
     Args:
         source: the recorded episodes.
         chunk_size: actions per sample (K); by default the robot's, else 8.
-        pad_chunks: False: only chunks that fit, n - K + 1 from an episode of n steps. True: one from every step, padded at
-            the end of the episode, as LeRobot does.
+        pad_chunks: False: only chunks that fit, n - K + 1 from an episode of n steps. True: one from every step,
+            padded at the end of the episode, as LeRobot does.
         unnorm_key: key of the statistics; by default the dataset's name.
         action_mask: for each action dimension whether it is normalised; by default the robot's, else all are.
-        on_bad_episode: `"error"` raises for the first episode that cannot be used; `"skip"` leaves such episodes out, says how
-            many in a warning and lists them in `bad_episodes`.
-        image_transform: called as `transform(images, epoch=..., index=...)`, see `augmentation`; None leaves frames as decoded.
+        on_bad_episode: `"error"` raises for the first episode that cannot be used; `"skip"` leaves such episodes out,
+            says how many in a warning and lists them in `bad_episodes`.
+        image_transform: called as `transform(images, epoch=..., index=...)`, see `augmentation`; None leaves frames as
+            decoded.
         split: only episodes of a split that the dataset itself declares, such as "train".
         episodes: only these episode indices.
         cache_dir: where statistics, indices and unpacked frames are kept; see `storage.cache_directory`.
@@ -109,8 +110,8 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
         self._use(usable)
         if len(self) == 0:
             raise ValueError(
-                f"{source.where}: there are no samples; {len(chosen)} episodes, {len(self.bad_episodes)} of them skipped"
-                + (f", the first because {self.bad_episodes[0]}" if self.bad_episodes else "")
+                f"{source.where}: there are no samples; {len(chosen)} episodes, {len(self.bad_episodes)} of "
+                "them skipped" + (f", the first because {self.bad_episodes[0]}" if self.bad_episodes else "")
             )
         source.prepare_images()
 
@@ -176,8 +177,8 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
 
         Args:
             path: a folder, or the id of a Hub dataset repository.
-            cameras: camera names in the order the model sees them, third person first; may be left out with one camera, or
-                with a robot whose cameras all exist.
+            cameras: camera names in the order the model sees them, third person first; may be left out with one
+                camera, or with a robot whose cameras all exist.
             chunk_size: see the class.
             robot: a preset of `robots` whose gripper and state conventions the recordings follow; None applies none.
             state_column, action_column: where their names are not `observation.state` and `action`.
@@ -275,8 +276,8 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
             cameras: image columns in the order the model sees them; see `from_lerobot`.
             chunk_size: see the class.
             robot: a preset of `robots` whose gripper and state conventions the recordings follow; None applies none.
-            state_column, action_column, episode_column, frame_column, instruction_column: where their names are not the usual
-                ones. `frame_column` orders the rows of an episode; without one they are taken as they come.
+            state_column, action_column, episode_column, frame_column, instruction_column: where their names are not
+                the usual ones. `frame_column` orders the rows of an episode; without one they are taken as they come.
             instruction: one text for all episodes, instead of a column.
             unnorm_key: key of the statistics.
             options: the class's other arguments.
@@ -429,8 +430,8 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
         Args:
             validation: a share of the episodes (float below 1), a number of them (int), or their indices.
             seed: decides which, for a share or a number.
-            validation_transform: of the validation part, which is never augmented; give an `ImageResize` of the training
-                transform's size.
+            validation_transform: of the validation part, which is never augmented; give an `ImageResize` of the
+                training transform's size.
 
         Raises:
             ValueError: one of the two parts would be empty.

@@ -134,7 +134,8 @@ class LeRobotSource(DemonstrationSource):
             shape = self.metadata.features[column].get("shape")
             if len(values) and shape and values.shape[1] != shape[0]:
                 raise ValueError(
-                    f"{self.where}: {path.name} has {values.shape[1]} values in {column!r}, meta/info.json says {shape[0]}"
+                    f"{self.where}: {path.name} has {values.shape[1]} values in {column!r}, meta/info.json "
+                    f"says {shape[0]}"
                 )
         runs: dict[int, list[tuple[int, int]]] = {}
         edges = np.flatnonzero(np.diff(numbers.episode_index)) + 1
@@ -211,14 +212,15 @@ class LeRobotSource(DemonstrationSource):
     def positions_of_split(self, split: str) -> list[int]:
         if split not in self.metadata.splits:
             raise ValueError(
-                f"{self.where}: split={split!r} does not exist; splits in meta/info.json: {', '.join(self.metadata.splits) or 'none'}"
+                f"{self.where}: split={split!r} does not exist; splits in meta/info.json: "
+                f"{', '.join(self.metadata.splits) or 'none'}"
             )
         first, end = self.metadata.splits[split]
         indices = self.table.episode_indices
         return np.flatnonzero((indices >= first) & (indices < end)).tolist()
 
     def prepare_images(self) -> None:
-        """Make frames in parquet accessible at random: once, `datasets` writes them to the cache as memory-mapped Arrow.
+        """Make frames in parquet accessible at random: `datasets` writes them, once, to memory-mapped Arrow files.
 
         A parquet file has to be unpacked by the page, which for one random frame is a hundred too many.
         """
@@ -262,7 +264,7 @@ def lerobot_folder(
     robot: RobotPreset | None = None,
     revision: str | None = None,
 ) -> Path:
-    """A LeRobot dataset's local folder; from the Hub its metadata first, then data and the videos of the chosen cameras.
+    """A LeRobot dataset's local folder; from the Hub metadata first, then data and the chosen cameras' videos.
 
     Raises:
         ValueError: see `storage.dataset_folder` and `columns.find_cameras`.

@@ -98,7 +98,8 @@ def read_lerobot_metadata(folder: Path, where: str | None = None) -> LeRobotMeta
         tasks, episodes = _read_v3(folder, info, cameras)
     else:
         raise ValueError(
-            f"{where}: codebase_version is {version!r}; this package reads v2.0, v2.1 and v3.0. Convert the dataset with lerobot"
+            f"{where}: codebase_version is {version!r}; this package reads v2.0, v2.1 and v3.0. Convert the "
+            "dataset with lerobot"
         )
     return LeRobotMetadata(
         where=where,

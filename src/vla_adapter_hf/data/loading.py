@@ -45,7 +45,8 @@ def detect_format(path: str | os.PathLike) -> str:
         if "several RLDS datasets" in str(error):
             return "rlds"
         raise ValueError(
-            f"dataset {str(path)!r} is not recognised: no meta/info.json (LeRobot), no TFRecord shards (RLDS), no state.json "
+            f"dataset {str(path)!r} is not recognised: no meta/info.json (LeRobot), no TFRecord shards (RLDS), "
+            "no state.json "
             "(datasets.save_to_disk)"
         ) from None
     return "rlds"

@@ -1,7 +1,7 @@
 """RLDS / TFDS datasets with random access, without TensorFlow.
 
-Every shard is read once: checksums are verified, states, actions and instructions are kept, and of each camera frame the
-place of its bytes. That index is stored in the cache directory; afterwards a frame is one read of some kilobytes.
+Every shard is read once: checksums are verified, states, actions and instructions are kept, and of each camera frame
+the place of its bytes. That index is stored in the cache directory; afterwards a frame is one read of some kilobytes.
 """
 
 from __future__ import annotations
@@ -192,7 +192,8 @@ class RLDSSource(DemonstrationSource):
         for shard, records in zip(self.files.shards, self._records, strict=True):
             if shard.records is not None and shard.records != len(records):
                 raise ValueError(
-                    f"{self.where}: {shard.path.name} has {len(records)} episodes, dataset_info.json says {shard.records}"
+                    f"{self.where}: {shard.path.name} has {len(records)} episodes, dataset_info.json says "
+                    f"{shard.records}"
                 )
         first = first_readable_example(self.files.shards, self.where)
         self.columns = find_rlds_columns(
@@ -257,7 +258,7 @@ class RLDSSource(DemonstrationSource):
     def _add_record(
         self, builder: EpisodeTableBuilder, file: Any, path: Path, record: Record, index: int
     ) -> np.ndarray:
-        """Add one record's episode to the table; returns the absolute spans of its frames, (steps kept, cameras, 2)."""
+        """Add one record's episode to the table; returns its frames' spans in the file, (steps kept, cameras, 2)."""
         nothing = np.zeros((0, len(self.cameras), 2), np.int64)
         try:
             data = read_record(file, record, path.name, self.verify_checksums)

@@ -63,11 +63,13 @@ def find_version_folder(folder: Path, name: str | None = None) -> Path:
         return find_version_folder(datasets[0])
     if datasets:
         raise ValueError(
-            f"{folder} holds several RLDS datasets: {', '.join(entry.name for entry in datasets)}; choose one with name=..."
+            f"{folder} holds several RLDS datasets: {', '.join(entry.name for entry in datasets)}; choose one "
+            "with name=..."
         )
     found = ", ".join(entry.name for entry in _entries(folder)[:10]) or "nothing"
     raise ValueError(
-        f"{folder} holds no RLDS dataset: expected files such as <name>-train.tfrecord-00000-of-00016, there or in a version "
+        f"{folder} holds no RLDS dataset: expected files such as <name>-train.tfrecord-00000-of-00016, there "
+        "or in a version "
         f"folder such as 1.0.0; found {found}"
     )
 
@@ -108,7 +110,8 @@ def read_rlds_files(folder: Path) -> RLDSFiles:
         missing = sorted(set(range(counts[split])) - set(shards[split]))
         if missing:
             raise ValueError(
-                f"{folder}: split {split!r} lacks {len(missing)} of {counts[split]} shards, the first is number {missing[0]}. "
+                f"{folder}: split {split!r} lacks {len(missing)} of {counts[split]} shards, the first is "
+                f"number {missing[0]}. "
                 "Fetch the dataset again."
             )
         lengths = promised.get(split, [])

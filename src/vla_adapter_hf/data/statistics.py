@@ -1,7 +1,8 @@
 """Norm stats of a dataset: what normalises its states and actions, by the rules of the published models.
 
-They cover every transition whose numbers can be read, of all splits, before chunking, unlabelled episodes included, after
-the robot's gripper convention: `min`, `max`, `mean`, the population's `std`, and NumPy's linear quantiles `q01` and `q99`.
+They cover every transition whose numbers can be read, of all splits, before chunking, unlabelled episodes included,
+after the robot's gripper convention: `min`, `max`, `mean`, the population's `std`, and NumPy's linear quantiles `q01`
+and `q99`.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ _BLOCK = 1 << 16  # steps added up at a time
 def column_statistics(values: np.ndarray, progress: tqdm | None = None) -> dict[str, list[float]]:
     """Statistics of every column of float32 (steps, dims).
 
-    Mean and standard deviation are added up in float64 and rounded to float32; the quantiles are exact and computed a column
-    at a time, so that a million steps need 16 MB beyond the values themselves.
+    Mean and standard deviation are added up in float64 and rounded to float32; the quantiles are exact and computed a
+    column at a time, so that a million steps need 16 MB beyond the values themselves.
 
     Raises:
         ValueError: no steps.
@@ -86,14 +87,15 @@ def compute_norm_stats(
 ) -> dict[str, dict[str, Any]]:
     """Norm stats of a dataset, in the layout of a checkpoint's `norm_stats`.
 
-    The result is cached under a hash of the content of the data files and of the conventions applied, so a dataset whose
-    files did not change is not read again. Quantiles stored in a LeRobot v3.0 dataset are never used: they are averages of
-    the episodes' quantiles.
+    The result is cached under a hash of the content of the data files and of the conventions applied, so a dataset
+    whose files did not change is not read again. Quantiles stored in a LeRobot v3.0 dataset are never used: they are
+    averages of the episodes' quantiles.
 
     Args:
         dataset: a dataset, or the source below it.
         unnorm_key: the key; by default the dataset's own.
-        action_mask: for each action dimension whether it is normalised; by default the dataset's or its robot's, else all.
+        action_mask: for each action dimension whether it is normalised; by default the dataset's or its robot's, else
+            all.
         on_bad_episode: `"error"`, or `"skip"` to leave out episodes whose states or actions cannot be used.
         use_cache: look in the cache, and store the result there.
         cache_dir: see `storage.cache_directory`.

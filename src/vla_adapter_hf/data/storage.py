@@ -50,7 +50,8 @@ def dataset_folder(
         return folder
     if not isinstance(path_or_repo_id, str) or not _REPO_ID.fullmatch(path_or_repo_id):
         raise ValueError(
-            f"dataset {str(path_or_repo_id)!r} is neither a folder that exists nor a Hub repository id such as 'me/pick-and-place'"
+            f"dataset {str(path_or_repo_id)!r} is neither a folder that exists nor a Hub repository id such as "
+            "'me/pick-and-place'"
         )
     return Path(
         snapshot_download(

@@ -1,4 +1,4 @@
-"""`VLAAdapterStreamingDataset`: the same samples as `VLAAdapterDataset`, one after the other, without random access."""
+"""`VLAAdapterStreamingDataset`: the samples of `VLAAdapterDataset` one after the other, without random access."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _FRAMES_PER_EPISODE = 1 << 24
 class VLAAdapterStreamingDataset(torch.utils.data.IterableDataset):
     """Recorded demonstrations as a stream of samples; see `VLAAdapterDataset` for what a sample holds.
 
-    Made by `from_lerobot`, `from_rlds` or `from_dataset`. DataLoader workers share the shards (files) out among them, or, where
-    there are fewer shards than workers, the episodes. All processes of a distributed run see the same stream and accelerate
-    deals it out. There is no length: give `max_steps` to the Trainer.
+    Made by `from_lerobot`, `from_rlds` or `from_dataset`. DataLoader workers share the shards (files) out among them,
+    or, where there are fewer shards than workers, the episodes. All processes of a distributed run see the same stream
+    and accelerate deals it out. There is no length: give `max_steps` to the Trainer.
 
     Args:
         stream: the episodes.
         chunk_size, pad_chunks, unnorm_key, action_mask, on_bad_episode, image_transform: see `VLAAdapterDataset`.
-        shuffle_buffer: samples to draw from at random; the order of the shards is then random too. 0 keeps the order. Frames wait
-            in it undecoded.
+        shuffle_buffer: samples to draw from at random; the order of the shards is then random too. 0 keeps the order.
+            Frames wait in it undecoded.
         seed: with the epoch it decides the order.
-        norm_stats: statistics of the dataset, `{unnorm_key: ...}`; by default they are computed in a pass of their own over the
-            numbers when first asked for.
+        norm_stats: statistics of the dataset, `{unnorm_key: ...}`; by default they are computed in a pass of their own
+            over the numbers when first asked for.
         cache_dir: where statistics are cached; see `storage.cache_directory`.
     """
 
@@ -298,7 +298,8 @@ class VLAAdapterStreamingDataset(torch.utils.data.IterableDataset):
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}({self.stream.where}, {self.stream.num_shards} shards, chunk_size={self.chunk_size}, "
+            f"{type(self).__name__}({self.stream.where}, {self.stream.num_shards} shards, "
+            f"chunk_size={self.chunk_size}, "
             f"cameras={list(self.cameras)}, unnorm_key={self.unnorm_key!r})"
         )
 

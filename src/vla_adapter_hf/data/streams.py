@@ -97,8 +97,8 @@ class EpisodeStream(ABC):
 class LeRobotStream(EpisodeStream):
     """A LeRobot dataset, local or on the Hub, its parquet files read through `datasets` streaming.
 
-    From the Hub, `meta/` is fetched first, parquet files are read as they come, and MP4 files are fetched one by one when
-    their first frame is needed. A shard is a data file.
+    From the Hub, `meta/` is fetched first, parquet files are read as they come, and MP4 files are fetched one by one
+    when their first frame is needed. A shard is a data file.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """TFRecord files and the `tf.train.Example` in them, read and written without TensorFlow.
 
-A record is: length (8 bytes, little endian), masked CRC-32C of those 8 bytes, data, masked CRC-32C of the data. The data
-is a protocol buffer `Example { Features { map<string, Feature> } }`; a feature is a list of byte strings, floats or
-integers. Only what that message needs of the wire format is here.
+A record is: length (8 bytes, little endian), masked CRC-32C of those 8 bytes, data, masked CRC-32C of the data. The
+data is a protocol buffer `Example { Features { map<string, Feature> } }`; a feature is a list of byte strings, floats
+or integers. Only what that message needs of the wire format is here.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def read_record(file: BinaryIO, record: Record, name: str, verify: bool = True) 
         raise TFRecordError(f"{name}: the record at byte {record.offset} is cut off. Fetch the file again.")
     if verify and masked_crc32c(data) != record.stored_crc:
         raise TFRecordError(
-            f"{name}: the record at byte {record.offset} does not match its checksum; the file is damaged. Fetch it again."
+            f"{name}: the record at byte {record.offset} does not match its checksum; the file is damaged. "
+            "Fetch it again."
         )
     return data
 

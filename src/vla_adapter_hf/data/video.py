@@ -1,7 +1,7 @@
 """Single frames out of MP4 files, in order or at random, with PyAV.
 
-Datasets written for training have a key frame every few frames, so a random frame costs a seek and two or three decoded
-frames; frames asked for in order are decoded one after the other without seeking.
+Datasets written for training have a key frame every few frames, so a random frame costs a seek and two or three
+decoded frames; frames asked for in order are decoded one after the other without seeking.
 """
 
 from __future__ import annotations

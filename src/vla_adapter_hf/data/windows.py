@@ -11,8 +11,8 @@ class WindowIndex:
     Args:
         lengths: steps of each episode.
         chunk_size: actions per window (K).
-        pad: False: only windows that fit, `length - K + 1` per episode; True: one per step, the last K - 1 of which reach
-            beyond the end of the episode.
+        pad: False: only windows that fit, `length - K + 1` per episode; True: one per step, the last K - 1 of which
+            reach beyond the end of the episode.
     """
 
     def __init__(self, lengths: np.ndarray, chunk_size: int, pad: bool = False) -> None:
