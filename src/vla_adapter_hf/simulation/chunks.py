@@ -1,0 +1,91 @@
+"""From chunks of predicted actions to the action of the present step."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+
+
+class ActionChunkQueue:
+    """Hands out one action per step and says when the policy has to be asked again.
+
+    Used by evaluation and by real robots alike: `while running: if queue.needs_chunk: queue.add(policy(...)); act(queue.pop())`.
+
+    Args:
+        execute: actions of a chunk that are executed before the next query; None executes whole chunks, as in the
+            published evaluation.
+        ensemble: None to execute the newest chunk only. A number m blends all chunks that speak about a step with weights
+            exp(-m * age), oldest chunk first, as in ACT (Zhao et al. 2023, temporal ensembling): m = 0 is the plain mean,
+            m > 0 favours older chunks, as there. It needs overlapping chunks, so `execute` must be smaller than the chunk.
+
+    Raises:
+        ValueError: `execute` is not positive, or `ensemble` is given without `execute`, negative or not finite.
+    """
+
+    def __init__(self, execute: int | None = None, ensemble: float | None = None) -> None:
+        if execute is not None and execute < 1:
+            raise ValueError(f"execute must be at least 1 action or None for whole chunks, got {execute}")
+        if ensemble is not None:
+            if execute is None:
+                raise ValueError("ensemble needs overlapping chunks: set execute to fewer actions than a chunk has")
+            if not (np.isfinite(ensemble) and ensemble >= 0):
+                raise ValueError(f"ensemble must be a finite number, 0 or more, got {ensemble}")
+        self.execute = execute
+        self.ensemble = ensemble
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all chunks. To be called at the beginning of every episode: old actions belong to another scene."""
+        self._chunks: deque[tuple[int, np.ndarray]] = deque()  # (step of the first action, actions), oldest first
+        self._step = 0
+        self._query_at = 0
+
+    @property
+    def needs_chunk(self) -> bool:
+        """Whether the policy must be asked before the next `pop`."""
+        return self._step >= self._query_at
+
+    def steps_until_query(self) -> int:
+        """Actions left before the policy is asked: how many steps can go by without an observation."""
+        return max(0, self._query_at - self._step)
+
+    def add(self, chunk: np.ndarray) -> None:
+        """Takes a chunk that begins at the present step.
+
+        Args:
+            chunk: (K, A), in any units: averaging happens on the values given here.
+
+        Raises:
+            ValueError: another shape, fewer actions than `execute`, or values that are not finite.
+        """
+        chunk = np.asarray(chunk)
+        if chunk.ndim != 2 or not len(chunk):
+            raise ValueError(f"chunk must have shape (K, A) with at least one action, got {chunk.shape}")
+        if self.execute is not None and len(chunk) < self.execute:
+            raise ValueError(f"chunk has {len(chunk)} actions, fewer than execute={self.execute}")
+        if self.ensemble is not None and len(chunk) == self.execute:
+            raise ValueError(f"ensemble needs chunks of more than execute={self.execute} actions, got {len(chunk)}")
+        if not np.isfinite(chunk).all():
+            raise ValueError("chunk holds values that are not finite; the policy's output cannot be executed")
+        if self.ensemble is None:
+            self._chunks.clear()
+        self._chunks.append((self._step, chunk))
+        self._query_at = self._step + (self.execute or len(chunk))
+
+    def pop(self) -> np.ndarray:
+        """The action (A,) of the present step.
+
+        Raises:
+            RuntimeError: a new chunk is due.
+        """
+        if self.needs_chunk:
+            raise RuntimeError("no action left: add a chunk first (see needs_chunk)")
+        while self._chunks and self._chunks[0][0] + len(self._chunks[0][1]) <= self._step:
+            self._chunks.popleft()
+        candidates = np.stack([chunk[self._step - start] for start, chunk in self._chunks])
+        self._step += 1
+        if self.ensemble is None:
+            return candidates[-1]
+        weights = np.exp(-self.ensemble * np.arange(len(candidates)))
+        return (weights[:, None] * candidates).sum(axis=0) / weights.sum()

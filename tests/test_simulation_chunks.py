@@ -1,0 +1,99 @@
+"""Handing out the actions of a chunk."""
+
+import numpy as np
+import pytest
+
+from vla_adapter_hf.simulation.chunks import ActionChunkQueue
+
+
+def chunk(first: float, size: int = 8) -> np.ndarray:
+    """Actions whose first dimension counts the steps from `first` on."""
+    return np.stack([[first + step, -1.0] for step in range(size)])
+
+
+def test_whole_chunk_is_executed_in_order_before_the_next_query():
+    queue = ActionChunkQueue()
+    assert queue.needs_chunk
+    queue.add(chunk(0))
+    assert queue.steps_until_query() == 8
+    assert [queue.pop()[0] for _ in range(8)] == list(range(8))
+    assert queue.needs_chunk
+
+
+def test_only_k_actions_of_a_chunk_are_executed_when_asked():
+    queue = ActionChunkQueue(execute=3)
+    queue.add(chunk(0))
+    assert [queue.pop()[0] for _ in range(3)] == [0, 1, 2]
+    assert queue.needs_chunk
+    queue.add(chunk(100))
+    assert queue.pop()[0] == 100
+
+
+def test_pop_without_a_chunk_is_refused():
+    with pytest.raises(RuntimeError, match="add a chunk first"):
+        ActionChunkQueue().pop()
+
+
+def test_reset_forgets_the_last_episodes_actions():
+    queue = ActionChunkQueue(execute=1, ensemble=0.0)
+    queue.add(chunk(50))
+    queue.pop()
+    queue.reset()
+    queue.add(chunk(0))
+    assert queue.pop()[0] == 0
+
+
+def test_ensemble_of_weight_zero_is_the_mean_of_all_chunks_that_speak_about_the_step():
+    queue = ActionChunkQueue(execute=1, ensemble=0.0)
+    queue.add(chunk(0))
+    queue.pop()
+    queue.add(chunk(11))
+    # Step 1: the first chunk says 1, the second 11.
+    assert queue.pop()[0] == pytest.approx(6.0)
+    queue.add(chunk(32))
+    # Step 2: 2, 12 and 32.
+    assert queue.pop()[0] == pytest.approx(46 / 3)
+
+
+def test_ensemble_weights_are_acts_with_the_oldest_chunk_heaviest():
+    queue = ActionChunkQueue(execute=1, ensemble=0.5)
+    queue.add(chunk(0))
+    queue.pop()
+    queue.add(chunk(11))
+    newer = np.exp(-0.5)
+    assert queue.pop()[0] == pytest.approx((1 + newer * 11) / (1 + newer), rel=1e-12)
+
+
+def test_chunks_that_have_run_out_no_longer_count():
+    queue = ActionChunkQueue(execute=1, ensemble=0.0)
+    for step in range(5):
+        queue.add(np.full((3, 1), float(step)))
+        value = queue.pop()[0]
+    # At step 4 only the chunks of steps 2, 3 and 4 still speak.
+    assert value == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"execute": 0}, "execute must be at least 1"),
+        ({"ensemble": 0.1}, "ensemble needs overlapping chunks"),
+        ({"execute": 1, "ensemble": -1.0}, "ensemble must be a finite number"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ActionChunkQueue(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("actions", "message"),
+    [
+        (np.zeros(7), r"shape \(K, A\)"),
+        (np.zeros((2, 7)), "fewer than execute=3"),
+        (np.full((8, 7), np.nan), "not finite"),
+    ],
+)
+def test_chunks_that_cannot_be_executed_are_refused(actions, message):
+    with pytest.raises(ValueError, match=message):
+        ActionChunkQueue(execute=3).add(actions)
