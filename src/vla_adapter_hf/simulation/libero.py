@@ -1,0 +1,405 @@
+"""LIBERO behind the environment protocol, by the published evaluation protocol.
+
+Per episode: reset, the task's fixed initial state, ten no-op steps, then the policy. Images come from `agentview` and
+`robot0_eye_in_hand`, rotated by 180 degrees; the state is end-effector position, axis-angle and gripper joints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from .environment import Observation
+from .libero_install import import_libero, load_initial_states
+from .placement import PLACEMENTS, Footprint, draw_placement, placement_generator
+
+
+STEP_LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
+SUITES = tuple(STEP_LIMITS)
+CAMERAS = ("agentview", "robot0_eye_in_hand")
+NO_OP = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
+NO_OP_STEPS = 10
+REACH = 0.76  # metres from the robot's base; farther out the stretched arm meets its elbow's limit while lifting
+BASKET, BASKET_REGION = "basket_1", "basket_1_contain_region"
+
+
+def quaternion_to_axis_angle(quaternion: np.ndarray) -> np.ndarray:
+    """Axis-angle of a unit quaternion (x, y, z, w), as LIBERO's demonstrations hold it: shape (3,), radians.
+
+    w is only clipped, never made positive, so the norm runs up to 2*pi. LIBERO's gripper points down, near pi, where the
+    shortest rotation vector (what rotation libraries return) flips its sign.
+
+    Raises:
+        ValueError: the quaternion does not have shape (4,).
+    """
+    quaternion = np.asarray(quaternion, dtype=np.float64)
+    if quaternion.shape != (4,):
+        raise ValueError(f"quaternion must have shape (4,) in the order x, y, z, w, got shape {quaternion.shape}")
+    w = float(np.clip(quaternion[3], -1.0, 1.0))
+    sine = math.sqrt(1.0 - w * w)
+    if math.isclose(sine, 0.0):
+        return np.zeros(3)
+    return quaternion[:3] * 2.0 * math.acos(w) / sine
+
+
+@dataclass(frozen=True)
+class LiberoSuite:
+    """A LIBERO suite and everything that decides what its episodes are.
+
+    Args:
+        name: one of `SUITES`.
+        placement: one of `vla_adapter_hf.simulation.placement.PLACEMENTS`; others than `official` need libero_object.
+        seed: seed of the placements; the simulator's own seed is 0, as published.
+        stream: `evaluation` or `demonstration`: two streams never share a placement.
+        image_size: height and width of the frames, pixels (published: 256).
+        states: initial states that the episodes cycle through; all 50 by default. Episode e starts from
+            `states[e % len(states)]`.
+        hard_reset: rebuild the simulation before each episode, as published (2 to 4 s); a soft reset takes 0.2 s.
+
+    Raises:
+        ValueError: an unknown suite or placement, a placement that the suite does not support, a state outside 0...49.
+    """
+
+    name: str
+    placement: str = "official"
+    seed: int = 0
+    stream: str = "evaluation"
+    image_size: int = 256
+    states: tuple[int, ...] | None = None
+    hard_reset: bool = True
+    robot: str = "libero"
+
+    def __post_init__(self) -> None:
+        if self.name not in SUITES:
+            raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {self.name!r}")
+        if self.placement not in PLACEMENTS:
+            raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}")
+        if self.placement != "official" and self.name != "libero_object":
+            raise ValueError(
+                f"placement={self.placement!r} moves the objects of libero_object's floor; {self.name} only has 'official'"
+            )
+        if self.states is not None and not (self.states and all(0 <= state < 50 for state in self.states)):
+            raise ValueError(f"states must name initial states 0...49, got {self.states!r}")
+
+    @cached_property
+    def _benchmark(self) -> Any:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return import_libero().benchmark.get_benchmark_dict()[self.name]()
+
+    @property
+    def tasks(self) -> list[str]:
+        """The instructions in LIBERO's task order."""
+        return [self._benchmark.get_task(task).language for task in range(self._benchmark.get_num_tasks())]
+
+    def make(self, task: int) -> LiberoEnvironment:
+        """Builds the environment of one task: 5 to 9 s and 1.5 to 2.2 GB."""
+        if not 0 <= task < len(self.tasks):
+            raise ValueError(f"task must be in 0...{len(self.tasks) - 1} for {self.name}, got {task}")
+        return LiberoEnvironment(self, task)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "suite": self.name,
+            "placement": self.placement,
+            "seed": self.seed,
+            "stream": self.stream,
+            "image_size": self.image_size,
+            "states": list(self.states) if self.states is not None else None,
+            "hard_reset": self.hard_reset,
+        }
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The benchmark object is rebuilt in the other process rather than sent there.
+        return {key: value for key, value in self.__dict__.items() if key != "_benchmark"}
+
+
+class LiberoEnvironment:
+    """One LIBERO task, with frames rendered only for the steps that someone looks at.
+
+    Besides the protocol it shows the simulator's true state (`object_position`, `is_grasped`, ...) to scripted experts;
+    a policy under test must not look there.
+    """
+
+    def __init__(self, suite: LiberoSuite, task: int) -> None:
+        libero = import_libero()
+        benchmark = suite._benchmark
+        self.suite = suite
+        self.task = task
+        self.step_limit = STEP_LIMITS[suite.name]
+        self.instruction = self.official_instruction = benchmark.get_task(task).language
+        self._initial_states = load_initial_states(benchmark, task)
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._wrapper = libero.environments.OffScreenRenderEnv(
+                bddl_file_name=benchmark.get_task_bddl_file_path(task),
+                camera_heights=suite.image_size,
+                camera_widths=suite.image_size,
+                hard_reset=suite.hard_reset,
+            )
+        self._env = self._wrapper.env
+        self._goal = self._official_goal = list(self._env.parsed_problem["goal_state"])
+        self._latest: dict[str, np.ndarray] | None = None
+        self._geoms: dict[str, list[int]] = {}
+
+    # -- the protocol ------------------------------------------------------------------------------------------------
+
+    def reset(self, episode: int, target: str | None = None) -> dict[str, Any]:
+        """Begins an episode; see `Environment.reset`.
+
+        Args:
+            episode: chooses the initial state and, with the suite's seed, the placement.
+            target: libero_object only: name of another object in the scene. The instruction then asks for it, and success
+                means that it, and not the task's own object, lies in the basket.
+
+        Raises:
+            ValueError: a negative episode, or a target that is not among `movable_objects`.
+        """
+        if episode < 0:
+            raise ValueError(f"episode must be 0 or more, got {episode}")
+        self._set_cameras(False)
+        self._seed_like_published(episode)
+        self._wrapper.reset()
+        self._forget_last_episode()
+        self._set_target(target)
+
+        states = self.suite.states or tuple(range(len(self._initial_states)))
+        state_index = states[episode % len(states)]
+        state = self._initial_states[state_index].copy()
+        info: dict[str, Any] = {"initial_state": state_index, "placement": self.suite.placement}
+        if self.suite.placement != "official":
+            # The footprints are read from the simulation, so it must stand in the official state first.
+            self._wrapper.set_init_state(state)
+            info.update(self._move_objects(state, episode))
+        self._wrapper.set_init_state(state)
+        for step in range(NO_OP_STEPS):
+            self.step(NO_OP, observe=step == NO_OP_STEPS - 1)
+        return info
+
+    def observe(self) -> Observation:
+        """Frames of shape (image_size, image_size, 3), third person first, and the state (8,): position, axis-angle, gripper.
+
+        Raises:
+            RuntimeError: the last step was taken with `observe=False`.
+        """
+        if self._latest is None:
+            raise RuntimeError("no frame was rendered: reset the environment, or call step with observe=True")
+        latest = self._latest
+        # The simulator's frames are upside down and mirrored with respect to the training data.
+        images = tuple(np.ascontiguousarray(latest[f"{camera}_image"][::-1, ::-1]) for camera in CAMERAS)
+        state = np.concatenate(
+            [
+                latest["robot0_eef_pos"],
+                quaternion_to_axis_angle(latest["robot0_eef_quat"]),
+                latest["robot0_gripper_qpos"],
+            ]
+        )
+        return Observation(images=images, state=state)
+
+    def step(self, action: np.ndarray, observe: bool = True) -> bool:
+        """One control step of 0.05 s. action: (7,), six deltas and the gripper, -1 open ... +1 closed."""
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != (7,):
+            raise ValueError(f"action must have shape (7,), got {action.shape}")
+        self._set_cameras(observe)
+        observation, _, done, _ = self._wrapper.step(action)
+        self._latest = observation if observe else None
+        return bool(done) if self._goal is self._official_goal else self._is_solved()
+
+    def close(self) -> None:
+        self._wrapper.close()
+
+    # -- the true state, for scripted experts ------------------------------------------------------------------------
+
+    @property
+    def target(self) -> str:
+        """Name of the object that the instruction asks for."""
+        return self._goal[0][1]
+
+    @cached_property
+    def movable_objects(self) -> list[str]:
+        """Everything that can be picked, the task's own object first; the basket is not among it."""
+        own = self._official_goal[0][1]
+        return [own] + [name for name in self._env.objects_dict if name not in (own, BASKET)]
+
+    @property
+    def gripper_position(self) -> np.ndarray:
+        """(3,) the point between the fingertips, metres."""
+        robot = self._env.robots[0]
+        return self._env.sim.data.site_xpos[robot.eef_site_id].copy()
+
+    @property
+    def closing_direction(self) -> np.ndarray:
+        """(3,) unit vector from one fingertip to the other."""
+        pads = self._env.robots[0].gripper.important_geoms
+        data, model = self._env.sim.data, self._env.sim.model
+        ends = [data.geom_xpos[model.geom_name2id(pads[f"{side}_fingerpad"][0])] for side in ("left", "right")]
+        return (ends[1] - ends[0]) / np.linalg.norm(ends[1] - ends[0])
+
+    @property
+    def gripper_speed(self) -> float:
+        """Closing or opening speed of the fingers, metres per second."""
+        robot = self._env.robots[0]
+        return float(np.abs(self._env.sim.data.qvel[robot._ref_gripper_joint_vel_indexes]).max())
+
+    @property
+    def basket_region(self) -> Footprint:
+        """The region of the basket that counts, on the floor plane."""
+        data, model = self._env.sim.data, self._env.sim.model
+        site = model.site_name2id(BASKET_REGION)
+        half = np.abs(data.site_xmat[site].reshape(3, 3) @ model.site_size[site])
+        return Footprint(data.site_xpos[site][:2].copy(), half[:2])
+
+    def object_position(self, name: str) -> np.ndarray:
+        """(3,) position of an object's body, metres."""
+        return self._env.sim.data.body_xpos[self._env.obj_body_id[name]].copy()
+
+    def object_box(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper corner, each (3,), of the axis-aligned box round an object's collision shapes, metres."""
+        model, data = self._env.sim.model._model, self._env.sim.data._data
+        lower, upper = np.full(3, np.inf), np.full(3, -np.inf)
+        for geom in self._collision_geoms(name):
+            rotation = data.geom_xmat[geom].reshape(3, 3)
+            centre = data.geom_xpos[geom] + rotation @ model.geom_aabb[geom][:3]
+            half = np.abs(rotation) @ model.geom_aabb[geom][3:]
+            lower, upper = np.minimum(lower, centre - half), np.maximum(upper, centre + half)
+        return lower, upper
+
+    def object_width(self, name: str, direction: np.ndarray) -> float:
+        """Extent of an object's collision shapes along a unit vector (3,), metres."""
+        model, data = self._env.sim.model._model, self._env.sim.data._data
+        ends = []
+        for geom in self._collision_geoms(name):
+            rotation = data.geom_xmat[geom].reshape(3, 3)
+            middle = direction @ (data.geom_xpos[geom] + rotation @ model.geom_aabb[geom][:3])
+            half = np.abs(direction @ rotation) @ model.geom_aabb[geom][3:]
+            ends += [middle - half, middle + half]
+        return float(max(ends) - min(ends))
+
+    def is_grasped(self, name: str) -> bool:
+        """Whether both fingers touch the object, with their pads or beside them."""
+        fingers = self._env.robots[0].gripper.important_geoms
+        sides = [fingers["left_finger"], fingers["right_finger"]]
+        return bool(self._env._check_grasp(gripper=sides, object_geoms=self._env.objects_dict[name]))
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _set_cameras(self, enabled: bool) -> None:
+        """Switches rendering on or off for the next step.
+
+        robosuite samples an observable once per control step, on a clock of the observable's own that stands still while
+        it is off. Setting the camera's clock by one that always runs gives the frames that an uninterrupted camera gives.
+        """
+        observables = self._env._observables
+        clock = observables["robot0_eef_pos"]
+        for camera in CAMERAS:
+            observable = observables[f"{camera}_image"]
+            if observable.is_enabled() == enabled:
+                continue
+            observable.set_enabled(enabled)  # resets the clock, so the clock is set after it
+            if enabled:
+                observable._time_since_last_sample = clock._time_since_last_sample
+                observable._sampled = clock._sampled
+
+    def _seed_like_published(self, episode: int) -> None:
+        """Brings the simulator's random numbers to where the published loop has them in this episode.
+
+        That loop seeds an environment once with 0 and resets it before each episode. A reset draws places for objects
+        and fixtures; the initial state overwrites the former, but fixtures keep theirs. Drawing what `episode` resets
+        draw makes the episode the published one and independent of what ran before it in this process.
+        """
+        self._wrapper.seed(0)
+        for _ in range(episode):
+            while not self._draw_like_reset():
+                pass
+
+    def _draw_like_reset(self) -> bool:
+        """Uses up the random numbers of one reset; False if the reset would have failed and been tried again."""
+        from robosuite.utils.errors import RandomizationError
+
+        env = self._env
+        for robot in env.robots:
+            np.random.randn(len(robot.init_qpos))  # the robot's initial noise, whose magnitude is 0
+        for sampler in env.object_property_initializers:
+            sampler.sample()
+        try:
+            placements = env.placement_initializer.sample()
+            placements = env.conditional_placement_initializer.sample(env.sim, placements)
+            env.conditional_placement_on_objects_initializer.sample(placements)
+        except RandomizationError:
+            return False
+        return True
+
+    def _forget_last_episode(self) -> None:
+        """A soft reset keeps two things of the episode before: the gripper's smoothed command and the solver's guess."""
+        gripper = self._env.robots[0].gripper
+        gripper.current_action = np.zeros_like(gripper.current_action)
+        self._env.sim.data.qacc_warmstart[:] = 0.0
+        self._latest = None
+
+    def _set_target(self, target: str | None) -> None:
+        if target is None or target == self._official_goal[0][1]:
+            self._goal, self.instruction = self._official_goal, self.official_instruction
+            return
+        if self.suite.name != "libero_object":
+            raise ValueError(f"target={target!r} is only supported in libero_object, not in {self.suite.name}")
+        if target not in self.movable_objects:
+            raise ValueError(f"target must be one of {', '.join(self.movable_objects)}, got {target!r}")
+        self._goal = [["in", target, BASKET_REGION]]
+        self.instruction = object_instruction(target)
+
+    def _is_solved(self) -> bool:
+        return all(self._env._eval_predicate(state) for state in self._goal)
+
+    def _move_objects(self, state: np.ndarray, episode: int) -> dict[str, Any]:
+        """Writes a drawn placement into a flattened simulator state and returns what was drawn."""
+        names = self.movable_objects
+        boxes = [self.object_box(name) for name in names]
+        # A shape need not be centred on its body's origin: footprints are drawn, bodies are shifted.
+        centres = np.array([(lower + upper)[:2] / 2 for lower, upper in boxes])
+        halves = np.array([(upper - lower)[:2] / 2 for lower, upper in boxes])
+        lower, upper = self.object_box(BASKET)
+        basket = Footprint((lower + upper)[:2] / 2, (upper - lower)[:2] / 2)
+        generator = placement_generator(self.suite.stream, self.suite.seed, self.task, episode)
+        base = self._env.robots[0].base_pos[:2]
+        reachable = Footprint(np.array(base), np.array([REACH, REACH]))
+        tops = np.array([upper[2] for _, upper in boxes])
+        drawn, places = draw_placement(
+            self.suite.placement, centres, halves, tops, [basket], generator, reachable=reachable
+        )
+        for name, shift in zip(names, drawn - centres, strict=True):
+            joint = self._env.objects_dict[name].joints[-1]
+            first, _ = self._env.sim.model.get_joint_qpos_addr(joint)
+            state[1 + first : 3 + first] += shift  # the flattened state begins with the time
+        positions = {
+            name: [round(float(value), 4) for value in centre] for name, centre in zip(names, drawn, strict=True)
+        }
+        return {"positions": positions, "places": [int(place) for place in places]}
+
+    def _collision_geoms(self, name: str) -> Sequence[int]:
+        # Looked up once per object: walking over all shapes in Python costs as much as a step of physics. A hard reset
+        # builds the same model again, so the indices stay.
+        if name in self._geoms:
+            return self._geoms[name]
+        model = self._env.sim.model._model
+        root = self._env.obj_body_id[name]
+        geoms = []
+        for geom in range(model.ngeom):
+            body = model.geom_bodyid[geom]
+            while body not in (0, root):
+                body = model.body_parentid[body]
+            if body == root and (model.geom_contype[geom] or model.geom_conaffinity[geom]):
+                geoms.append(geom)
+        self._geoms[name] = geoms
+        return geoms
+
+
+def object_instruction(name: str) -> str:
+    """The libero_object instruction that asks for an object: `cream_cheese_1` -> `pick up the cream cheese and ...`."""
+    words = name.rsplit("_", 1)[0].replace("_", " ")
+    return f"pick up the {words} and place it in the basket"
