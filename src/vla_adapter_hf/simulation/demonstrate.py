@@ -1,0 +1,359 @@
+"""Records demonstrations of the scripted expert as a LeRobot v3.0 dataset.
+
+Rendering is the cost, ten times that of physics. A chunk policy needs a frame at the step where a chunk begins and the
+actions of the steps after it, so only every `render_every`-th step becomes a row, and each row holds the next actions at
+full rate in the extra column `action_chunk`. The column `action` holds the row's own action, as LeRobot expects.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .expert import LiberoObjectExpert
+from .lerobot_writer import LeRobotLayout, assemble, encode_image, save_episode, saved_episodes
+from .libero import LiberoEnvironment, LiberoSuite
+from .placement import PLACEMENTS, STREAMS
+
+
+CONTROL_RATE = 20  # steps per second in LIBERO
+CAMERA_COLUMNS = ("image", "wrist_image")
+STATE_NAMES = ("x", "y", "z", "axis_angle1", "axis_angle2", "axis_angle3", "gripper_l", "gripper_r")
+ACTION_NAMES = ("x", "y", "z", "axis_angle1", "axis_angle2", "axis_angle3", "gripper")
+
+
+@dataclass(frozen=True)
+class RecordingSettings:
+    """How demonstrations are recorded.
+
+    Attributes:
+        render_every: every how many steps a frame is rendered and a row written; must divide 20. The first row's step is
+            drawn per episode, so that all phases occur.
+        chunk_size: actions in `action_chunk`. Rows without that many actions after them are not written.
+        tail: steps that the expert goes on after success, so that the last steps before it begin whole chunks too.
+        image_size: height and width of the stored frames. Rendered are 256, as in evaluation, then Lanczos.
+        image_format: `png` (lossless) or `jpeg`.
+        disturbed: share of episodes in which the arm is pushed at one to three times; what the expert does after a push
+            is recorded, the push itself is not.
+        retargeted: share of episodes that ask for another object in the scene than the task does, so that the scene does
+            not give the instruction away.
+        seed: of everything that is drawn, 0 or more.
+        states: official initial states to start from. The evaluation holds out the others.
+    """
+
+    render_every: int = 4
+    chunk_size: int = 8
+    tail: int = 8
+    image_size: int = 112
+    image_format: str = "png"
+    disturbed: float = 0.5
+    retargeted: float = 0.0
+    seed: int = 0
+    states: tuple[int, ...] = field(default_factory=lambda: tuple(range(40)))
+
+    def __post_init__(self) -> None:
+        if self.render_every < 1 or CONTROL_RATE % self.render_every:
+            raise ValueError(
+                f"render_every must divide {CONTROL_RATE} (LeRobot's fps is whole), got {self.render_every}"
+            )
+        if self.chunk_size < 1 or self.tail < 0:
+            raise ValueError(f"chunk_size must be positive and tail 0 or more, got {self.chunk_size} and {self.tail}")
+        if self.image_format not in ("png", "jpeg"):
+            raise ValueError(f"image_format must be 'png' or 'jpeg', got {self.image_format!r}")
+        for name in ("disturbed", "retargeted"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is a share of episodes, 0...1, got {getattr(self, name)}")
+
+    def layout(self) -> LeRobotLayout:
+        return LeRobotLayout(
+            cameras=CAMERA_COLUMNS,
+            image_size=self.image_size,
+            state_names=STATE_NAMES,
+            action_names=ACTION_NAMES,
+            fps=CONTROL_RATE // self.render_every,
+            chunk_size=self.chunk_size,
+        )
+
+
+@dataclass(frozen=True)
+class EpisodePlan:
+    """What was drawn for one recorded episode before it began.
+
+    Attributes:
+        target: object to pick, None for the task's own.
+        phase: the first step that is rendered.
+        pushes: per push the first step, the step after the last, and the direction (3,) as an action.
+    """
+
+    placement: str
+    task: int
+    episode: int
+    target: str | None
+    phase: int
+    pushes: tuple[tuple[int, int, tuple[float, float, float]], ...]
+
+    @property
+    def key(self) -> str:
+        """The episode's name among the saved ones. Episodes of one number sort together, whatever their task."""
+        return f"{self.episode:05d}-{self.task:02d}-{self.placement}"
+
+    def is_pushed(self, first: int, end: int) -> bool:
+        """Whether a push falls into the steps first...end-1."""
+        return any(start < end and first < stop for start, stop, _ in self.pushes)
+
+
+def plan_episode(
+    placement: str, task: int, episode: int, movable_objects: Sequence[str], settings: RecordingSettings
+) -> EpisodePlan:
+    """Draws an episode's target, phase and pushes; the same arguments give the same plan."""
+    words = [STREAMS["demonstration"], settings.seed, task, episode, PLACEMENTS.index(placement), 1]
+    generator = np.random.default_rng(words)
+    target = None
+    if generator.random() < settings.retargeted and len(movable_objects) > 1:
+        target = movable_objects[1 + int(generator.integers(len(movable_objects) - 1))]
+    pushes = []
+    if generator.random() < settings.disturbed:
+        if generator.random() < 0.5:
+            pushes.append((0, int(generator.integers(5, 16))))
+        for _ in range(int(generator.integers(1, 3))):
+            start = int(generator.integers(10, 80))
+            pushes.append((start, start + int(generator.integers(3, 9))))
+    directed = []
+    for start, stop in pushes:
+        direction = generator.normal(size=3)
+        direction *= generator.uniform(0.4, 1.0) / np.abs(direction).max()
+        directed.append((start, stop, tuple(round(float(value), 4) for value in direction)))
+    return EpisodePlan(
+        placement=placement,
+        task=task,
+        episode=episode,
+        target=target,
+        phase=int(generator.integers(settings.render_every)),
+        pushes=tuple(directed),
+    )
+
+
+def record_episode(
+    environment: LiberoEnvironment, plan: EpisodePlan, settings: RecordingSettings
+) -> dict[str, Any] | None:
+    """Plays one planned episode and returns the arguments of `save_episode`, or None if the expert failed."""
+    info = environment.reset(plan.episode, target=plan.target)
+    expert = LiberoObjectExpert(environment)
+    observations, actions = {}, []
+    solved_at: int | None = None
+    observation = environment.observe()
+    for step in range(environment.step_limit):
+        if _begins_row(step, plan, settings):
+            observations[step] = observation if step == 0 else environment.observe()
+        action = expert.act()
+        for start, stop, direction in plan.pushes:
+            if start <= step < stop:
+                action[:3] = direction
+        actions.append(action.astype(np.float32))
+        # Whether an executed step succeeds is known after it; the frame for the next row is asked for with it.
+        success = environment.step(actions[-1], observe=_begins_row(step + 1, plan, settings))
+        if success and solved_at is None:
+            solved_at = step
+        if solved_at is not None and step - solved_at >= settings.tail:
+            break
+    if solved_at is None:
+        return None
+    executed = np.stack(actions)
+    last = len(executed) - settings.chunk_size
+    rows = [step for step in observations if step <= last and step <= solved_at]
+    if not rows:
+        return None
+    frames: dict[str, list[bytes]] = {camera: [] for camera in CAMERA_COLUMNS}
+    for step in rows:
+        for camera, image in zip(CAMERA_COLUMNS, observations[step].images, strict=True):
+            frames[camera].append(encode_image(_resized(image, settings.image_size), settings.image_format))
+    return {
+        "key": plan.key,
+        "layout": settings.layout(),
+        "instruction": environment.instruction,
+        "images": frames,
+        "states": np.stack([observations[step].state for step in rows]).astype(np.float32),
+        "actions": executed[rows],
+        "chunks": np.stack([executed[step : step + settings.chunk_size] for step in rows]),
+        "steps": np.array(rows),
+        "extra": {
+            "suite": environment.suite.name,
+            "task": plan.task,
+            "episode": plan.episode,
+            "seed": settings.seed,
+            "target": environment.target,
+            "instruction": environment.instruction,
+            "steps": solved_at + 1,
+            "pushes": [[start, stop, list(direction)] for start, stop, direction in plan.pushes],
+            **info,
+        },
+    }
+
+
+def _begins_row(step: int, plan: EpisodePlan, settings: RecordingSettings) -> bool:
+    """Rows start chunks of what the expert itself did: a chunk that would hold a push is no example."""
+    return step % settings.render_every == plan.phase and not plan.is_pushed(step, step + settings.chunk_size)
+
+
+def _resized(image: np.ndarray, size: int) -> np.ndarray:
+    if image.shape[0] == size:
+        return image
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS))
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Some episodes of one task, so that building the environment pays off."""
+
+    output: str
+    suite: str
+    task: int
+    episodes: tuple[tuple[str, int], ...]
+    settings: RecordingSettings
+
+
+def _record_job(job: _Job) -> dict[str, Any]:
+    """Runs in a process of its own."""
+    began = time.perf_counter()
+    base = {"states": job.settings.states, "seed": job.settings.seed, "stream": "demonstration", "hard_reset": False}
+    environment = LiberoSuite(job.suite, **base).make(job.task)
+    saved = failed = 0
+    try:
+        for placement, episode in job.episodes:
+            environment.suite = LiberoSuite(job.suite, placement=placement, **base)
+            plan = plan_episode(placement, job.task, episode, environment.movable_objects, job.settings)
+            recorded = record_episode(environment, plan, job.settings)
+            if recorded is None:
+                failed += 1
+                _mark_failed(Path(job.output), plan)
+            else:
+                save_episode(Path(job.output), **recorded)
+                saved += 1
+    finally:
+        environment.close()
+    return {"task": job.task, "saved": saved, "failed": failed, "seconds": time.perf_counter() - began}
+
+
+def _mark_failed(output: Path, plan: EpisodePlan) -> None:
+    """Leaves a note, so that a resumed recording does not try the episode again."""
+    folder = output / ".recording"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{plan.key}.failed").write_text("", encoding="utf-8")
+
+
+def failed_episodes(output: Path) -> list[str]:
+    """Keys of the episodes in which the expert failed, sorted."""
+    return sorted(path.stem for path in (Path(output) / ".recording").glob("*.failed"))
+
+
+def demonstrate(
+    suite: str,
+    output: str | Path,
+    episodes: Mapping[str, int] | int = 10,
+    tasks: Iterable[int] | None = None,
+    settings: RecordingSettings | None = None,
+    workers: int = 1,
+    minutes: float | None = None,
+    batch: int = 12,
+    report: Any = print,
+) -> dict[str, Any]:
+    """Records demonstrations of the scripted expert into a LeRobot v3.0 dataset, resuming what was begun.
+
+    Episodes that are already saved are skipped, so the same call after a kill finishes the recording, and a call with more
+    episodes extends it. Placements are drawn from the stream `demonstration`, which no evaluation uses.
+
+    Args:
+        suite: `libero_object`, the only suite with a scripted expert.
+        output: the dataset's folder.
+        episodes: episodes per task for each placement, such as `{"official": 10, "jitter": 20}`; a number means official.
+        tasks: all by default.
+        settings: how to record.
+        workers: processes, each with an environment of about 2 GB.
+        minutes: stop beginning new batches after this time; the dataset is assembled from what there is.
+        batch: episodes recorded before a process changes to another task.
+        report: called with a line of progress after every batch.
+
+    Returns:
+        Numbers: episodes, rows, failed, seconds.
+
+    Raises:
+        ValueError: a suite without an expert, an unknown placement or task, numbers out of range.
+        ImportError: LIBERO is not installed.
+    """
+    if suite != "libero_object":
+        raise ValueError(f"suite={suite!r} has no scripted expert; demonstrations can be recorded for 'libero_object'")
+    settings = settings or RecordingSettings()
+    wanted = {"official": episodes} if isinstance(episodes, int) else dict(episodes)
+    for placement, count in wanted.items():
+        if placement not in PLACEMENTS:
+            raise ValueError(f"episodes names placement {placement!r}; known are {', '.join(PLACEMENTS)}")
+        if count < 0:
+            raise ValueError(f"episodes[{placement!r}] must be 0 or more, got {count}")
+    if workers < 1 or batch < 1:
+        raise ValueError(f"workers and batch must be at least 1, got {workers} and {batch}")
+    known = LiberoSuite(suite).tasks
+    chosen = list(range(len(known))) if tasks is None else list(tasks)
+    if any(not 0 <= task < len(known) for task in chosen):
+        raise ValueError(f"tasks must be in 0...{len(known) - 1}, got {chosen}")
+
+    output = Path(output)
+    began = time.perf_counter()
+    jobs = _plan_jobs(str(output), suite, chosen, wanted, settings, batch)
+    done = failed = 0
+    if jobs:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
+            waiting = list(reversed(jobs))
+            running = {pool.submit(_record_job, waiting.pop()) for _ in range(min(workers, len(waiting)))}
+            while running:
+                finished = next(as_completed(running))
+                running.remove(finished)
+                outcome = finished.result()
+                done, failed = done + outcome["saved"], failed + outcome["failed"]
+                minute = (time.perf_counter() - began) / 60
+                report(
+                    f"task {outcome['task']}: {outcome['saved']} recorded, {outcome['failed']} failed in "
+                    f"{outcome['seconds']:.0f} s; {done} episodes after {minute:.1f} min"
+                )
+                if waiting and (minutes is None or minute < minutes):
+                    running.add(pool.submit(_record_job, waiting.pop()))
+    info = assemble(output)
+    return {
+        "episodes": info["total_episodes"],
+        "rows": info["total_frames"],
+        "recorded_now": done,
+        "failed": len(failed_episodes(output)),
+        "seconds": time.perf_counter() - began,
+        "settings": asdict(settings),
+    }
+
+
+def _plan_jobs(
+    output: str, suite: str, tasks: list[int], wanted: dict[str, int], settings: RecordingSettings, batch: int
+) -> list[_Job]:
+    """Batches of one task each, going round the tasks so that a recording stopped early has all of them."""
+    present = set(saved_episodes(Path(output))) | set(failed_episodes(Path(output)))
+    queues = {}
+    for task in tasks:
+        entries = []
+        for placement, count in wanted.items():
+            for episode in range(count):
+                if f"{episode:05d}-{task:02d}-{placement}" not in present:
+                    # Placements are interleaved in proportion to their numbers.
+                    entries.append(((episode + 0.5) / count, placement, episode))
+        queues[task] = [(placement, episode) for _, placement, episode in sorted(entries)]
+    jobs = []
+    while any(queues.values()):
+        for task in tasks:
+            part, queues[task] = queues[task][:batch], queues[task][batch:]
+            if part:
+                jobs.append(_Job(output, suite, task, tuple(part), settings))
+    return jobs
