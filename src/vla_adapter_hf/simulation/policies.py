@@ -1,0 +1,180 @@
+"""Who chooses the actions in an evaluation: a checkpoint, or one of the bounds and controls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from ..robots import RobotPreset, get_robot
+from .environment import Environment, Observation
+
+
+@dataclass(frozen=True)
+class Request:
+    """One environment that waits for a chunk.
+
+    Attributes:
+        observation: None for policies that look at nothing.
+        instruction: what the policy is told.
+        task, episode, step: where the environment is.
+    """
+
+    observation: Observation | None
+    instruction: str
+    task: int
+    episode: int
+    step: int
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """Predicts chunks for several environments at once, in the parent process."""
+
+    name: str
+    needs_observation: bool
+    """False saves the rendering."""
+
+    def predict(self, requests: Sequence[Request]) -> list[np.ndarray]:
+        """One chunk (K, A) per request, in physical units as after un-normalising: LIBERO's gripper is 0 closed ... 1 open."""
+
+
+@runtime_checkable
+class ResidentPolicy(Protocol):
+    """Lives in the environment's process because it reads the simulator's state; must be picklable."""
+
+    name: str
+
+    def attach(self, environment: Environment) -> Callable[[], np.ndarray]:
+        """Called after each reset; returns a function that gives the next action in the environment's convention."""
+
+
+class NoopPolicy:
+    """Stands still with the gripper open: the lower bound."""
+
+    name = "noop"
+    needs_observation = False
+
+    def __init__(self, robot: str) -> None:
+        preset = get_robot(robot)
+        action = np.zeros(preset.action_dim)
+        if not preset.action_mask[-1]:
+            action[-1] = 1.0  # a binary gripper: 1 is open in physical units
+        self._chunk = np.tile(action, (preset.chunk_size, 1))
+
+    def predict(self, requests: Sequence[Request]) -> list[np.ndarray]:
+        return [self._chunk.copy() for _ in requests]
+
+
+class OraclePolicy:
+    """The scripted expert for libero_object: the upper bound."""
+
+    name = "oracle"
+
+    def attach(self, environment: Environment) -> Callable[[], np.ndarray]:
+        from .expert import LiberoObjectExpert
+
+        return LiberoObjectExpert(environment).act
+
+
+class ReplayPolicy:
+    """Repeats recorded actions: tests an environment and its gripper convention without a model.
+
+    Args:
+        actions: raw actions (T, A) per (task, episode), in the recording's convention.
+        robot: preset that knows the convention.
+
+    Raises:
+        ValueError: no recordings.
+    """
+
+    name = "replay"
+    needs_observation = False
+
+    def __init__(self, actions: Mapping[tuple[int, int], np.ndarray], robot: str) -> None:
+        if not actions:
+            raise ValueError("actions holds no recording to replay")
+        self._preset: RobotPreset = get_robot(robot)
+        self._actions = dict(actions)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, robot: str) -> ReplayPolicy:
+        """Recordings that `evaluate(..., save_actions=True)` left in `<output>/actions`.
+
+        Raises:
+            ValueError: the folder holds none.
+        """
+        actions = {}
+        for path in sorted(Path(folder).glob("*-*.npy")):
+            task, episode = path.stem.split("-")
+            actions[int(task), int(episode)] = np.load(path)
+        if not actions:
+            raise ValueError(f"folder={str(folder)!r} holds no recorded actions named <task>-<episode>.npy")
+        return cls(actions, robot)
+
+    def predict(self, requests: Sequence[Request]) -> list[np.ndarray]:
+        return [self._chunk(request) for request in requests]
+
+    def _chunk(self, request: Request) -> np.ndarray:
+        recorded = self._actions.get((request.task, request.episode))
+        if recorded is None:
+            raise ValueError(f"no recorded actions for task {request.task}, episode {request.episode}")
+        size = self._preset.chunk_size
+        # After the end of the recording its last action is repeated.
+        steps = np.minimum(np.arange(request.step, request.step + size), len(recorded) - 1)
+        return self._preset.to_training(recorded[steps].astype(np.float64))
+
+
+class CheckpointPolicy:
+    """A VLA-Adapter checkpoint, asked for all waiting environments in one batch.
+
+    Args:
+        checkpoint: folder or Hub id, in transformers' layout or as published.
+        unnorm_key: statistics to use; may be left out if the checkpoint has one set.
+        device: such as `cuda`; None is the CPU.
+        dtype: such as `bfloat16`; None is the checkpoint's own on a GPU and float32 on the CPU.
+    """
+
+    needs_observation = True
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        unnorm_key: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+    ) -> None:
+        from transformers import AutoModel, AutoProcessor
+
+        device = device or "cpu"
+        dtype = dtype or ("float32" if device == "cpu" else "auto")
+        self.name = Path(checkpoint).name
+        self.processor = AutoProcessor.from_pretrained(checkpoint)
+        self.model = AutoModel.from_pretrained(checkpoint, dtype=dtype).eval().to(device)
+        self.unnorm_key = unnorm_key
+
+    def predict(self, requests: Sequence[Request]) -> list[np.ndarray]:
+        images = [list(request.observation.images) for request in requests]
+        state = np.stack([request.observation.state for request in requests])
+        # One instruction may be shorter than another: the processor pads.
+        inputs = self.processor(images=images, text=[request.instruction for request in requests], state=state)
+        return list(self.model.predict_action(**inputs, unnorm_key=self.unnorm_key))
+
+
+def blackened(observation: Observation | None) -> Observation | None:
+    """The same observation with black frames: what a policy does then, it does without seeing."""
+    if observation is None:
+        return None
+    return Observation(tuple(np.zeros_like(image) for image in observation.images), observation.state)
+
+
+def make_policy(name: str, robot: str, **options: Any) -> Policy | ResidentPolicy:
+    """`oracle`, `noop`, or a checkpoint's folder or Hub id. For `replay` build a `ReplayPolicy`."""
+    if name == "oracle":
+        return OraclePolicy()
+    if name == "noop":
+        return NoopPolicy(robot)
+    return CheckpointPolicy(name, **options)

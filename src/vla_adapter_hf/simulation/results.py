@@ -1,0 +1,279 @@
+"""What an evaluation leaves behind: one JSON line per episode, a summary, and the table of the published form."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+PUBLISHED = {
+    "VLA-Adapter": {
+        "libero_spatial": 97.8,
+        "libero_object": 99.2,
+        "libero_goal": 97.2,
+        "libero_10": 95.0,
+        "all": 97.3,
+    },
+    "VLA-Adapter-Pro": {
+        "libero_spatial": 99.6,
+        "libero_object": 99.6,
+        "libero_goal": 98.2,
+        "libero_10": 96.4,
+        "all": 98.5,
+    },
+    "OpenVLA-OFT 7B": {
+        "libero_spatial": 97.6,
+        "libero_object": 98.4,
+        "libero_goal": 97.9,
+        "libero_10": 94.5,
+        "all": 97.1,
+    },
+    "π0": {"libero_spatial": 96.8, "libero_object": 98.8, "libero_goal": 95.8, "libero_10": 85.2, "all": 94.2},
+    "SmolVLA": {"libero_spatial": 93.0, "libero_object": 94.0, "libero_goal": 91.0, "libero_10": 77.0, "all": 88.8},
+}
+"""Success rates in per cent as published (arXiv 2509.09372 and the works compared there)."""
+
+TITLES = {
+    "libero_spatial": "Spatial",
+    "libero_object": "Object",
+    "libero_goal": "Goal",
+    "libero_10": "Long",
+    "libero_90": "90",
+}
+
+
+def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """Wilson's score interval of a success rate, 95 % by default: two numbers in 0...1.
+
+    Unlike the normal approximation it stays inside 0...1 and is not empty at 0 or 100 %.
+
+    Raises:
+        ValueError: no trials, or successes outside 0...trials.
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ValueError(f"successes must be in 0...trials with at least one trial, got {successes} of {trials}")
+    rate, z2 = successes / trials, z * z
+    centre = (rate + z2 / (2 * trials)) / (1 + z2 / trials)
+    half = z * math.sqrt(rate * (1 - rate) / trials + z2 / (4 * trials * trials)) / (1 + z2 / trials)
+    # At the ends the bounds are 0 and 1 exactly; the formula leaves a rounding error there.
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == trials else centre + half
+    return low, high
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """One line of the results file.
+
+    Attributes:
+        suite, task, episode: which episode; `task` is the task's number.
+        seed, placement: how its scene was drawn.
+        black_images: whether the policy saw black frames (a control).
+        instruction: what the policy was told.
+        steps: executed steps, no-ops at the beginning not counted.
+        success: whether the task was solved within the limit.
+        latency: seconds of each query to the policy; the queries of a batch share the time of the batch.
+        info: what was drawn for the episode, such as object positions.
+        task_instruction: what the task itself says, if the policy was told something else.
+    """
+
+    suite: str
+    task: int
+    episode: int
+    seed: int
+    placement: str
+    black_images: bool
+    instruction: str
+    steps: int
+    success: bool
+    latency: list[float] = field(default_factory=list)
+    info: dict[str, Any] = field(default_factory=dict)
+    task_instruction: str | None = None
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.task, self.episode
+
+
+class ResultsFile:
+    """Append-only JSON lines that survive a kill at any moment.
+
+    The run's settings are kept beside them in `settings.json`: another run's episodes are never mixed in. A last line that
+    was torn by a kill is cut off when the file is opened again; its episode is simply run again.
+
+    Args:
+        folder: holds `episodes.jsonl` and `settings.json`; created if it does not exist.
+        settings: JSON values that decide what an episode is.
+
+    Raises:
+        ValueError: the folder belongs to a run with other settings, or a line in the middle is broken.
+    """
+
+    def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
+        self.path = Path(folder) / "episodes.jsonl"
+        self.settings = json.loads(json.dumps(dict(settings)))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._check_settings(self.path.with_name("settings.json"))
+        self._cut_torn_line()
+        self.results = read_results(self.path)
+
+    @property
+    def done(self) -> set[tuple[int, int]]:
+        """(task, episode) of the episodes that need not be run again."""
+        return {result.key for result in self.results}
+
+    def append(self, result: EpisodeResult) -> None:
+        """Writes one episode; when this returns, a kill no longer loses it."""
+        with open(self.path, "ab") as stream:
+            stream.write(_as_line(result))
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.results.append(result)
+
+    def sort(self) -> None:
+        """Puts the lines in the order of task and episode: parallel episodes end in any order."""
+        self.results.sort(key=lambda result: result.key)
+        write_whole(self.path, b"".join(_as_line(result) for result in self.results))
+
+    def _check_settings(self, path: Path) -> None:
+        if not path.exists():
+            if self.path.exists():
+                raise ValueError(f"{self.path} has no settings.json beside it; choose another output")
+            write_whole(path, json.dumps(self.settings, indent=2).encode("utf-8") + b"\n")
+            return
+        written = json.loads(path.read_text(encoding="utf-8"))
+        names = [name for name in {**written, **self.settings} if written.get(name) != self.settings.get(name)]
+        if names:
+            changes = ", ".join(
+                f"{name}={written.get(name)!r} there, {self.settings.get(name)!r} here" for name in names
+            )
+            raise ValueError(f"{path.parent} holds another run: {changes}. Choose another output.")
+
+    def _cut_torn_line(self) -> None:
+        data = self.path.read_bytes() if self.path.exists() else b""
+        whole = data.rfind(b"\n") + 1
+        if whole != len(data):
+            with open(self.path, "r+b") as stream:
+                stream.truncate(whole)
+
+
+def read_results(path: str | Path) -> list[EpisodeResult]:
+    """The episodes of a results file, in the order of its lines; a torn last line is left out.
+
+    Raises:
+        ValueError: a whole line that is not an episode.
+    """
+    path = Path(path)
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    results = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            results.append(EpisodeResult(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"line {number} of {path} is not an episode ({error}); repair or remove the file"
+            ) from error
+    return results
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes beside and renames: the file is the old one or the new one, never half of it."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    beside.write_bytes(data)
+    beside.replace(path)
+
+
+def _as_line(result: EpisodeResult) -> bytes:
+    return json.dumps(asdict(result), ensure_ascii=False).encode("utf-8") + b"\n"
+
+
+def summarise(results: Iterable[EpisodeResult], tasks: Sequence[str] | None = None) -> dict[str, Any]:
+    """Success rates with 95 % intervals, over all episodes and per task, and the latency of a query.
+
+    Args:
+        results: episodes of one suite.
+        tasks: the tasks' instructions, to name the rows.
+
+    Raises:
+        ValueError: no episodes, or episodes of several suites.
+    """
+    results = list(results)
+    suites = {result.suite for result in results}
+    if len(suites) != 1:
+        raise ValueError(f"results must hold episodes of one suite, got {sorted(suites) or 'none'}")
+    latencies = np.array([seconds for result in results for seconds in result.latency])
+    per_task = []
+    for task in sorted({result.task for result in results}):
+        part = [result for result in results if result.task == task]
+        name = tasks[task] if tasks is not None else part[0].task_instruction or part[0].instruction
+        per_task.append({"task": task, "name": name, **_rate(part)})
+    summary = {"suite": suites.pop(), **_rate(results), "tasks": per_task}
+    if len(latencies):
+        summary["latency_ms"] = {
+            "median": round(1000 * float(np.median(latencies)), 2),
+            "p95": round(1000 * float(np.quantile(latencies, 0.95)), 2),
+            "queries": len(latencies),
+        }
+    return summary
+
+
+def _rate(results: Sequence[EpisodeResult]) -> dict[str, Any]:
+    successes = sum(result.success for result in results)
+    low, high = wilson_interval(successes, len(results))
+    solved = [result.steps for result in results if result.success]
+    return {
+        "episodes": len(results),
+        "successes": successes,
+        "success_rate": successes / len(results),
+        "interval_95": [low, high],
+        "mean_steps_when_solved": float(np.mean(solved)) if solved else None,
+    }
+
+
+def published_table(measured: Mapping[str, Mapping[str, Mapping[str, Any]]], compare: bool = True) -> str:
+    """A Markdown table in the published form: one row per policy, one column per suite, and the average.
+
+    Args:
+        measured: policy name -> suite -> a summary of `summarise`.
+        compare: add the published rows.
+    """
+    suites = [
+        name for name in TITLES if any(name in row for row in measured.values()) or (compare and name != "libero_90")
+    ]
+    lines = ["| Policy | " + " | ".join(TITLES[name] for name in suites) + " | Average |"]
+    lines.append("|---|" + "---|" * (len(suites) + 1))
+    for policy, row in measured.items():
+        cells = [_cell(row.get(name)) for name in suites]
+        rates = [100 * row[name]["success_rate"] for name in suites if name in row]
+        # An average over some of the suites is not comparable with the published ones.
+        average = f"{np.mean(rates):.1f}" if len(rates) == len(suites) else "—"
+        lines.append(f"| {policy} | " + " | ".join(cells) + f" | {average} |")
+    for policy, row in PUBLISHED.items() if compare else ():
+        cells = [f"{row[name]:.1f}" if name in row else "—" for name in suites]
+        lines.append(f"| {policy} (published) | " + " | ".join(cells) + f" | {row['all']:.1f} |")
+    return "\n".join(lines) + "\n"
+
+
+def task_table(summary: Mapping[str, Any]) -> str:
+    """A Markdown table with one row per task of a suite."""
+    lines = ["| Task | Solved | Success, % (95 % interval) | Steps when solved |", "|---|---|---|---|"]
+    rows = [*summary["tasks"], {"name": "**all**", **{k: v for k, v in summary.items() if k != "tasks"}}]
+    for row in rows:
+        steps = row["mean_steps_when_solved"]
+        solved = f"{row['successes']}/{row['episodes']}"
+        lines.append(f"| {row['name']} | {solved} | {_cell(row)} | {'—' if steps is None else f'{steps:.0f}'} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(summary: Mapping[str, Any] | None) -> str:
+    if summary is None:
+        return "—"
+    low, high = summary["interval_95"]
+    return f"{100 * summary['success_rate']:.1f} ({100 * low:.1f}–{100 * high:.1f})"
