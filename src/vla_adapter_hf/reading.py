@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,19 @@ def read_pickle(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
+        # torch's own message goes on to say how to run the code all the same; of it only what was found is told.
+        code = re.search(r"(?:GLOBAL|function) (\S+)", str(error))
+        if code is None:
+            raise ValueError(
+                f"{path.name} is damaged, or no file of tensors; it was refused and nothing was run."
+            ) from error
         raise ValueError(
-            f"{path.name} holds something other than tensors, which would have to be executed to be read; it was "
-            f"refused and nothing was run. ({str(error).splitlines()[0]})"
+            f"{path.name} holds something other than tensors ({code[1]}), which would have to be executed to be read; "
+            "it was refused and nothing was run."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError) as error:
-        raise ValueError(f"{path.name} is damaged or cut short ({str(error).splitlines()[0]}).") from error
+    except Exception as error:  # reading damaged bytes ends in errors of many kinds, struct.error among them
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path.name} is damaged or cut short ({reason}).") from error
 
 
 def as_state_dict(content: Any, what: str) -> dict[str, torch.Tensor]:
