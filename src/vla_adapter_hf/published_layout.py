@@ -332,15 +332,18 @@ class PublishedLayout:
     """How [`VLAAdapterConfig`] and [`VLAAdapterForActionPrediction`] get at checkpoints in the published layout."""
 
     def read_config(self, source: str, **kwargs: Any) -> tuple[VLAAdapterConfig, dict[str, Any]]:
-        """The configuration, with fields given as keyword arguments in it, and the arguments that are no fields."""
+        """The configuration, with fields given as keyword arguments in it, and the arguments that are no fields.
+
+        `step` is among the latter: `AutoModel`, which reads the configuration first, hands it on to [`load_model`].
+        """
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS & set(kwargs)}
         fields = (set(VLAAdapterConfig.__dataclass_fields__) - {"dtype"}) | {"attn_implementation", "name_or_path"}
         overrides = {name: kwargs.pop(name) for name in fields & set(kwargs)}
         if kwargs.get("dtype", "auto") not in ("auto", None):
             overrides["dtype"] = kwargs["dtype"]
-        robot, step = kwargs.pop("robot", None), kwargs.pop("step", None)
+        robot = kwargs.pop("robot", None)
         kwargs.pop("_from_auto", None)
-        config = build_config(open_published(source, step, **hub), robot, **overrides)
+        config = build_config(open_published(source, kwargs.get("step"), **hub), robot, **overrides)
         return config, kwargs
 
     def load_model(
@@ -351,7 +354,7 @@ class PublishedLayout:
         step = kwargs.get("step")
         if config is None:
             config, kwargs = self.read_config(source, **{**kwargs, **hub, "name_or_path": str(source)})
-            kwargs = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS}
+        kwargs = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS | {"step"}}
         checkpoint = open_published(source, step, **hub)
         state_dict = read_state_dict(checkpoint)
         if not kwargs.get("ignore_mismatched_sizes", False):
