@@ -1,6 +1,8 @@
 """VLA-Adapter for transformers: `AutoModel`, `AutoProcessor` and `AutoConfig` know it once this package is imported."""
 
 from contextlib import suppress
+from importlib import import_module
+from typing import Any
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
@@ -41,6 +43,29 @@ def _register() -> None:
 
 _register()
 
+# Imported on first use: they bring the Trainer and datasets with them, which prediction does without.
+_ON_FIRST_USE = {
+    "ImageAugmentation": "vla_adapter_hf.data",
+    "ImageResize": "vla_adapter_hf.data",
+    "VLAAdapterDataset": "vla_adapter_hf.data",
+    "VLAAdapterMixture": "vla_adapter_hf.data",
+    "VLAAdapterStreamingDataset": "vla_adapter_hf.data",
+    "VLAAdapterDataCollator": "vla_adapter_hf.training.collator",
+    "CheckpointCallback": "vla_adapter_hf.training.trainer",
+    "VLAAdapterTrainer": "vla_adapter_hf.training.trainer",
+    "VLAAdapterTrainingArguments": "vla_adapter_hf.training.trainer",
+    "apply_preset": "vla_adapter_hf.training.presets",
+    "merge_lora": "vla_adapter_hf.training.presets",
+    "make_compute_metrics": "vla_adapter_hf.training.metrics",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ON_FIRST_USE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_ON_FIRST_USE[name]), name)
+
+
 __all__ = [
     "ROBOTS",
     "RobotPreset",
@@ -51,4 +76,5 @@ __all__ = [
     "VLAAdapterProcessor",
     "__version__",
     "get_robot",
+    *_ON_FIRST_USE,
 ]

@@ -107,6 +107,63 @@ def demo(
         run(checkpoint, output, unnorm_key, say=typer.echo)
 
 
+@app.command()
+def stats(
+    dataset: Annotated[str, typer.Argument(help="Folder or Hub id of demonstrations.")],
+    output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    format: Annotated[str, typer.Option(help="lerobot, rlds, dataset or auto.")] = "auto",
+    robot: Annotated[str | None, typer.Option(help="Preset whose gripper and state conventions apply.")] = None,
+    unnorm_key: Annotated[str | None, typer.Option(help="Key to file the statistics under.")] = None,
+    name: Annotated[str | None, typer.Option(help="Which dataset, where an RLDS folder holds several.")] = None,
+    on_bad_episode: Annotated[str, typer.Option(help="error or skip.")] = "error",
+    use_cache: Annotated[bool, typer.Option(help="Take statistics computed earlier from the same content.")] = True,
+) -> None:
+    """Compute the statistics that a dataset is normalised with."""
+    from vla_adapter_hf.data import dataset_statistics, describe_norm_stats
+
+    with readable_errors():
+        norm_stats = dataset_statistics(
+            dataset,
+            format,
+            robot,
+            unnorm_key,
+            name=name,
+            on_bad_episode=on_bad_episode,
+            output=output,
+            use_cache=use_cache,
+        )
+    typer.echo(describe_norm_stats(norm_stats))
+
+
+@app.command()
+def plot(
+    checkpoint: str,
+    dataset: str,
+    output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("chunks.png"),
+    format: Annotated[str, typer.Option(help="lerobot, rlds, dataset or auto.")] = "auto",
+    robot: Annotated[str | None, typer.Option(help="Preset whose gripper and state conventions apply.")] = None,
+    cameras: Annotated[list[str] | None, typer.Option(help="Camera columns, in the model's order.")] = None,
+    episodes: Annotated[int, typer.Option(help="How many episodes to draw, from the first on.")] = 3,
+) -> None:
+    """Draw what a checkpoint predicts over recorded episodes beside what was recorded."""
+    from vla_adapter_hf.training.pictures import plot_checkpoint
+
+    with readable_errors():
+        typer.echo(plot_checkpoint(checkpoint, dataset, output, format, robot, cameras, episodes))
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def train(context: typer.Context) -> None:
+    """Fine-tune on demonstrations; arguments are listed by `vla-adapter train --help`."""
+    from vla_adapter_hf.training.arguments import parse_arguments
+    from vla_adapter_hf.training.train import train as run
+
+    with readable_errors():
+        run(*parse_arguments(context.args), say=typer.echo)
+
+
 def _dtype(name: str | None):
     import torch
 

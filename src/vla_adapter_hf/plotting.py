@@ -72,6 +72,74 @@ def plot_prediction(
     return figure
 
 
+def plot_training(log_history: list[dict[str, float]]) -> Figure:
+    """Loss of training and evaluation over the steps, as a Trainer logs them."""
+    pyplot = load_matplotlib()
+    figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    for key, label in (("loss", "training"), ("eval_loss", "held-out episodes")):
+        points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
+        if points:
+            axis.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else "", label=label)
+    axis.set_xlabel("step")
+    axis.set_ylabel("mean absolute error, normalised actions")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend()
+    return figure
+
+
+def plot_chunks(model: Any, processor: Any, datasets: list[Any], episodes: int = 3) -> Figure:
+    """Predicted against recorded actions over whole episodes, one row each, chunk after chunk as a robot would run them.
+
+    Args:
+        model ([`VLAAdapterForActionPrediction`]): with norm stats for the datasets.
+        processor ([`VLAAdapterProcessor`]): of the model.
+        datasets (`list[VLAAdapterDataset]`): episodes are taken from their beginning, dataset after dataset.
+        episodes (`int`): how many to draw.
+    """
+    pyplot = load_matplotlib()
+    chosen = [(dataset, episode) for dataset in datasets for episode in dataset.episode_indices][:episodes]
+    dims = model.config.action_dim
+    figure = pyplot.figure(figsize=(2.1 * dims + 1, 2.6 * len(chosen)), layout="constrained")
+    for row, (dataset, episode) in zip(
+        np.atleast_1d(figure.subfigures(len(chosen), 1, squeeze=False)[:, 0]), chosen, strict=True
+    ):
+        recorded, predicted, text = _replay(
+            model, processor, dataset.select_episodes([episode], dataset.image_transform)
+        )
+        row.suptitle(f"{dataset.unnorm_key}, episode {episode}: “{text}”", fontsize=10)
+        for axis, name, true, said in zip(
+            row.subplots(1, dims), action_names(dims), recorded.T, predicted.T, strict=True
+        ):
+            axis.plot(true, color="black", linewidth=1, label="recorded")
+            axis.plot(said, color="tab:orange", linewidth=1, label="predicted")
+            axis.set_title(name, fontsize=9)
+            axis.tick_params(labelsize=7)
+            for boundary in range(0, len(true), model.config.chunk_size):
+                axis.axvline(boundary, color="gray", linewidth=0.4, alpha=0.5)
+        axis.legend(fontsize=6)
+    return figure
+
+
+def _replay(model: Any, processor: Any, episode: Any) -> tuple[np.ndarray, np.ndarray, str]:
+    """Recorded and predicted actions `(steps, action_dim)` of a dataset with a single episode."""
+    recorded, predicted = [], []
+    for index in range(0, len(episode), model.config.chunk_size):
+        sample = episode[index]
+        inputs = processor(
+            images=sample["images"],
+            text=sample["text"],
+            state=sample["state"],
+            do_jpeg_round_trip=False,
+            do_center_crop=False,  # the dataset's image_transform has done it
+        )
+        actions = model.predict_action(**inputs, unnorm_key=sample["unnorm_key"])[0]
+        real = ~sample["action_is_pad"]
+        recorded.append(sample["actions"][real])
+        predicted.append(actions[real])
+    return np.concatenate(recorded), np.concatenate(predicted), sample["text"]
+
+
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure and let go of it."""
     path = Path(path)

@@ -1,0 +1,102 @@
+"""Arguments of `vla-adapter train`, beside transformers' own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from vla_adapter_hf.training.presets import PRESETS
+from vla_adapter_hf.training.trainer import VLAAdapterTrainingArguments
+
+
+@dataclass
+class ModelArguments:
+    checkpoint: str = field(metadata={"help": "Where to start: folder or Hub id, published layout or our own."})
+    preset: str = field(default="lora", metadata={"help": f"What trains: {', '.join(PRESETS)}."})
+    lora_rank: int = field(default=64, metadata={"help": "Rank of the LoRA matrices."})
+    start_robot: str | None = field(default=None, metadata={"help": "Robot preset of a published start checkpoint."})
+    norm_type: str | None = field(
+        default=None, metadata={"help": "bounds_q99, bounds or normal; by default the robot's, else the checkpoint's."}
+    )
+    dtype: str = field(
+        default="float32", metadata={"help": "Precision of the weights; with --bf16, compute is bfloat16."}
+    )
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "sdpa, eager, flash_attention_2, flex_attention."}
+    )
+
+
+@dataclass
+class DataArguments:
+    dataset: list[str] = field(metadata={"help": "Folders or Hub ids of demonstrations, one or several."})
+    weights: list[float] | None = field(default=None, metadata={"help": "One per dataset, times its transitions."})
+    format: str = field(default="auto", metadata={"help": "lerobot, rlds, dataset or auto."})
+    robot: str | None = field(default=None, metadata={"help": "Preset whose gripper and state conventions apply."})
+    cameras: list[str] | None = field(default=None, metadata={"help": "Camera columns, in the model's order."})
+    chunk_size: int | None = field(default=None, metadata={"help": "Actions per chunk; by default the checkpoint's."})
+    pad_chunks: bool = field(default=False, metadata={"help": "Also chunks that run past an episode's end."})
+    on_bad_episode: str = field(default="error", metadata={"help": "error or skip."})
+    validation: float = field(
+        default=0.0, metadata={"help": "Share of episodes (below 1) or their number to hold out for evaluation."}
+    )
+    augment: bool = field(default=True, metadata={"help": "Crop and colour augmentation, as published."})
+    jpeg_round_trip: str = field(
+        default="auto",
+        metadata={"help": "Whether frames go through JPEG at inference: yes, no, or auto (yes if recorded as JPEG)."},
+    )
+    picture_episodes: int = field(default=3, metadata={"help": "Held-out episodes to draw at the end."})
+
+
+def parse_arguments(
+    arguments: list[str],
+) -> tuple[ModelArguments, DataArguments, VLAAdapterTrainingArguments]:
+    """Command-line words, the first of which may be a YAML file of the same names.
+
+    What the preset says yields to the file, and the file to the words.
+
+    Raises:
+        ValueError: for a name that does not exist, or a file that is no mapping.
+    """
+    words = list(arguments)
+    from_file: list[str] = []
+    if words and words[0].endswith((".yaml", ".yml")):
+        from_file = _as_words(_read_yaml(Path(words.pop(0))))
+    parser = HfArgumentParser((ModelArguments, DataArguments, VLAAdapterTrainingArguments))
+    chosen = _value_after("--preset", words) or _value_after("--preset", from_file) or "lora"
+    if chosen not in PRESETS:
+        raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {chosen!r}.")
+    # Later words replace earlier ones.
+    model, data, training, unknown = parser.parse_args_into_dataclasses(
+        [*_as_words(PRESETS[chosen]), *from_file, *words], return_remaining_strings=True
+    )
+    if unknown:
+        raise ValueError(f"unknown arguments: {' '.join(unknown)}; see vla-adapter train --help.")
+    return model, data, training
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a mapping of argument names to values, got {type(content).__name__}.")
+    return content
+
+
+def _as_words(values: dict[str, Any]) -> list[str]:
+    words = []
+    for name, value in values.items():
+        words.append(f"--{name}")
+        words += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return words
+
+
+def _value_after(name: str, words: list[str]) -> str | None:
+    for index, word in enumerate(words):
+        if word == name and index + 1 < len(words):
+            return words[index + 1]
+        if word.startswith(f"{name}="):
+            return word.split("=", 1)[1]
+    return None

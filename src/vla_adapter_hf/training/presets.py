@@ -1,0 +1,132 @@
+"""What trains: LoRA on the towers and the language model, everything frozen but the policy, or everything."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction
+
+
+# The name is also that of the folder in which PEFT keeps the adapter inside a checkpoint, as in the published layout.
+ADAPTER_NAME = "lora_adapter"
+# Trained in full by every preset.
+POLICY_MODULES = ("action_queries", "policy", "proprio_projector")
+# Where LoRA layers go: every linear layer of these, and the towers' patch embeddings, which are convolutions.
+LORA_MODULES = ("dinov2", "siglip", "vision_projector", "language_model")
+
+# Training arguments of each preset. What the released code in effect runs is a constant 2e-4, without clipping: its
+# warm-up of 0.1 is in steps, and the same lines undo its decay. The paper describes the other schedule.
+_RELEASED = {
+    "learning_rate": 2e-4,
+    "lr_scheduler_type": "constant",
+    "weight_decay": 0.01,
+    "max_grad_norm": 0.0,
+    "per_device_train_batch_size": 8,
+}
+_PAPER = {**_RELEASED, "learning_rate": 1e-4, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
+PRESETS: dict[str, dict[str, Any]] = {
+    "lora": _RELEASED,
+    "lora-paper": _PAPER,
+    "frozen": _RELEASED,
+    "full": _RELEASED,
+}
+
+
+def apply_preset(model: VLAAdapterForActionPrediction, preset: str = "lora", rank: int = 64) -> nn.Module:
+    """Make a model ready to be trained.
+
+    Args:
+        model ([`VLAAdapterForActionPrediction`]): is changed in place.
+        preset (`str`): `"lora"` or `"lora-paper"` (the same layers, another schedule), `"frozen"` (only action queries,
+            policy and proprio projector train; paper, LIBERO-Long 86.4 %), `"full"`.
+        rank (`int`): of the LoRA matrices; alpha is twice as much, as published.
+
+    Returns:
+        `nn.Module`: a `PeftModel` around the model for LoRA, the model itself otherwise.
+
+    Raises:
+        ValueError: for an unknown preset.
+        ImportError: when LoRA is asked for without PEFT.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
+    if preset == "full":
+        model.requires_grad_(True)
+        # Without effect on anything, see the model.
+        model.dinov2.embeddings.mask_token.requires_grad_(False)
+        return model
+    if preset == "frozen":
+        model.requires_grad_(False)
+        for name in POLICY_MODULES:
+            getattr(model, name).requires_grad_(True)
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError as error:
+        raise ImportError(f"preset={preset!r} needs PEFT: pip install 'vla-adapter-hf[lora]'.") from error
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        lora_dropout=0.0,
+        init_lora_weights="gaussian",
+        target_modules=lora_targets(model),
+        modules_to_save=list(POLICY_MODULES),
+    )
+    peft_model = get_peft_model(model, config, adapter_name=ADAPTER_NAME)
+    peft_model.register_load_state_dict_pre_hook(_refuse_merged_weights)
+    return peft_model
+
+
+def lora_targets(model: VLAAdapterForActionPrediction) -> list[str]:
+    """Full names of the layers that the published recipe adapts (`data.md`: every linear layer of both towers, vision
+    projector and language model, and both patch embeddings, which PEFT's `all-linear` would leave out)."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if name.split(".")[0] in LORA_MODULES and isinstance(module, (nn.Linear, nn.Conv2d))
+    ]
+
+
+def merge_lora(model: nn.Module) -> VLAAdapterForActionPrediction:
+    """Fold the adapter into the weights, in place: no second model in memory. Other models are returned as they are."""
+    if not hasattr(model, "merge_and_unload"):
+        return model
+    merged = model.merge_and_unload()
+    merged.requires_grad_(True)
+    merged.dinov2.embeddings.mask_token.requires_grad_(False)
+    return merged
+
+
+@torch.no_grad()
+def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of the model that merging would give, under the plain model's names; the model is left as it is.
+
+    Merging and unmerging in place would change the frozen weights in their last digits, and a resumed training with them.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    base = model.get_base_model()
+    deltas = {
+        f"{name}.weight": layer.get_delta_weight(ADAPTER_NAME)
+        for name, layer in base.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    merged = {}
+    for name, tensor in base.state_dict().items():
+        name = name.replace(f".modules_to_save.{ADAPTER_NAME}.", ".").replace(".base_layer.", ".")
+        if ".lora_" in name or ".original_module." in name:
+            continue
+        merged[name] = tensor + deltas[name].to(tensor.dtype) if name in deltas else tensor
+    return merged
+
+
+def _refuse_merged_weights(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+    """The plain Trainer would load a checkpoint's merged weights here, match no name and say nothing."""
+    if state_dict and not any(".lora_" in name for name in state_dict):
+        raise ValueError(
+            "These are merged weights; a model with a LoRA adapter cannot take them. Use VLAAdapterTrainer, which loads "
+            f"the adapter in the checkpoint's {ADAPTER_NAME}/ folder, e.g. with load_best_model_at_end=True."
+        )
