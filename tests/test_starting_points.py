@@ -30,6 +30,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 import vla_adapter_hf
+from vla_adapter_hf import base_model
 from vla_adapter_hf.cli import app
 from vla_adapter_hf.modeling.checkpoint_names_vla_adapter import name_in_file
 from vla_adapter_hf.pretrained_parts import fold_class_position
@@ -362,6 +363,23 @@ class TestBase:
         with pytest.raises(ValueError, match="damaged"):
             init_from_base(**arguments, step=100)
         init_from_base(**arguments, step=20792)
+
+    def test_of_a_repository_on_the_hub_one_file_is_downloaded(
+        self, published_pro, base_arguments, tmp_path, monkeypatch
+    ):
+        write_base(published_pro, tmp_path)
+        names = ["config.json", "latest-checkpoint.pt", "checkpoints/latest-checkpoint.pt"]
+        names.append("checkpoints/step-000100-epoch-00-loss=1.5000.pt")
+        downloaded = []
+
+        def download(repo, name):
+            downloaded.append((repo, name))
+            return str(tmp_path / name)
+
+        monkeypatch.setattr(base_model.HfApi, "list_repo_files", lambda self, repo: names)
+        monkeypatch.setattr(base_model, "hf_hub_download", download)
+        init_from_base(**{**base_arguments, "base": "someone/prism"})
+        assert downloaded == [("someone/prism", "checkpoints/latest-checkpoint.pt")]
 
     def test_a_single_step_needs_no_choice(self, published_pro, base_arguments, tmp_path):
         folder = write_base(published_pro, tmp_path, "step-020792-epoch-01-loss=0.5134.pt")

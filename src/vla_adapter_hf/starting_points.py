@@ -33,6 +33,7 @@ from vla_adapter_hf.writing import check_destination, write_checkpoint
 
 # Of the base: what the published models were trained from.
 USUAL_TOWERS = "facebook/dinov2-with-registers-large and google/siglip-so400m-patch14-224"
+SOURCE_NAMES = {"base": "base model", "dinov2": "DINOv2", "siglip": "SigLIP", "language_model": "language model"}
 NEW_PARTS = ("action_queries.", "proprio_projector.", "policy.")
 
 
@@ -145,10 +146,10 @@ def init(
             written.
     """
     destination = check_destination(destination)
-    named = {"base": base, **{name: options.get(name) for name in ("dinov2", "siglip", "language_model")}}
-    sources = {name: _label(source) for name, source in named.items() if source is not None}
+    named = {"base": base, **options}
+    sources = {name: _label(named[name]) for name in SOURCE_NAMES if named.get(name) is not None}
     for name, source in sources.items():
-        say(f"{name.replace('_', ' ')}: {source}")
+        say(f"{SOURCE_NAMES[name]}: {source}")
     say("Reading the weights")
     model, processor = init_from_base(base, **options)
     config = model.config
@@ -240,7 +241,7 @@ def _label(source: str | Path) -> str:
 
 
 def _model_card(config: VLAAdapterConfig, sources: dict[str, str], title: str) -> str:
-    origin = ", ".join(f"{name.replace('_', ' ')} `{source}`" for name, source in sources.items())
+    origin = ", ".join(f"{SOURCE_NAMES[name]} `{source}`" for name, source in sources.items())
     projector = "" if "base" in sources else ", vision projector"
     return fill_model_card(
         config,
