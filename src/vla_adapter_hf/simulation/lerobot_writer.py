@@ -295,7 +295,10 @@ class _Builder:
         pandas = {
             "index_columns": ["__index_level_0__"],
             "column_indexes": [],
-            "columns": [],
+            "columns": [
+                _pandas_column("task_index", "task_index", "int64"),
+                _pandas_column(None, "__index_level_0__", "unicode"),
+            ],
             "pandas_version": "2.2.0",
         }
         tasks = tasks.replace_schema_metadata({"pandas": json.dumps(pandas)})
@@ -394,6 +397,11 @@ def _summarise_levels(counts: np.ndarray) -> dict[str, Any]:
 
 def _layout_record(layout: LeRobotLayout) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(layout).items()}
+
+
+def _pandas_column(name: str | None, field_name: str, kind: str) -> dict[str, Any]:
+    numpy_type = "object" if kind == "unicode" else kind
+    return {"name": name, "field_name": field_name, "pandas_type": kind, "numpy_type": numpy_type, "metadata": None}
 
 
 def _write_json(path: Path, value: Any) -> None:
