@@ -16,7 +16,16 @@ from .chunks import ActionChunkQueue
 from .environment import Suite
 from .libero import LiberoSuite
 from .policies import Policy, Request, ResidentPolicy, blackened, make_policy
-from .results import EpisodeResult, ResultsFile, published_table, summarise, task_table, wilson_interval, write_whole
+from .results import (
+    PUBLISHED_SUITES,
+    EpisodeResult,
+    ResultsFile,
+    published_table,
+    summarise,
+    task_table,
+    wilson_interval,
+    write_whole,
+)
 from .rollout import draw_rollout, write_rollout
 from .workers import Begin, Execute, Report, WorkerPool
 
@@ -348,7 +357,7 @@ def _finish(
         controls.append("black images")
     if settings["instruction"]:
         controls.append(f"instruction: {settings['instruction']}")
-    official = len(controls) == 1 and settings.get("placement", "official") == "official"
+    official = suite in PUBLISHED_SUITES and controls == ["placement official"]
     text = f"## {policy} on {suite}\n\n{', '.join(controls)}; {len(results)} episodes; 95 % Wilson intervals.\n\n"
     # Published scores stand beside official ones only.
     text += published_table({policy: {suite: summary}}, compare=official) + "\n" + task_table(summary)

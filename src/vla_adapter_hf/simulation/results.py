@@ -40,6 +40,8 @@ PUBLISHED = {
 }
 """Success rates in per cent as published (arXiv 2509.09372 and the works compared there)."""
 
+PUBLISHED_SUITES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+
 TITLES = {
     "libero_spatial": "Spatial",
     "libero_object": "Object",
@@ -244,10 +246,11 @@ def published_table(measured: Mapping[str, Mapping[str, Mapping[str, Any]]], com
         measured: policy name -> suite -> a summary of `summarise`.
         compare: add the published rows.
     """
-    suites = [
-        name for name in TITLES if any(name in row for row in measured.values()) or (compare and name != "libero_90")
-    ]
-    lines = ["| Policy | " + " | ".join(TITLES[name] for name in suites) + " | Average |"]
+    named = {name for row in measured.values() for name in row}
+    suites = [name for name in TITLES if name in named or (compare and name in PUBLISHED_SUITES)]
+    # A user's own suite has no published title: its name stands for it.
+    suites += sorted(named - set(TITLES))
+    lines = ["| Policy | " + " | ".join(TITLES.get(name, name) for name in suites) + " | Average |"]
     lines.append("|---|" + "---|" * (len(suites) + 1))
     for policy, row in measured.items():
         cells = [_cell(row.get(name)) for name in suites]

@@ -1,0 +1,233 @@
+"""The evaluation harness on the point environment: batching, resuming, controls, films."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageSequence
+
+from vla_adapter_hf.simulation.environment import Environment, Suite
+from vla_adapter_hf.simulation.evaluate import evaluate
+from vla_adapter_hf.simulation.placement import PLACEMENTS
+from vla_adapter_hf.simulation.point import COLOURS, PointEnvironment, PointSuite
+from vla_adapter_hf.simulation.policies import NoopPolicy, ReplayPolicy
+from vla_adapter_hf.simulation.results import read_results
+from vla_adapter_hf.simulation.rollout import draw_rollout, write_rollout
+
+
+SUITE = PointSuite()
+
+
+def silent(line: str) -> None:
+    """No progress."""
+
+
+class SeeingPolicy:
+    """Finds the disc of the instruction's colour in the frame and moves there: it needs its eyes and its ears."""
+
+    name = "seeing"
+    needs_observation = True
+
+    def __init__(self, pause: float = 0.0) -> None:
+        self.batches: list[int] = []
+        self.pause = pause
+
+    def predict(self, requests):
+        self.batches.append(len(requests))
+        # While a policy thinks, the other environments get ready: the next query holds them all.
+        time.sleep(self.pause if len(self.batches) < 10 else 0)
+        return [self._chunk(request) for request in requests]
+
+    def _chunk(self, request):
+        image = request.observation.images[0].astype(int)
+        colour = next(value for name, value in COLOURS.items() if name in request.instruction)
+        rows, columns = np.nonzero(np.abs(image - np.array(colour)).sum(axis=2) == 0)
+        chunk = np.zeros((8, 7))
+        chunk[:, 6] = 1.0
+        if len(rows):
+            goal = (np.array([columns.mean(), rows.mean()]) + 0.5) / image.shape[0]
+            position = request.observation.state[:2].copy()
+            for step in range(8):
+                chunk[step, :2] = np.clip((goal - position) / 0.05, -1, 1)
+                position += 0.05 * chunk[step, :2]
+        return chunk
+
+
+@dataclass(frozen=True)
+class PointOracle:
+    """Knows where the disc is; lives in the environment's process."""
+
+    name: str = "oracle"
+
+    def attach(self, environment: PointEnvironment):
+        return lambda: np.append(np.clip((environment.goal - environment.position) / 0.05, -1, 1), np.zeros(5))
+
+
+def outcomes(folder: Path) -> list[tuple]:
+    """Everything of the results but the clock."""
+    results = read_results(folder / "episodes.jsonl")
+    return [(r.task, r.episode, r.steps, r.success, r.instruction, str(r.info), len(r.latency)) for r in results]
+
+
+def test_the_point_environment_fits_the_protocols():
+    assert isinstance(SUITE, Suite)
+    assert isinstance(SUITE.make(0), Environment)
+
+
+def test_a_policy_that_sees_solves_every_episode(tmp_path):
+    summary = evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=5, processes=0, report=silent)
+    assert (summary["successes"], summary["episodes"]) == (15, 15)
+    assert json.loads((tmp_path / "summary.json").read_text())["successes"] == 15
+    assert "| **all** | 15/15 | 100.0" in (tmp_path / "summary.md").read_text()
+
+
+def test_bounds_oracle_solves_all_and_noop_none(tmp_path):
+    oracle = evaluate(PointOracle(), SUITE, tmp_path / "oracle", episodes=5, processes=0, report=silent)
+    noop = evaluate(NoopPolicy("libero"), SUITE, tmp_path / "noop", episodes=5, processes=0, report=silent)
+    assert (oracle["success_rate"], noop["success_rate"]) == (1.0, 0.0)
+    assert all(result.steps == SUITE.step_limit for result in read_results(tmp_path / "noop" / "episodes.jsonl"))
+
+
+def test_black_images_blind_the_policy(tmp_path):
+    summary = evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=5, processes=0, black_images=True, report=silent)
+    assert summary["successes"] == 0
+    assert all(result.black_images for result in read_results(tmp_path / "episodes.jsonl"))
+
+
+def test_another_instruction_is_told_and_recorded_and_does_not_move_the_goal(tmp_path):
+    summary = evaluate(
+        SeeingPolicy(),
+        SUITE,
+        tmp_path,
+        tasks=[0],
+        episodes=5,
+        processes=0,
+        instruction="move to the blue disc",
+        report=silent,
+    )
+    assert summary["successes"] < 5
+    results = read_results(tmp_path / "episodes.jsonl")
+    assert {result.instruction for result in results} == {"move to the blue disc"}
+    assert {result.task_instruction for result in results} == {"move to the red disc"}
+
+
+def test_the_policy_is_asked_once_per_executed_chunk(tmp_path):
+    evaluate(NoopPolicy("libero"), SUITE, tmp_path / "whole", tasks=[0], episodes=1, processes=0, report=silent)
+    evaluate(
+        NoopPolicy("libero"), SUITE, tmp_path / "part", tasks=[0], episodes=1, processes=0, execute=3, report=silent
+    )
+    # 60 steps: 8 queries of 8 actions (the last is cut short), 20 of 3.
+    assert len(read_results(tmp_path / "whole" / "episodes.jsonl")[0].latency) == 8
+    assert len(read_results(tmp_path / "part" / "episodes.jsonl")[0].latency) == 20
+
+
+def test_parallel_environments_give_the_serial_results_in_batches(tmp_path):
+    evaluate(SeeingPolicy(), SUITE, tmp_path / "serial", episodes=6, processes=0, report=silent)
+    policy = SeeingPolicy(pause=0.5)
+    evaluate(policy, SUITE, tmp_path / "parallel", episodes=6, processes=3, report=silent)
+    assert outcomes(tmp_path / "parallel") == outcomes(tmp_path / "serial")
+    assert max(policy.batches) > 1
+
+
+def _run_until_killed(folder: str) -> None:
+    def slow(line: str) -> None:
+        time.sleep(0.2)
+
+    evaluate(SeeingPolicy(), SUITE, folder, episodes=20, processes=1, report=slow)
+
+
+def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path):
+    evaluate(SeeingPolicy(), SUITE, tmp_path / "whole", episodes=20, processes=1, report=silent)
+    process = multiprocessing.get_context("spawn").Process(target=_run_until_killed, args=(str(tmp_path / "killed"),))
+    process.start()
+    lines = tmp_path / "killed" / "episodes.jsonl"
+    deadline = time.monotonic() + 120
+    while (not lines.exists() or lines.read_bytes().count(b"\n") < 5) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    done = len(read_results(lines))
+    assert 5 <= done < 60
+    # A kill in the middle of a write leaves half a line.
+    with open(lines, "ab") as stream:
+        stream.write(b'{"suite": "poi')
+    told: list[str] = []
+    summary = evaluate(SeeingPolicy(), SUITE, tmp_path / "killed", episodes=20, processes=1, report=told.append)
+    assert len(told) == 60 - done
+    assert summary["episodes"] == 60
+    assert outcomes(tmp_path / "killed") == outcomes(tmp_path / "whole")
+
+
+def test_more_episodes_extend_a_run(tmp_path):
+    evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=2, processes=0, report=silent)
+    told: list[str] = []
+    summary = evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=4, processes=0, report=told.append)
+    assert (len(told), summary["episodes"]) == (6, 12)
+
+
+def test_replay_of_recorded_actions_ends_as_the_recording_did(tmp_path):
+    evaluate(SeeingPolicy(), SUITE, tmp_path / "seen", episodes=3, processes=0, save_actions=True, report=silent)
+    replay = ReplayPolicy.from_folder(tmp_path / "seen" / "actions", "libero")
+    evaluate(replay, SUITE, tmp_path / "replayed", episodes=3, processes=0, report=silent)
+    seen, replayed = (read_results(tmp_path / name / "episodes.jsonl") for name in ("seen", "replayed"))
+    assert [(r.key, r.steps, r.success) for r in seen] == [(r.key, r.steps, r.success) for r in replayed]
+
+
+@dataclass(frozen=True)
+class BrokenSuite(PointSuite):
+    def make(self, task: int):
+        raise OSError("the meshes are gone")
+
+
+def test_a_failing_environment_stops_the_run_with_its_reason(tmp_path):
+    with pytest.raises(RuntimeError, match="the meshes are gone"):
+        evaluate(SeeingPolicy(), BrokenSuite(), tmp_path, episodes=1, processes=1, report=silent)
+
+
+def test_films_show_where_a_chunk_begins(tmp_path):
+    evaluate(SeeingPolicy(), SUITE, tmp_path, tasks=[1], episodes=2, processes=0, rollouts=1, report=silent)
+    films = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
+    assert films == ["01-0000.gif"]
+    frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(Image.open(tmp_path / "rollouts" / films[0]))]
+    result = read_results(tmp_path / "episodes.jsonl")[0]
+    assert len(frames) == 1 + result.steps // 4
+    marked = [np.abs(np.asarray(frame)[0].mean(axis=0) - (255, 140, 0)).max() < 30 for frame in frames]
+    # Frames at 0, 4, 8, ... steps, queries at 0, 8, 16, ...: every second one begins a chunk.
+    assert marked == [index % 2 == 0 for index in range(len(frames))]
+
+
+def test_films_can_be_mp4(tmp_path):
+    av = pytest.importorskip("av")
+    frames = [(step, np.full((64, 128, 3), 10 * step, dtype=np.uint8)) for step in range(6)]
+    path = write_rollout(tmp_path / "a.mp4", draw_rollout(frames, [0, 3], 6, True))
+    with av.open(str(path)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 6
+    with pytest.raises(ValueError, match="must end in .gif or .mp4"):
+        write_rollout(tmp_path / "a.avi", [np.zeros((4, 4, 3), np.uint8)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tasks": [7]}, "tasks must be among 0...2"),
+        ({"episodes": 0}, "episodes must be a positive number"),
+        ({"processes": -1}, "processes must be 0 or more"),
+        ({"rollout_format": "webm"}, "rollout_format must be 'gif' or 'mp4'"),
+        ({"execute": 0}, "execute must be at least 1"),
+        ({"instruction": "other"}, "instruction='other' needs a suite whose scenes hold other objects"),
+    ],
+)
+def test_arguments_that_cannot_work_are_named(tmp_path, arguments, message):
+    given = {"episodes": 1, "processes": 0, "report": silent, **arguments}
+    with pytest.raises(ValueError, match=message):
+        evaluate(SeeingPolicy(), SUITE, tmp_path, **given)
+
+
+def test_placements_are_the_documented_ones():
+    assert PLACEMENTS == ("official", "jitter", "shuffle", "both")
