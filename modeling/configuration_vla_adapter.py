@@ -266,9 +266,10 @@ class VLAAdapterConfig(PreTrainedConfig):
         `from_pretrained(repo, action_dim=14, norm_stats=...)` thus never sees the new size beside the old statistics.
         A checkpoint in another layout is handed to its reader.
         """
+        source = kwargs.pop("_source", kwargs.get("name_or_path"))
         layout = config_dict.get("model_type", VLAAdapterConfig.model_type)
         if layout != VLAAdapterConfig.model_type:
-            source = kwargs.get("name_or_path")
+            kwargs.setdefault("name_or_path", source)
             return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
             config, kwargs = reader_of_layout(layout, source).read_config(source, **kwargs)
             return (config, kwargs) if return_unused_kwargs else config
@@ -284,8 +285,8 @@ class VLAAdapterConfig(PreTrainedConfig):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs) -> "VLAAdapterConfig":
         """As in transformers. Readers of other layouts need to know the name."""
-        kwargs.setdefault("name_or_path", str(pretrained_model_name_or_path))
-        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        source = str(pretrained_model_name_or_path)
+        return super().from_pretrained(pretrained_model_name_or_path, _source=source, **kwargs)
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The whole configuration, not only what differs from the defaults.
