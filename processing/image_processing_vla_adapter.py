@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from transformers.feature_extraction_utils import BatchFeature
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format, is_valid_image, to_numpy_array
@@ -144,8 +145,10 @@ class VLAAdapterImageProcessor(PilBackend):
             raise TypeError(
                 f"a frame must be a PIL image, a NumPy array or a torch tensor, got {type(image).__name__}."
             )
-        if do_convert_rgb:
-            image = self.convert_to_rgb(image)  # PIL images only
+        if isinstance(image, Image.Image):
+            # Not the library's conversion, whose treatment of transparency depends on the release.
+            image = image.convert("RGB") if do_convert_rgb else image
+            input_data_format = ChannelDimension.LAST
         array = to_numpy_array(image)
         if array.ndim != 3 or 3 not in (array.shape[0], array.shape[-1]):
             raise ValueError(
@@ -170,6 +173,14 @@ class VLAAdapterImageProcessor(PilBackend):
         for name in ("do_resize", "do_rescale", "do_normalize"):
             if not kwargs[name]:
                 raise ValueError(f"{name}=False is not possible: the model would see something it was not trained on.")
+        # The rest of transformers' arguments that the published preparation has no use for: not to be ignored silently.
+        for name in ("resample", "image_mean", "image_std", "crop_size", "do_pad", "pad_size"):
+            if kwargs[name] is not None and kwargs[name] is not False:
+                raise ValueError(
+                    f"{name}={kwargs[name]!r} is not possible; see tower_means, tower_stds and crop_area."
+                )
+        if kwargs["rescale_factor"] != type(self).rescale_factor:
+            raise ValueError(f"rescale_factor must be {type(self).rescale_factor}, got {kwargs['rescale_factor']}.")
 
     def _preprocess(
         self,
