@@ -22,6 +22,13 @@ from .configuration_vla_adapter import VLAAdapterConfig, reader_of_layout
 from .normalization_vla_adapter import normalize, select_norm_stats, unnormalize
 
 
+try:
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+except ImportError:  # not part of the public interface
+
+    def maybe_install_capturing_hooks(model: PreTrainedModel) -> None: ...
+
+
 @dataclass
 class VLAAdapterOutput(ModelOutput):
     r"""
@@ -117,6 +124,8 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
         self.dinov2.embeddings.mask_token.requires_grad_(False)
         self.vision_projector = VisionProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
+        # Left alone, it prepares for the first request for hidden states when that comes, which no compiler can follow.
+        maybe_install_capturing_hooks(self.language_model)
         self.action_queries = nn.Embedding(config.num_action_queries, config.text_config.hidden_size)
         self.proprio_projector = ProprioProjector(config)
         self.policy = BridgeAttentionPolicy(config)
