@@ -63,6 +63,14 @@ def eager_attention_forward(
     return torch.matmul(attention, value).transpose(1, 2).contiguous(), attention
 
 
+class PolicyLinear(nn.Linear):
+    """A linear layer that starts from PyTorch's own initialisation, as the whole policy does in the original.
+
+    A class of its own for `_init_weights` to know it by: in models outside the library, transformers passes over
+    modules that have no parameters except their children's.
+    """
+
+
 class BridgeAttention(nn.Module):
     """One softmax over three sources: the latent itself, the adapter tokens and the task states.
 
@@ -79,14 +87,14 @@ class BridgeAttention(nn.Module):
         self.is_causal = False
         self.is_pro = config.policy_variant == "pro"
 
-        self.q_proj = nn.Linear(width, width)
+        self.q_proj = PolicyLinear(width, width)
         if self.is_pro:
-            self.k_self, self.v_self = nn.Linear(width, width), nn.Linear(width, width)
-            self.k_adapter, self.v_adapter = nn.Linear(width, width), nn.Linear(width, width)
-            self.k_task, self.v_task = nn.Linear(width, width), nn.Linear(width, width)
+            self.k_self, self.v_self = PolicyLinear(width, width), PolicyLinear(width, width)
+            self.k_adapter, self.v_adapter = PolicyLinear(width, width), PolicyLinear(width, width)
+            self.k_task, self.v_task = PolicyLinear(width, width), PolicyLinear(width, width)
         else:
-            self.k_proj, self.v_proj = nn.Linear(width, width), nn.Linear(width, width)
-        self.o_proj = nn.Linear(width, width)
+            self.k_proj, self.v_proj = PolicyLinear(width, width), PolicyLinear(width, width)
+        self.o_proj = PolicyLinear(width, width)
         self.gating_factor = nn.Parameter(torch.zeros(1))
 
     def forward(
@@ -140,7 +148,7 @@ class BridgeAttentionBlock(GradientCheckpointingLayer):
         width = config.text_config.hidden_size
         self.attention = BridgeAttention(config)
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.fc = nn.Linear(width, width)
+        self.fc = PolicyLinear(width, width)
 
     def forward(
         self,
@@ -167,10 +175,10 @@ class BridgeAttentionPolicy(nn.Module):
         width = config.text_config.hidden_size
         self.latent_size = config.action_dim * width
         self.norm_in = nn.LayerNorm(self.latent_size, eps=LAYER_NORM_EPS)
-        self.fc_in = nn.Linear(self.latent_size, width)
+        self.fc_in = PolicyLinear(self.latent_size, width)
         self.blocks = nn.ModuleList([BridgeAttentionBlock(config) for _ in range(config.policy_num_layers)])
         self.norm_out = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.fc_out = nn.Linear(width, config.action_dim)
+        self.fc_out = PolicyLinear(width, config.action_dim)
 
     def forward(
         self,
@@ -231,11 +239,11 @@ class ProprioProjector(nn.Module):
     def __init__(self, config: VLAAdapterConfig):
         super().__init__()
         width = config.text_config.hidden_size
-        self.fc1 = nn.Linear(config.proprio_dim, width)
-        self.fc2 = nn.Linear(width, width)
+        self.fc1 = PolicyLinear(config.proprio_dim, width)
+        self.fc2 = PolicyLinear(width, width)
 
     def forward(self, proprio: torch.Tensor) -> torch.Tensor:
         return self.fc2(nn.functional.gelu(self.fc1(proprio)))[:, None, :]
 
 
-__all__ = ["BridgeAttentionPolicy", "ProprioProjector"]
+__all__ = ["BridgeAttentionPolicy", "PolicyLinear", "ProprioProjector"]

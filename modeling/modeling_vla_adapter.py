@@ -11,12 +11,7 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .bridge_attention_vla_adapter import (
-    BridgeAttention,
-    BridgeAttentionBlock,
-    BridgeAttentionPolicy,
-    ProprioProjector,
-)
+from .bridge_attention_vla_adapter import BridgeAttention, BridgeAttentionPolicy, PolicyLinear, ProprioProjector
 from .checkpoint_names_vla_adapter import installed_renames, name_in_file
 from .configuration_vla_adapter import VLAAdapterConfig, reader_of_layout
 from .normalization_vla_adapter import normalize, select_norm_stats, unnormalize
@@ -91,16 +86,14 @@ class VLAAdapterPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, (BridgeAttention, BridgeAttentionBlock, BridgeAttentionPolicy, ProprioProjector)):
-            # A new policy starts from PyTorch's own initialisation, as in the original.
-            for linear in module.children():
-                if isinstance(linear, nn.Linear):
-                    bound = linear.in_features**-0.5
-                    init.uniform_(linear.weight, -bound, bound)
-                    init.uniform_(linear.bias, -bound, bound)
-        if isinstance(module, BridgeAttention):
+        if isinstance(module, PolicyLinear):
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, BridgeAttention):
             init.zeros_(module.gating_factor)
+        else:
+            super()._init_weights(module)
 
 
 class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
