@@ -32,6 +32,36 @@ def rotary_tables(
     return angles.cos(), angles.sin()
 
 
+class RotaryTables(nn.Module):
+    """The tables of [`rotary_tables`] for the longest of a policy's sources, kept as the bits of their numbers.
+
+    Kept as numbers they would be spoilt by casting the model to another precision. Made anew in every pass they would
+    be spoilt by `torch.compile`, which leaves out the roundings between the steps: at 512 positions by as much as 1.2.
+    """
+
+    def __init__(self, config: VLAAdapterConfig):
+        super().__init__()
+        self.config = config
+        self.dtype = getattr(torch, config.policy_rope_dtype)
+        self.register_buffer("bits", self.make_bits(), persistent=False)
+
+    def make_bits(self, device: torch.device | str | None = None) -> torch.Tensor:
+        config = self.config
+        action_tokens = config.num_patch_tokens + config.num_action_queries - config.num_task_tokens
+        tables = rotary_tables(
+            max(config.chunk_size, config.num_task_tokens, action_tokens + 1),
+            config.text_config.hidden_size // config.policy_num_heads,
+            config.policy_rope_theta,
+            self.dtype,
+            device,
+        )
+        return torch.stack(tables).view(torch.int16 if self.dtype.itemsize == 2 else torch.int32)
+
+    def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
+        cos, sin = self.bits.view(self.dtype)
+        return cos, sin
+
+
 def rotate_adjacent(states: torch.Tensor) -> torch.Tensor:
     """Channels `(x[2j], x[2j + 1])` become `(-x[2j + 1], x[2j])`."""
     even, odd = states[..., 0::2], states[..., 1::2]
@@ -176,6 +206,7 @@ class BridgeAttentionPolicy(nn.Module):
         self.latent_size = config.action_dim * width
         self.norm_in = nn.LayerNorm(self.latent_size, eps=LAYER_NORM_EPS)
         self.fc_in = PolicyLinear(self.latent_size, width)
+        self.rotary = RotaryTables(config) if config.policy_variant == "pro" else None
         self.blocks = nn.ModuleList([BridgeAttentionBlock(config) for _ in range(config.policy_num_layers)])
         self.norm_out = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.fc_out = PolicyLinear(width, config.action_dim)
@@ -199,7 +230,7 @@ class BridgeAttentionPolicy(nn.Module):
         """
         batch_size = proprio_token.shape[0]
         latent = self._first_latent(proprio_token).expand(batch_size, -1, -1)
-        rotary = self._rotary_tables(task_states[0], action_states[0])
+        rotary = None if self.rotary is None else self.rotary()
         latents, attentions = (latent,), ()
         for block, task, action in zip(self.blocks, task_states, action_states, strict=True):
             adapter_tokens = torch.cat((action, proprio_token), dim=1)
@@ -217,21 +248,6 @@ class BridgeAttentionPolicy(nn.Module):
             latent = torch.randn(shape, dtype=like.dtype, device=like.device) * self.config.policy_noise_std
         return nn.functional.relu(self.fc_in(self.norm_in(latent)))
 
-    def _rotary_tables(
-        self, task_states: torch.Tensor, action_states: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
-        config = self.config
-        if config.policy_variant != "pro":
-            return None
-        # Recomputed rather than kept in a buffer, which casting the model to another precision would spoil.
-        return rotary_tables(
-            max(config.chunk_size, task_states.shape[1], action_states.shape[1] + 1),
-            config.text_config.hidden_size // config.policy_num_heads,
-            config.policy_rope_theta,
-            getattr(torch, config.policy_rope_dtype),
-            task_states.device,
-        )
-
 
 class ProprioProjector(nn.Module):
     """The normalised state as one token: `(batch, proprio_dim)` to `(batch, 1, hidden)`."""
@@ -246,4 +262,4 @@ class ProprioProjector(nn.Module):
         return self.fc2(nn.functional.gelu(self.fc1(proprio)))[:, None, :]
 
 
-__all__ = ["BridgeAttentionPolicy", "PolicyLinear", "ProprioProjector"]
+__all__ = ["BridgeAttentionPolicy", "PolicyLinear", "ProprioProjector", "RotaryTables"]

@@ -11,7 +11,13 @@ from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
-from .bridge_attention_vla_adapter import BridgeAttention, BridgeAttentionPolicy, PolicyLinear, ProprioProjector
+from .bridge_attention_vla_adapter import (
+    BridgeAttention,
+    BridgeAttentionPolicy,
+    PolicyLinear,
+    ProprioProjector,
+    RotaryTables,
+)
 from .checkpoint_names_vla_adapter import installed_renames, name_in_file
 from .configuration_vla_adapter import VLAAdapterConfig, reader_of_layout
 from .normalization_vla_adapter import normalize, select_norm_stats, unnormalize
@@ -92,6 +98,9 @@ class VLAAdapterPreTrainedModel(PreTrainedModel):
             init.uniform_(module.bias, -bound, bound)
         elif isinstance(module, BridgeAttention):
             init.zeros_(module.gating_factor)
+        elif isinstance(module, RotaryTables):
+            # Always from the CPU's arithmetic, lest another device round differently.
+            init.copy_(module.bits, module.make_bits("cpu"))
         else:
             super()._init_weights(module)
 

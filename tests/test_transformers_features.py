@@ -170,10 +170,9 @@ class TestBuildingAndPlacing:
     def test_the_rotary_tables_do_not_depend_on_the_models_precision(self):
         # Their precision is part of what the weights mean, see test_goldens.
         model = tiny_model()
-        states = torch.zeros(2, 8, 32), torch.zeros(2, 6, 32)
-        expected = model.policy._rotary_tables(*states)
+        expected = model.policy.rotary()
         model.to(torch.bfloat16).float()
-        assert all(map(torch.equal, model.policy._rotary_tables(*states), expected))
+        assert all(map(torch.equal, model.policy.rotary(), expected))
 
     def test_a_new_policy_starts_from_pytorchs_initialisation(self, variant):
         torch.manual_seed(0)
