@@ -216,7 +216,7 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
         proprio: torch.Tensor | None = None,
         actions: torch.Tensor | None = None,
         action_is_pad: torch.Tensor | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> VLAAdapterOutput:
@@ -236,6 +236,8 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
                 True actions in normalised space.
             action_is_pad (`torch.BoolTensor` of shape `(batch, chunk_size)`, *optional*):
                 Steps past an episode's end; they do not count in the loss.
+            output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
+                Whether to return hidden states, or the indices of those to return; in the place of the others is `None`.
         """
         if kwargs.pop("state", None) is not None:
             raise TypeError(
@@ -271,9 +273,9 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
         return VLAAdapterOutput(
             loss=loss,
             actions=predicted,
-            hidden_states=states.hidden_states if output_hidden_states else None,
+            hidden_states=_select(states.hidden_states, output_hidden_states),
             attentions=states.attentions if output_attentions else None,
-            policy_hidden_states=latents if output_hidden_states else None,
+            policy_hidden_states=_select(latents, output_hidden_states),
             policy_attentions=policy_attentions if output_attentions else None,
         )
 
@@ -446,6 +448,13 @@ def l1_loss(predicted: torch.Tensor, actions: torch.Tensor, action_is_pad: torch
     real = (~action_is_pad.bool())[..., None].expand_as(errors)
     # An all-padded batch has no error; the minimum keeps it from being 0 / 0.
     return (errors * real).sum() / real.sum().clamp(min=1)
+
+
+def _select(states: tuple[torch.Tensor, ...], wanted: bool | int | list[int] | None) -> tuple | None:
+    if wanted is None or isinstance(wanted, bool):
+        return states if wanted else None
+    kept = {range(len(states))[index] for index in ([wanted] if isinstance(wanted, int) else wanted)}
+    return tuple(state if index in kept else None for index, state in enumerate(states))
 
 
 def _check_state(state: Any, batch_size: int, proprio_dim: int) -> np.ndarray:
