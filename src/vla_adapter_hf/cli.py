@@ -164,6 +164,94 @@ def train(context: typer.Context) -> None:
         run(*parse_arguments(context.args), say=typer.echo)
 
 
+@app.command(name="eval")
+def evaluate(
+    checkpoint: Annotated[str | None, typer.Option(help="Folder or Hub id of the policy.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Instead of a checkpoint: oracle or noop.")] = None,
+    suite: Annotated[
+        str, typer.Option(help="libero_spatial, libero_object, libero_goal, libero_10, ...")
+    ] = "libero_object",
+    output: Annotated[Path, typer.Option(help="Folder for results; an interrupted run goes on there.")] = Path("eval"),
+    tasks: Annotated[list[int] | None, typer.Option(help="Numbers of the tasks; all by default.")] = None,
+    episodes: Annotated[str, typer.Option(help="How many per task, or a range such as 40-49.")] = "50",
+    placement: Annotated[str, typer.Option(help="official, jitter, shuffle or both.")] = "official",
+    seed: Annotated[int, typer.Option(help="Of the placements.")] = 0,
+    processes: Annotated[int, typer.Option(help="Environments in parallel, about 2 GB each.")] = 1,
+    execute: Annotated[
+        int | None, typer.Option(help="Actions of a chunk before the next query; all by default.")
+    ] = None,
+    ensemble: Annotated[float | None, typer.Option(help="Temporal ensembling: how fast older chunks fade.")] = None,
+    black_images: Annotated[bool, typer.Option(help="A control: the policy sees black frames.")] = False,
+    instruction: Annotated[
+        str | None, typer.Option(help="A control: tell it this, or 'other' for another object.")
+    ] = None,
+    rollouts: Annotated[int, typer.Option(help="Episodes of each task to keep as films.")] = 0,
+    unnorm_key: Annotated[str | None, typer.Option(help="Which of the checkpoint's statistics to use.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Precision: float32, bfloat16 or float16.")] = None,
+) -> None:
+    """Run a policy in closed loop in the LIBERO simulator, by the published protocol unless told otherwise."""
+    with readable_errors():
+        from vla_adapter_hf.simulation.evaluate import evaluate as run
+
+        if (checkpoint is None) == (policy is None):
+            raise ValueError("give either --checkpoint or --policy.")
+        run(
+            checkpoint or policy,
+            suite,
+            output,
+            tasks=tasks,
+            episodes=_episodes(episodes),
+            placement=placement,
+            seed=seed,
+            processes=processes,
+            execute=execute,
+            ensemble=ensemble,
+            black_images=black_images,
+            instruction=instruction,
+            rollouts=rollouts,
+            unnorm_key=unnorm_key,
+            dtype=dtype,
+            report=typer.echo,
+        )
+
+
+@app.command()
+def demonstrate(
+    output: Annotated[
+        Path, typer.Option(help="Folder of the LeRobot dataset; an interrupted recording goes on there.")
+    ],
+    suite: Annotated[str, typer.Option(help="libero_object, the suite with a scripted expert.")] = "libero_object",
+    official: Annotated[int, typer.Option(help="Episodes per task from the official states.")] = 10,
+    jitter: Annotated[int, typer.Option(help="Episodes per task with objects moved by up to 5 cm.")] = 0,
+    shuffle: Annotated[int, typer.Option(help="Episodes per task with objects in each other's places.")] = 0,
+    both: Annotated[int, typer.Option(help="Episodes per task, shuffled and moved.")] = 0,
+    workers: Annotated[int, typer.Option(help="Processes, about 2 GB each.")] = 1,
+    disturbed: Annotated[float, typer.Option(help="Share of episodes with pushes to recover from.")] = 0.0,
+    retargeted: Annotated[float, typer.Option(help="Share of episodes that ask for another object in view.")] = 0.0,
+) -> None:
+    """Record demonstrations of a scripted expert in the LIBERO simulator."""
+    with readable_errors():
+        from vla_adapter_hf.simulation.demonstrate import RecordingSettings
+        from vla_adapter_hf.simulation.demonstrate import demonstrate as run
+
+        run(
+            suite,
+            output,
+            {"official": official, "jitter": jitter, "shuffle": shuffle, "both": both},
+            settings=RecordingSettings(disturbed=disturbed, retargeted=retargeted),
+            workers=workers,
+            report=typer.echo,
+        )
+
+
+def _episodes(text: str) -> int | range:
+    """`"50"` is the first fifty, `"40-49"` the last ten of them."""
+    first, dash, last = text.partition("-")
+    if not first.isdigit() or (dash and not last.isdigit()):
+        raise ValueError(f"--episodes must be a number or a range such as 40-49, got {text!r}.")
+    return range(int(first), int(last) + 1) if dash else int(first)
+
+
 def _dtype(name: str | None):
     import torch
 
