@@ -15,7 +15,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
-from vla_adapter_hf import VLAAdapterConfig, VLAAdapterForActionPrediction, VLAAdapterProcessor
+from vla_adapter_hf import (
+    VLAAdapterConfig,
+    VLAAdapterForActionPrediction,
+    VLAAdapterImageProcessor,
+    VLAAdapterProcessor,
+)
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -94,8 +99,13 @@ class TestWithThePackage:
         assert (type(model), type(processor)) == (VLAAdapterForActionPrediction, VLAAdapterProcessor)
         np.testing.assert_allclose(model.predict_action(**processor(**observation)), actions, rtol=0, atol=SAME)
 
-    def test_the_image_processor_loads_alone(self, saved, processor, observation):
-        image_processor = AutoImageProcessor.from_pretrained(saved)
+    @pytest.mark.parametrize("loader", [VLAAdapterImageProcessor, AutoImageProcessor])
+    def test_the_image_processor_loads_alone(self, saved, processor, observation, loader):
+        try:
+            image_processor = loader.from_pretrained(saved)
+        except ImportError:
+            pytest.skip("in this release of transformers AutoImageProcessor needs torchvision")
+        assert type(image_processor) is VLAAdapterImageProcessor
         pixel_values = image_processor(observation["images"], return_tensors="pt")["pixel_values"]
         assert torch.equal(pixel_values, processor(**observation)["pixel_values"])
 
@@ -249,7 +259,7 @@ class TestDamagedFiles:
         tensors = load_file(folder / "model.safetensors")
         del tensors[name]
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(ValueError, match=f"missing keys {name}"):
+        with pytest.raises(ValueError, match=f"missing keys .*{name.removeprefix('siglip.')}"):
             AutoModel.from_pretrained(folder)
 
     def test_a_tensor_too_many(self, saved_tiny):
