@@ -124,6 +124,18 @@ class TestCompile:
             actions = compiled(**inputs).actions
             torch.testing.assert_close(actions, model(**inputs).actions, rtol=0, atol=ACTION_TOLERANCE)
 
+    @pytest.mark.slow
+    def test_generated_kernels_leave_no_rounding_out(self):
+        # At 512 positions: a compiler that computed the policy's rotary tables would be wrong by as much as 1.2.
+        config = tiny_config()
+        towers = {name: getattr(config, name).to_dict() for name in ("dinov2_config", "siglip_config")}
+        model = tiny_model(**{name: {**tower, "image_size": 224} for name, tower in towers.items()})
+        assert model.config.num_task_tokens == 512
+        inputs = tiny_inputs(model.config)
+        with torch.no_grad():
+            actions = torch.compile(model, fullgraph=True)(**inputs).actions
+            torch.testing.assert_close(actions, model(**inputs).actions, rtol=0, atol=ACTION_TOLERANCE)
+
 
 class TestBuildingAndPlacing:
     def test_a_model_can_be_built_on_the_meta_device(self, variant):
