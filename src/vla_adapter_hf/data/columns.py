@@ -115,21 +115,15 @@ def column_to_matrix(column: pa.ChunkedArray | pa.Array, name: str) -> tuple[np.
     Raises:
         ValueError: the column does not hold numbers or lists of numbers.
     """
-    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(array, pa.ChunkedArray):  # no chunk, or too many to join
-        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
-    if isinstance(array, pa.ExtensionArray):
-        array = array.storage
-    if pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
-        return _numbers(array).reshape(-1, 1), {}
-    if not (
-        pa.types.is_fixed_size_list(array.type) or pa.types.is_list(array.type) or pa.types.is_large_list(array.type)
-    ) or not (pa.types.is_integer(array.type.value_type) or pa.types.is_floating(array.type.value_type)):
+    array = joined_array(column)
+    if is_number(array.type):
+        return numbers_of(array).reshape(-1, 1), {}
+    if not is_list(array.type) or not is_number(array.type.value_type):
         raise ValueError(f"column {name!r} has type {array.type}; expected a list of numbers per row")
     if pa.types.is_fixed_size_list(array.type) and array.null_count == 0:
-        return _numbers(array.flatten()).reshape(len(array), array.type.list_size), {}
+        return numbers_of(array.flatten()).reshape(len(array), array.type.list_size), {}
     lengths = np.array(array.value_lengths().fill_null(0), np.int64) if len(array) else np.zeros(0, np.int64)
-    values = _numbers(array.flatten())
+    values = numbers_of(array.flatten())
     width = int(np.bincount(lengths).argmax()) if len(lengths) else 0
     if (lengths == width).all():
         return values.reshape(len(array), width), {}
@@ -139,8 +133,26 @@ def column_to_matrix(column: pa.ChunkedArray | pa.Array, name: str) -> tuple[np.
     return matrix, {int(row): int(lengths[row]) for row in np.flatnonzero(~right)}
 
 
-def _numbers(array: pa.Array) -> np.ndarray:
-    # A null becomes NaN and is then reported as such, with its frame.
+def joined_array(column: pa.ChunkedArray | pa.Array) -> pa.Array:
+    """A column as one array of plain Arrow types."""
+    array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    if isinstance(array, pa.ChunkedArray):  # no chunk, or too many to join
+        array = pa.concat_arrays(array.chunks) if array.num_chunks else pa.array([], array.type)
+    return array.storage if isinstance(array, pa.ExtensionArray) else array
+
+
+def is_number(kind: pa.DataType) -> bool:
+    """Whether a type is an integer's or a float's."""
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a type is a list's, of fixed or variable size."""
+    return pa.types.is_fixed_size_list(kind) or pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def numbers_of(array: pa.Array) -> np.ndarray:
+    """An array of numbers as float32; a null becomes NaN and is then reported as such, with its frame."""
     if array.null_count:
         array = array.cast(pa.float64())
     return array.to_numpy(zero_copy_only=False).astype(np.float32, copy=False)

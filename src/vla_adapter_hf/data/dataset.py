@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ..robots import RobotPreset, get_robot
+from .chunks import CHUNK_COLUMN, choose_chunk_size
 from .episodes import BadEpisode, BadEpisodeError, check_on_bad_episode
 from .lerobot import LeRobotSource, lerobot_folder
 from .plain import PlainSource
@@ -19,18 +20,19 @@ from .rlds import RLDSSource
 from .source import DemonstrationSource
 from .statistics import check_action_mask, compute_norm_stats
 from .storage import dataset_folder
-from .windows import WindowIndex, action_chunk
+from .windows import WindowIndex, action_chunk, whole_chunk
 
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_CHUNK_SIZE = 8
 
 ImageTransform = Callable[..., list[np.ndarray]]
 
 
 class VLAAdapterDataset(torch.utils.data.Dataset):
     """Recorded demonstrations, one sample per step at which an action chunk begins.
+
+    A chunk is cut from the actions of consecutive rows, unless the dataset stores one with each row (LeRobot and plain
+    datasets, column `action_chunk`): then every row is a sample, whatever follows it.
 
     Made by `from_lerobot`, `from_rlds` or `from_dataset`. A sample is a dict:
 
@@ -44,9 +46,10 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
 
     Args:
         source: the recorded episodes.
-        chunk_size: actions per sample (K); by default the robot's, else 8.
+        chunk_size: actions per sample (K); by default the robot's, else all of a stored chunk, else 8. Of stored chunks
+            the first K actions are taken.
         pad_chunks: False: only chunks that fit, n - K + 1 from an episode of n steps. True: one from every step,
-            padded at the end of the episode, as LeRobot does.
+            padded at the end of the episode, as LeRobot does. Stored chunks are whole, with them it changes nothing.
         unnorm_key: key of the statistics; by default the dataset's name.
         action_mask: for each action dimension whether it is normalised; by default the robot's, else all are.
         on_bad_episode: `"error"` raises for the first episode that cannot be used; `"skip"` leaves such episodes out,
@@ -79,12 +82,11 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
     ) -> None:
         check_on_bad_episode(on_bad_episode)
         robot = source.robot
-        if chunk_size is None:
-            chunk_size = robot.chunk_size if robot is not None else DEFAULT_CHUNK_SIZE
-        if not isinstance(chunk_size, int) or chunk_size < 1:
-            raise ValueError(f"chunk_size={chunk_size!r}; expected a positive number of actions")
         self.source = source
-        self.chunk_size = chunk_size
+        stored = source.stored_chunk_size
+        self.chunk_size = choose_chunk_size(chunk_size, robot, stored, source.chunk_column, source.where)
+        # Rows that a sample needs: its own one, or as many as the chunk is cut from.
+        self._window_size = self.chunk_size if stored is None else 1
         self.pad_chunks = pad_chunks
         self.unnorm_key = unnorm_key or source.name
         self.on_bad_episode = on_bad_episode
@@ -117,7 +119,7 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
 
     def _use(self, positions: Sequence[int]) -> None:
         self._positions = np.asarray(positions, np.int64)
-        self._windows = WindowIndex(self.source.table.lengths[self._positions], self.chunk_size, self.pad_chunks)
+        self._windows = WindowIndex(self.source.table.lengths[self._positions], self._window_size, self.pad_chunks)
 
     def _choose_positions(self, split: str | None, episodes: Iterable[int] | None) -> list[int]:
         indices = self.source.table.episode_indices
@@ -141,7 +143,7 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
         for position in chosen:
             problem = table.problems.get(position) or frame_problems.get(position)
             length = int(table.lengths[position])
-            if problem is None and not self.pad_chunks and length < self.chunk_size:
+            if problem is None and not self.pad_chunks and length < self._window_size:
                 problem = BadEpisode(
                     int(table.episode_indices[position]),
                     length - 1,
@@ -171,6 +173,7 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
         instruction: str | None = None,
         revision: str | None = None,
         max_open_videos: int = 16,
+        chunk_column: str | None = CHUNK_COLUMN,
         **options: Any,
     ) -> VLAAdapterDataset:
         """A LeRobot dataset, v2.0, v2.1 or v3.0, with frames in its parquet files or as MP4.
@@ -185,6 +188,8 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
             instruction: one text for all episodes, instead of the dataset's tasks.
             revision: branch, tag or commit on the Hub.
             max_open_videos: MP4 files each process keeps open.
+            chunk_column: column with the actions that follow each row, (stored K, A) raw; the usual one may be missing.
+                None cuts chunks from consecutive rows, which must then be consecutive control steps.
             options: the class's other arguments.
         """
         preset = get_robot(robot) if robot is not None else None
@@ -198,6 +203,7 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
             # A repository's snapshot folder is named after its commit.
             name=os.fspath(path).rstrip("/").rsplit("/", 1)[-1] or None,
             max_open_videos=max_open_videos,
+            chunk_column=chunk_column,
             cache_dir=options.get("cache_dir"),
             progress=options.get("progress"),
         )
@@ -267,6 +273,7 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
         instruction_column: str | None = None,
         instruction: str | None = None,
         unnorm_key: str = "dataset",
+        chunk_column: str | None = CHUNK_COLUMN,
         **options: Any,
     ) -> VLAAdapterDataset:
         """A plain `datasets.Dataset` with one row per step.
@@ -280,6 +287,7 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
                 the usual ones. `frame_column` orders the rows of an episode; without one they are taken as they come.
             instruction: one text for all episodes, instead of a column.
             unnorm_key: key of the statistics.
+            chunk_column: see `from_lerobot`.
             options: the class's other arguments.
         """
         source = PlainSource(
@@ -293,6 +301,7 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
             instruction_column,
             instruction,
             name=unnorm_key,
+            chunk_column=chunk_column,
         )
         return cls(source, chunk_size, unnorm_key=unnorm_key, **options)
 
@@ -324,7 +333,10 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
         table = self.source.table
         steps = table.steps(position)
         episode_index = int(table.episode_indices[position])
-        actions, is_pad = action_chunk(table.actions[steps], frame, self.chunk_size)
+        if table.chunks is not None:
+            actions, is_pad = whole_chunk(table.chunks[steps.start + frame], self.chunk_size)
+        else:
+            actions, is_pad = action_chunk(table.actions[steps], frame, self.chunk_size)
         sample: dict[str, Any] = {
             "text": table.texts[table.text_ids[steps.start + frame]],
             "state": table.states[steps.start + frame].copy(),
@@ -387,7 +399,7 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
 
     @property
     def num_transitions(self) -> int:
-        """Steps of the whole dataset, which mixing weights are multiplied by."""
+        """Steps (rows) of the whole dataset, which mixing weights are multiplied by."""
         return len(self.source.table.actions)
 
     @property

@@ -57,6 +57,8 @@ class EpisodeTable:
         episode_indices: int64 (episodes,), the dataset's own numbers.
         starts: int64 (episodes + 1,): the steps of episode e are starts[e] ... starts[e + 1] - 1.
         problems: by position, the episodes whose numbers cannot be used.
+        chunks: float32 (steps, K, A), the chunk stored with each step, in the units of `actions`; None where chunks are
+            cut from `actions`.
     """
 
     states: np.ndarray
@@ -66,6 +68,7 @@ class EpisodeTable:
     episode_indices: np.ndarray
     starts: np.ndarray
     problems: dict[int, BadEpisode] = field(default_factory=dict)
+    chunks: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.episode_indices)
@@ -78,6 +81,11 @@ class EpisodeTable:
     def steps(self, position: int) -> slice:
         """Where the episode at `position` lies in the arrays."""
         return slice(int(self.starts[position]), int(self.starts[position + 1]))
+
+    @property
+    def learnt_actions(self) -> np.ndarray:
+        """The actions that are learnt from, which statistics cover: float32 (number, A); see `statistics`."""
+        return self.actions if self.chunks is None else self.chunks.reshape(-1, self.chunks.shape[-1])
 
 
 class TextTable:
@@ -96,9 +104,13 @@ class TextTable:
 
 
 def check_episode(
-    episode_index: int, states: np.ndarray, actions: np.ndarray, expected_length: int | None = None
+    episode_index: int,
+    states: np.ndarray,
+    actions: np.ndarray,
+    expected_length: int | None = None,
+    chunks: np.ndarray | None = None,
 ) -> BadEpisode | None:
-    """What is wrong with the numbers of one episode: states (n, S), actions (n, A) as float arrays."""
+    """What is wrong with the numbers of one episode: states (n, S), actions (n, A), chunks (n, K, A) as float arrays."""
     if len(states) != len(actions):
         return BadEpisode(episode_index, None, f"has {len(states)} states and {len(actions)} actions")
     if expected_length is not None and len(actions) != expected_length:
@@ -112,6 +124,10 @@ def check_episode(
         if not finite.all():
             frame, dimension = np.argwhere(~finite)[0].tolist()
             return BadEpisode(episode_index, frame, f"{name}[{dimension}] is {values[frame, dimension]}")
+    if chunks is not None and not np.isfinite(chunks).all():
+        frame, step, dimension = np.argwhere(~np.isfinite(chunks))[0].tolist()
+        value = chunks[frame, step, dimension]
+        return BadEpisode(episode_index, frame, f"action_chunk[{step}, {dimension}] is {value}")
     return None
 
 
@@ -124,6 +140,7 @@ class EpisodeTableBuilder:
         self.texts = TextTable()
         self._states: list[np.ndarray] = []
         self._actions: list[np.ndarray] = []
+        self._chunks: list[np.ndarray] = []
         self._text_ids: list[np.ndarray] = []
         self._indices: list[int] = []
         self._lengths: list[int] = []
@@ -142,8 +159,11 @@ class EpisodeTableBuilder:
         actions: np.ndarray,
         text_ids: np.ndarray | int,
         expected_length: int | None = None,
+        chunks: np.ndarray | None = None,
     ) -> int:
         """Take one episode: states (n, S) and actions (n, A) as recorded, text ids (n,) or one for all its frames.
+
+        Stored chunks (n, K, A), as recorded, come with every episode of a dataset or with none.
 
         Returns:
             How many of its steps are in the table: all, none of a bad episode, fewer if the robot drops the last.
@@ -153,10 +173,11 @@ class EpisodeTableBuilder:
         """
         states = np.asarray(states, np.float32)
         actions = np.asarray(actions, np.float32)
-        bad = check_episode(episode_index, states, actions, expected_length)
+        bad = check_episode(episode_index, states, actions, expected_length, chunks)
         if bad is None and self.robot is not None:
             try:
                 states, actions = self.robot.episode_to_training(states, actions)
+                chunks = None if chunks is None else self.robot.to_training(chunks)
             except ValueError as error:
                 if not self._states:  # then it is not this episode, but the choice of columns or robot
                     raise ValueError(f"{self.where}: {error}") from error
@@ -173,6 +194,8 @@ class EpisodeTableBuilder:
         ids = np.full(length, text_ids, np.int32) if np.ndim(text_ids) == 0 else np.asarray(text_ids, np.int32)
         self._states.append(states)
         self._actions.append(actions)
+        if chunks is not None:
+            self._chunks.append(chunks)
         self._text_ids.append(ids[:length])
         self._indices.append(episode_index)
         self._lengths.append(length)
@@ -194,4 +217,5 @@ class EpisodeTableBuilder:
             episode_indices=np.array(self._indices, np.int64),
             starts=np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)]).astype(np.int64),
             problems=dict(self._problems),
+            chunks=join(self._chunks, np.zeros(0, np.float32)) if self._chunks else None,
         )

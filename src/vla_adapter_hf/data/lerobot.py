@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from ..robots import RobotPreset
+from .chunks import CHUNK_COLUMN, column_to_chunks, find_chunk_column
 from .columns import ACTION_NAMES, STATE_NAMES, column_to_matrix
 from .episodes import BadEpisode, EpisodeTable, EpisodeTableBuilder
 from .frames import decode_frame, is_jpeg
@@ -42,6 +43,7 @@ class LeRobotSource(DemonstrationSource):
         max_open_videos: MP4 files kept open per process.
         cache_dir: where frames of parquet files are unpacked to; see `storage.cache_directory`.
         progress: show a progress bar while reading.
+        chunk_column: the column of stored action chunks; see `chunks.find_chunk_column`.
 
     Raises:
         ValueError: metadata that cannot be read, columns that are missing or ambiguous.
@@ -59,6 +61,7 @@ class LeRobotSource(DemonstrationSource):
         max_open_videos: int = 16,
         cache_dir: str | os.PathLike | None = None,
         progress: bool | None = None,
+        chunk_column: str | None = CHUNK_COLUMN,
     ) -> None:
         self.folder = Path(folder)
         self.name = name or self.folder.resolve().name
@@ -72,6 +75,9 @@ class LeRobotSource(DemonstrationSource):
         self.cameras = tuple(self.metadata.find_cameras(cameras, preset))
         self.state_column = self.metadata.find("state", "state_column", state_column, STATE_NAMES)
         self.action_column = self.metadata.find("action", "action_column", action_column, ACTION_NAMES)
+        self.chunk_column = find_chunk_column(chunk_column, self.metadata.number_columns, robot, self.where)
+        self._chunk_shape = self.metadata.chunk_shape(self.chunk_column, self.action_column)
+        self.stored_chunk_size = self._chunk_shape[0] if self._chunk_shape is not None else None
         self._videos = VideoCache(max_open_videos)
         self._unlabelled: dict[int, BadEpisode] = {}
         self._first_rows: list[int] = []  # of each episode, counted over all data files that exist
@@ -95,7 +101,9 @@ class LeRobotSource(DemonstrationSource):
 
     def content_digest(self) -> str:
         digest = hashlib.blake2b(digest_size=20)
-        columns = (self.state_column, self.action_column, "episode_index", "frame_index")
+        columns = [self.state_column, self.action_column, "episode_index", "frame_index"]
+        if self.chunk_column is not None:
+            columns.append(self.chunk_column)
         for data_path, episodes in self._data_files().items():
             digest.update(repr([(episode.index, episode.length) for episode in episodes]).encode())
             path = self.folder / data_path
@@ -129,7 +137,7 @@ class LeRobotSource(DemonstrationSource):
     def _read_file(
         self, path: Path, episodes: list[LeRobotEpisode], builder: EpisodeTableBuilder, rows_before: int, bar: tqdm
     ) -> int:
-        numbers = _read_numbers(path, self.state_column, self.action_column)
+        numbers = _read_numbers(path, self.state_column, self.action_column, self.chunk_column, self._chunk_shape)
         for column, values in ((self.state_column, numbers.states), (self.action_column, numbers.actions)):
             shape = self.metadata.features[column].get("shape")
             if len(values) and shape and values.shape[1] != shape[0]:
@@ -151,7 +159,12 @@ class LeRobotSource(DemonstrationSource):
             else:
                 text_ids = self._text_ids(episode, numbers, start, stop, builder)
                 builder.add(
-                    episode.index, numbers.states[start:stop], numbers.actions[start:stop], text_ids, episode.length
+                    episode.index,
+                    numbers.states[start:stop],
+                    numbers.actions[start:stop],
+                    text_ids,
+                    episode.length,
+                    numbers.chunks[start:stop] if numbers.chunks is not None else None,
                 )
             bar.update(stop - start)
         for index in runs:
@@ -301,11 +314,12 @@ def _bytes_chunks(column: pa.ChunkedArray, name: str) -> tuple[list[int], list[p
 
 
 class _FileNumbers:
-    """The number columns of one data file: (rows, ...) arrays, and which rows have another length."""
+    """The number columns of one data file: (rows, ...) arrays, and what is wrong with rows of another length."""
 
     def __init__(self, rows: int) -> None:
         self.states = np.zeros((rows, 0), np.float32)
         self.actions = np.zeros((rows, 0), np.float32)
+        self.chunks: np.ndarray | None = None
         self.episode_index = np.zeros(rows, np.int64)
         self.frame_index: np.ndarray | None = None
         self.task_index: np.ndarray | None = None
@@ -325,18 +339,27 @@ class _FileNumbers:
         return None
 
 
-def _read_numbers(path: Path, state_column: str, action_column: str) -> _FileNumbers:
+def _read_numbers(
+    path: Path,
+    state_column: str,
+    action_column: str,
+    chunk_column: str | None = None,
+    chunk_shape: tuple[int, int] | None = None,
+) -> _FileNumbers:
     """Read the number columns of one parquet file, a batch at a time: the images beside them stay on disk."""
     file = pq.ParquetFile(path, memory_map=True)
     names = file.schema_arrow.names
-    wanted = [state_column, action_column, "episode_index", "frame_index", "task_index"]
-    missing = [name for name in wanted[:3] if name not in names]
+    needed = [state_column, action_column, "episode_index", *([chunk_column] if chunk_column is not None else [])]
+    wanted = [*needed, "frame_index", "task_index"]
+    missing = [name for name in needed if name not in names]
     if missing:
         raise ValueError(f"{path}: has no column {', '.join(missing)}; columns that exist: {', '.join(names)}")
     numbers = _FileNumbers(file.metadata.num_rows)
     for name in ("frame_index", "task_index"):
         if name in names:
             setattr(numbers, name, np.zeros(file.metadata.num_rows, np.int64))
+    if chunk_column is not None:
+        numbers.chunks = np.zeros((file.metadata.num_rows, *chunk_shape), np.float32)
     row = 0
     for batch in file.iter_batches(_BATCH_ROWS, columns=[name for name in wanted if name in names], use_threads=False):
         stop = row + batch.num_rows
@@ -348,6 +371,10 @@ def _read_numbers(path: Path, state_column: str, action_column: str) -> _FileNum
             for line, length in wrong.items():
                 numbers.wrong_lengths[row + line] = f"{column} has {length} values, expected {values.shape[1]}"
             values[row:stop] = matrix
+        if chunk_column is not None:
+            numbers.chunks[row:stop], reasons = column_to_chunks(batch.column(chunk_column), chunk_column, chunk_shape)
+            for line, reason in reasons.items():
+                numbers.wrong_lengths.setdefault(row + line, reason)
         for name in ("episode_index", "frame_index", "task_index"):
             if getattr(numbers, name) is not None:
                 getattr(numbers, name)[row:stop] = batch.column(name).to_numpy(zero_copy_only=False)

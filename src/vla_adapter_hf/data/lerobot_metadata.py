@@ -13,6 +13,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
+from .chunks import check_stored_shape
 from .columns import find_cameras, find_column
 
 
@@ -61,15 +62,27 @@ class LeRobotMetadata:
         """Features that hold camera frames, as images or as video."""
         return [name for name, feature in self.features.items() if feature.get("dtype") in ("image", "video")]
 
+    @property
+    def number_columns(self) -> list[str]:
+        """All other features."""
+        cameras = self.camera_columns
+        return [name for name in self.features if name not in cameras]
+
     def is_video(self, column: str) -> bool:
         """Whether a camera's frames are in MP4 files (and not in the parquet)."""
         return self.features[column].get("dtype") == "video"
 
     def find(self, what: str, argument: str, given: str | None, usual: tuple[str, ...]) -> str:
         """A column of numbers; see `columns.find_column`."""
-        cameras = self.camera_columns
-        available = [name for name in self.features if name not in cameras]
-        return find_column(what, argument, given, usual, available, self.where)
+        return find_column(what, argument, given, usual, self.number_columns, self.where)
+
+    def chunk_shape(self, column: str | None, action_column: str) -> tuple[int, int] | None:
+        """Shape (K, A) of the chunks in `column`, None without one; see `chunks.check_stored_shape`."""
+        if column is None:
+            return None
+        action_shape = self.features[action_column].get("shape")
+        action_dim = int(action_shape[0]) if action_shape else None
+        return check_stored_shape(self.features[column].get("shape"), action_dim, column, self.where)
 
     def find_cameras(self, given: list[str] | None, preset: tuple[str, ...] | None) -> list[str]:
         """Camera columns; see `columns.find_cameras`."""

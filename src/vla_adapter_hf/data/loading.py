@@ -11,6 +11,7 @@ from typing import Any
 import datasets
 
 from ..robots import RobotPreset, get_robot
+from .chunks import CHUNK_COLUMN
 from .dataset import VLAAdapterDataset
 from .lerobot import LeRobotSource
 from .lerobot_metadata import read_lerobot_metadata
@@ -93,6 +94,7 @@ def open_source(
     revision: str | None = None,
     cache_dir: str | os.PathLike | None = None,
     progress: bool | None = None,
+    chunk_column: str | None = CHUNK_COLUMN,
 ) -> DemonstrationSource:
     """The recorded numbers of a dataset, for which cameras need not be chosen and no frame is read.
 
@@ -106,7 +108,15 @@ def open_source(
         cameras = read_lerobot_metadata(folder).camera_columns
         own_name = os.fspath(path).rstrip("/").rsplit("/", 1)[-1]
         return LeRobotSource(
-            folder, cameras, preset, state_column, action_column, name=own_name, cache_dir=cache_dir, progress=progress
+            folder,
+            cameras,
+            preset,
+            state_column,
+            action_column,
+            name=own_name,
+            cache_dir=cache_dir,
+            progress=progress,
+            chunk_column=chunk_column,
         )
     if kind == "rlds":
         folder = dataset_folder(path, revision, (f"{name}/**",) if name is not None else None)
@@ -129,6 +139,7 @@ def open_source(
         action_column,
         instruction="",
         name=Path(path).name,
+        chunk_column=chunk_column,
     )
 
 
@@ -147,12 +158,15 @@ def dataset_statistics(
     use_cache: bool = True,
     cache_dir: str | os.PathLike | None = None,
     progress: bool | None = None,
+    chunk_column: str | None = CHUNK_COLUMN,
 ) -> dict[str, dict[str, Any]]:
     """`vla-adapter stats DATASET`: the norm stats of a dataset, also written to the JSON file `output`.
 
     Args as for `open_source` and `statistics.compute_norm_stats`.
     """
-    source = open_source(path, format, robot, state_column, action_column, name, revision, cache_dir, progress)
+    source = open_source(
+        path, format, robot, state_column, action_column, name, revision, cache_dir, progress, chunk_column
+    )
     norm_stats = compute_norm_stats(source, unnorm_key, action_mask, on_bad_episode, use_cache, cache_dir, progress)
     if output is not None:
         text = json.dumps(norm_stats, indent=2) + "\n"

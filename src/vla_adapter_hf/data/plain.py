@@ -13,6 +13,7 @@ import pyarrow as pa
 from PIL import Image
 
 from ..robots import RobotPreset
+from .chunks import CHUNK_COLUMN, check_stored_shape, column_to_chunks, find_chunk_column
 from .columns import ACTION_NAMES, STATE_NAMES, column_to_matrix, find_cameras, find_column
 from .episodes import BadEpisode, EpisodeTable, EpisodeTableBuilder
 from .frames import decode_frame, is_jpeg
@@ -78,6 +79,7 @@ class PlainSource(DemonstrationSource):
         instruction_column: texts, where the name is not a usual one.
         instruction: one text for all episodes, instead of a column.
         name: the dataset's name.
+        chunk_column: the column of stored action chunks; see `chunks.find_chunk_column`.
 
     Raises:
         TypeError: not a `datasets.Dataset`.
@@ -96,6 +98,7 @@ class PlainSource(DemonstrationSource):
         instruction_column: str | None = None,
         instruction: str | None = None,
         name: str = "dataset",
+        chunk_column: str | None = CHUNK_COLUMN,
     ) -> None:
         if isinstance(dataset, datasets.DatasetDict):
             raise TypeError(f"expected one datasets.Dataset, got a DatasetDict; choose one of {', '.join(dataset)}")
@@ -116,6 +119,7 @@ class PlainSource(DemonstrationSource):
             frame_column,
             instruction_column,
             has_instruction=instruction is not None,
+            chunk_column=chunk_column,
         )
         self.columns = names
         self.cameras = names.cameras
@@ -124,6 +128,9 @@ class PlainSource(DemonstrationSource):
                 # The stored bytes, to be decoded here: `datasets` would go through a Pillow image and its EXIF rules.
                 dataset = dataset.cast_column(camera, datasets.Image(decode=False))
         self._dataset = dataset.with_format(None)
+        self.chunk_column = names.chunk
+        self._chunk_shape = stored_chunk_shape(self._dataset, names, self.where)
+        self.stored_chunk_size = self._chunk_shape[0] if self._chunk_shape is not None else None
         self._frames = self._dataset.select_columns(list(self.cameras))
         self._rows = np.zeros(0, np.int64)  # of each step in the table
 
@@ -132,6 +139,8 @@ class PlainSource(DemonstrationSource):
         table = self.table
         for array in (table.states, table.actions, table.episode_indices, table.starts):
             digest.update(np.ascontiguousarray(array).tobytes())
+        if table.chunks is not None:
+            digest.update(repr(table.chunks.shape).encode() + table.chunks.tobytes())
         return digest.hexdigest()
 
     def _load_table(self) -> EpisodeTable:
@@ -139,6 +148,7 @@ class PlainSource(DemonstrationSource):
         wanted = [name for name in columns.number_columns() if name is not None]
         rows = len(self._dataset)
         states = actions = None
+        chunks = np.zeros((rows, *self._chunk_shape), np.float32) if self._chunk_shape is not None else None
         episode_keys: list[np.ndarray] = []
         frames: list[np.ndarray] = []
         text_ids: list[np.ndarray] = []
@@ -162,6 +172,10 @@ class PlainSource(DemonstrationSource):
                     states = values
                 else:
                     actions = values
+            if chunks is not None:
+                part, reasons = column_to_chunks(batch.column(columns.chunk), columns.chunk, self._chunk_shape)
+                chunks[row : row + len(part)] = part
+                wrong.update({row + line: reason for line, reason in reasons.items()})
             episode_keys.append(_keys(batch.column(columns.episode), columns.episode))
             if columns.frame is not None:
                 frames.append(batch.column(columns.frame).to_numpy())
@@ -193,7 +207,8 @@ class PlainSource(DemonstrationSource):
             if bad is not None:
                 builder.add_bad(bad)
                 continue
-            kept = builder.add(key, states[of_episode], actions[of_episode], ids[of_episode])
+            of_chunks = chunks[of_episode] if chunks is not None else None
+            kept = builder.add(key, states[of_episode], actions[of_episode], ids[of_episode], chunks=of_chunks)
             kept_rows.append(of_episode[:kept])
         self._rows = np.concatenate(kept_rows) if kept_rows else self._rows
         return builder.build()
@@ -234,10 +249,11 @@ class PlainColumns:
     episode: str
     frame: str | None
     instruction: str | None
+    chunk: str | None = None
 
     def number_columns(self) -> tuple[str | None, ...]:
         """Everything but the frames."""
-        return (self.state, self.action, self.episode, self.frame, self.instruction)
+        return (self.state, self.action, self.episode, self.frame, self.instruction, self.chunk)
 
 
 def find_plain_columns(
@@ -251,6 +267,7 @@ def find_plain_columns(
     frame_column: str | None,
     instruction_column: str | None,
     has_instruction: bool,
+    chunk_column: str | None = None,
 ) -> PlainColumns:
     """The columns to read; see `columns`. Raises ValueError for what is missing or ambiguous."""
     images = camera_columns(features)
@@ -261,6 +278,9 @@ def find_plain_columns(
             return None
         return find_column(what, argument, given, usual, others, where)
 
+    if frame_column is None and "frame_index" in others:
+        # LeRobot's own number of a row. A recording may have its control step beside it, in the same order.
+        frame_column = "frame_index"
     preset = robot.cameras if robot is not None else None
     instruction = optional("instruction", "instruction_column", instruction_column, _INSTRUCTION_NAMES)
     if instruction is None and not has_instruction:
@@ -272,7 +292,28 @@ def find_plain_columns(
         episode=find_column("episode", "episode_column", episode_column, _EPISODE_NAMES, others, where),
         frame=optional("frame", "frame_column", frame_column, _FRAME_NAMES),
         instruction=instruction,
+        chunk=find_chunk_column(chunk_column, others, robot, where),
     )
+
+
+def stored_chunk_shape(
+    rows: datasets.Dataset | datasets.IterableDataset, columns: PlainColumns, where: str
+) -> tuple[int, int] | None:
+    """Shape (K, A) of the stored chunks, going by the first row; None without chunks or rows.
+
+    Raises:
+        ValueError: that row holds no list of actions.
+    """
+    if columns.chunk is None:
+        return None
+    first = next(iter(rows.select_columns([columns.action, columns.chunk])), None)
+    if first is None:
+        return None
+    try:
+        shape = np.shape(first[columns.chunk])
+    except ValueError:  # actions of several sizes
+        shape = None
+    return check_stored_shape(shape, np.size(first[columns.action]), columns.chunk, where)
 
 
 def _keys(column: pa.ChunkedArray, name: str) -> np.ndarray:

@@ -21,12 +21,16 @@ class DemonstrationSource(ABC):
         where: the dataset as messages call it.
         cameras: camera columns, in order.
         robot: the preset whose conventions are applied to states and actions, or None for none.
+        chunk_column: the column of stored action chunks, or None where chunks are cut from consecutive steps.
+        stored_chunk_size: actions in a stored chunk, or None.
     """
 
     name: str
     where: str
     cameras: tuple[str, ...]
     robot: RobotPreset | None
+    chunk_column: str | None = None
+    stored_chunk_size: int | None = None
 
     @cached_property
     def table(self) -> EpisodeTable:

@@ -3,6 +3,11 @@
 They cover every transition whose numbers can be read, of all splits, before chunking, unlabelled episodes included,
 after the robot's gripper convention: `min`, `max`, `mean`, the population's `std`, and NumPy's linear quantiles `q01`
 and `q99`.
+
+Where a dataset stores action chunks, the actions of all its chunks take the place of the rows' own. They are what is
+learnt, so every target lies within `min` and `max`; the rows' own are a fraction of them, and an action executed only
+between two rows would be missing. An executed action counts as often as it is learnt from: in chunks of 8 every 4
+steps twice, at the ends of an episode once. `num_transitions` remains the number of rows, which is that of the samples.
 """
 
 from __future__ import annotations
@@ -135,7 +140,7 @@ def compute_norm_stats(
             logger.warning(
                 "%s: statistics leave out %d episodes, the first: %s", source.where, len(table.problems), first
             )
-        entry = _norm_stats_of(table.states, table.actions, source, progress)
+        entry = _norm_stats_of(table.states, table.learnt_actions, source, progress)
         entry["num_transitions"] = len(table.actions)
         entry["num_trajectories"] = len(table) - len(table.problems)
         # With bad episodes the hash may be that of files before and after they were mended.

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from ..robots import RobotPreset, get_robot
-from .dataset import DEFAULT_CHUNK_SIZE, ImageTransform
+from .chunks import CHUNK_COLUMN, choose_chunk_size
+from .dataset import ImageTransform
 from .episodes import BadEpisode, BadEpisodeError, check_on_bad_episode
 from .statistics import check_action_mask, column_statistics, compute_norm_stats
 from .streams import EpisodeStream, FrameReader, LeRobotStream, PlainStream, RLDSStream, StreamedEpisode
-from .windows import action_chunk
+from .windows import action_chunk, whole_chunk
 
 
 logger = logging.getLogger(__name__)
@@ -59,16 +60,14 @@ class VLAAdapterStreamingDataset(torch.utils.data.IterableDataset):
     ) -> None:
         check_on_bad_episode(on_bad_episode)
         robot = stream.robot
-        if chunk_size is None:
-            chunk_size = robot.chunk_size if robot is not None else DEFAULT_CHUNK_SIZE
-        if not isinstance(chunk_size, int) or chunk_size < 1:
-            raise ValueError(f"chunk_size={chunk_size!r}; expected a positive number of actions")
+        stored = stream.stored_chunk_size
+        self.chunk_size = choose_chunk_size(chunk_size, robot, stored, stream.chunk_column, stream.where)
+        self._window_size = self.chunk_size if stored is None else 1  # rows that a sample needs
         if shuffle_buffer < 0:
             raise ValueError(f"shuffle_buffer={shuffle_buffer}; expected a number of samples, or 0 for none")
         if stream.num_shards == 0:
             raise ValueError(f"{stream.where}: there are no episodes")
         self.stream = stream
-        self.chunk_size = chunk_size
         self.pad_chunks = pad_chunks
         self.unnorm_key = unnorm_key or stream.name
         self.action_mask = action_mask if action_mask is not None or robot is None else robot.action_mask
@@ -97,11 +96,20 @@ class VLAAdapterStreamingDataset(torch.utils.data.IterableDataset):
         instruction: str | None = None,
         revision: str | None = None,
         max_open_videos: int = 16,
+        chunk_column: str | None = CHUNK_COLUMN,
         **options: Any,
     ) -> VLAAdapterStreamingDataset:
         """A LeRobot dataset, local or on the Hub; arguments as for `VLAAdapterDataset.from_lerobot`."""
         stream = LeRobotStream(
-            path, cameras, _preset(robot), state_column, action_column, instruction, revision, max_open_videos
+            path,
+            cameras,
+            _preset(robot),
+            state_column,
+            action_column,
+            instruction,
+            revision,
+            max_open_videos,
+            chunk_column,
         )
         return cls(stream, chunk_size, **options)
 
@@ -151,6 +159,7 @@ class VLAAdapterStreamingDataset(torch.utils.data.IterableDataset):
         instruction_column: str | None = None,
         instruction: str | None = None,
         unnorm_key: str = "dataset",
+        chunk_column: str | None = CHUNK_COLUMN,
         **options: Any,
     ) -> VLAAdapterStreamingDataset:
         """A `datasets.IterableDataset` with one row per step, those of an episode in order and next to each other.
@@ -167,6 +176,7 @@ class VLAAdapterStreamingDataset(torch.utils.data.IterableDataset):
             instruction_column,
             instruction,
             name=unnorm_key,
+            chunk_column=chunk_column,
         )
         return cls(stream, chunk_size, unnorm_key=unnorm_key, **options)
 
@@ -214,9 +224,12 @@ class VLAAdapterStreamingDataset(torch.utils.data.IterableDataset):
             self._skipped += 1
             logger.warning("%s: skipped %s", self.stream.where, bad)
             return
-        last = len(episode.actions) if self.pad_chunks else len(episode.actions) - self.chunk_size + 1
+        last = len(episode.actions) if self.pad_chunks else len(episode.actions) - self._window_size + 1
         for frame in range(last):
-            actions, is_pad = action_chunk(episode.actions, frame, self.chunk_size)
+            if episode.chunks is not None:
+                actions, is_pad = whole_chunk(episode.chunks[frame], self.chunk_size)
+            else:
+                actions, is_pad = action_chunk(episode.actions, frame, self.chunk_size)
             sample = {
                 "text": episode.texts[frame],
                 "state": episode.states[frame].copy(),
@@ -230,7 +243,7 @@ class VLAAdapterStreamingDataset(torch.utils.data.IterableDataset):
 
     def _problem(self, episode: StreamedEpisode) -> BadEpisode | None:
         length = len(episode.actions)
-        if length == 0 or (not self.pad_chunks and length < self.chunk_size):
+        if length == 0 or (not self.pad_chunks and length < self._window_size):
             reason = f"the episode ends after {length} steps, a chunk needs {self.chunk_size}"
             return BadEpisode(episode.index, length - 1, reason)
         for frame, text in enumerate(episode.texts[:length]):
@@ -276,7 +289,7 @@ class VLAAdapterStreamingDataset(torch.utils.data.IterableDataset):
             for episode in self.stream.episodes(shard, load_frames=False):
                 if not isinstance(episode, BadEpisode):
                     states.append(episode.states)
-                    actions.append(episode.actions)
+                    actions.append(episode.learnt_actions)
                 elif self.on_bad_episode == "error":
                     raise BadEpisodeError(self.stream.where, episode, 'Mend the dataset or pass on_bad_episode="skip"')
         if not actions:
@@ -291,7 +304,7 @@ class VLAAdapterStreamingDataset(torch.utils.data.IterableDataset):
                     "mask": check_action_mask(mask, actions.shape[1], self.stream.where),
                 },
                 "proprio": column_statistics(states),
-                "num_transitions": len(actions),
+                "num_transitions": len(states),
                 "num_trajectories": count,
             }
         }

@@ -16,12 +16,13 @@ import pyarrow as pa
 from huggingface_hub import hf_hub_download
 
 from ..robots import RobotPreset
+from .chunks import CHUNK_COLUMN, column_to_chunks, find_chunk_column
 from .columns import ACTION_NAMES, STATE_NAMES, column_to_matrix
 from .episodes import BadEpisode, check_episode
 from .frames import decode_frame
 from .lerobot import LeRobotSource
 from .lerobot_metadata import LeRobotEpisode, read_lerobot_metadata
-from .plain import find_plain_columns, frame_from_cell
+from .plain import find_plain_columns, frame_from_cell, stored_chunk_shape
 from .rlds import RLDSSource, find_rlds_columns, first_readable_example, read_rlds_episode
 from .rlds_files import Shard, find_version_folder, read_rlds_files
 from .source import DemonstrationSource
@@ -38,6 +39,7 @@ _BATCH_ROWS = 32
 class StreamedEpisode:
     """One episode on its way: states (n, S), actions (n, A) after the robot's conventions, a text per step.
 
+    `chunks` (n, K, A) are those stored with the steps, or None where chunks are cut from the actions.
     `readers(frame)` gives a function per camera that decodes that frame; it holds no more than the frame's own bytes.
     """
 
@@ -46,16 +48,24 @@ class StreamedEpisode:
     actions: np.ndarray
     texts: Sequence[str]
     readers: Callable[[int], list[FrameReader]]
+    chunks: np.ndarray | None = None
+
+    @property
+    def learnt_actions(self) -> np.ndarray:
+        """What statistics cover, (number, A); see `EpisodeTable.learnt_actions`."""
+        return self.actions if self.chunks is None else self.chunks.reshape(-1, self.chunks.shape[-1])
 
 
 class EpisodeStream(ABC):
-    """Episodes of one dataset, in shards that workers can share out."""
+    """Episodes of one dataset, in shards that workers can share out; attributes as of `DemonstrationSource`."""
 
     name: str
     where: str
     cameras: tuple[str, ...]
     robot: RobotPreset | None
     num_shards: int
+    chunk_column: str | None = None
+    stored_chunk_size: int | None = None
 
     @abstractmethod
     def episodes(
@@ -81,17 +91,19 @@ class EpisodeStream(ABC):
         texts: Sequence[str],
         readers: Callable[[int], list[FrameReader]],
         expected_length: int | None = None,
+        chunks: np.ndarray | None = None,
     ) -> StreamedEpisode | BadEpisode:
         states, actions = np.asarray(states, np.float32), np.asarray(actions, np.float32)
-        bad = check_episode(index, states, actions, expected_length)
+        bad = check_episode(index, states, actions, expected_length, chunks)
         if bad is not None:
             return bad
         if self.robot is not None:
             try:
                 states, actions = self.robot.episode_to_training(states, actions)
+                chunks = None if chunks is None else self.robot.to_training(chunks)
             except ValueError as error:
                 return BadEpisode(index, 0, str(error))
-        return StreamedEpisode(index, states, actions, texts, readers)
+        return StreamedEpisode(index, states, actions, texts, readers, chunks)
 
 
 class LeRobotStream(EpisodeStream):
@@ -111,6 +123,7 @@ class LeRobotStream(EpisodeStream):
         instruction: str | None = None,
         revision: str | None = None,
         max_open_videos: int = 16,
+        chunk_column: str | None = CHUNK_COLUMN,
     ) -> None:
         self.repo_id = None if Path(path).expanduser().is_dir() else str(path)
         self.folder = dataset_folder(path, revision, ("meta/**",))
@@ -123,6 +136,9 @@ class LeRobotStream(EpisodeStream):
         self.cameras = tuple(self.metadata.find_cameras(cameras, robot.cameras if robot is not None else None))
         self.state_column = self.metadata.find("state", "state_column", state_column, STATE_NAMES)
         self.action_column = self.metadata.find("action", "action_column", action_column, ACTION_NAMES)
+        self.chunk_column = find_chunk_column(chunk_column, self.metadata.number_columns, robot, self.where)
+        self._chunk_shape = self.metadata.chunk_shape(self.chunk_column, self.action_column)
+        self.stored_chunk_size = self._chunk_shape[0] if self._chunk_shape is not None else None
         self._files: dict[str, dict[int, LeRobotEpisode]] = {}
         for episode in self.metadata.episodes:
             self._files.setdefault(episode.data_path, {})[episode.index] = episode
@@ -140,6 +156,7 @@ class LeRobotStream(EpisodeStream):
             self.action_column,
             self.instruction,
             name=self.name,
+            chunk_column=self.chunk_column,
         )
 
     def _url(self, data_path: str) -> str:
@@ -176,6 +193,7 @@ class LeRobotStream(EpisodeStream):
         """The rows of one episode after the other."""
         columns = [self.state_column, self.action_column, "episode_index"]
         columns += [name for name in ("task_index",) if name in self.metadata.features]
+        columns += [self.chunk_column] if self.chunk_column is not None else []
         if load_frames:
             columns += [camera for camera in self.cameras if not self.metadata.is_video(camera)]
         rows = datasets.load_dataset(
@@ -201,6 +219,11 @@ class LeRobotStream(EpisodeStream):
             for frame, length in wrong.items():
                 return BadEpisode(episode.index, frame, f"{column} has {length} values, expected {matrix.shape[1]}")
             values.append(matrix)
+        chunks = None
+        if self.chunk_column is not None:
+            chunks, reasons = column_to_chunks(table.column(self.chunk_column), self.chunk_column, self._chunk_shape)
+            for frame, reason in reasons.items():
+                return BadEpisode(episode.index, frame, reason)
         if self.instruction is not None:
             texts = [self.instruction] * len(table)
         elif "task_index" in table.column_names:
@@ -229,7 +252,7 @@ class LeRobotStream(EpisodeStream):
                     found.append(partial(self._read_video, place.path, place.first_frame + frame))
             return found
 
-        return self._converted(episode.index, values[0], values[1], texts, readers, episode.length)
+        return self._converted(episode.index, values[0], values[1], texts, readers, episode.length, chunks)
 
     def _read_video(self, path: str, frame: int) -> np.ndarray:
         return self._videos.read(self._local_video(path), frame, self.metadata.fps)
@@ -337,6 +360,7 @@ class PlainStream(EpisodeStream):
         instruction_column: str | None = None,
         instruction: str | None = None,
         name: str = "dataset",
+        chunk_column: str | None = CHUNK_COLUMN,
     ) -> None:
         if not isinstance(dataset, datasets.IterableDataset):
             raise TypeError(f"expected a datasets.IterableDataset, got {type(dataset).__name__}")
@@ -357,12 +381,16 @@ class PlainStream(EpisodeStream):
             None,
             instruction_column,
             has_instruction=instruction is not None,
+            chunk_column=chunk_column,
         )
         self.cameras = self.columns.cameras
         for camera in self.cameras:
             if isinstance(dataset.features[camera], datasets.Image):
                 dataset = dataset.cast_column(camera, datasets.Image(decode=False))
         self._dataset = dataset
+        self.chunk_column = self.columns.chunk
+        self._chunk_shape = stored_chunk_shape(dataset, self.columns, self.where)
+        self.stored_chunk_size = self._chunk_shape[0] if self._chunk_shape is not None else None
         self.num_shards = dataset.num_shards
 
     def episodes(
@@ -397,6 +425,13 @@ class PlainStream(EpisodeStream):
                 frame = int(wrong[0])
                 return BadEpisode(index, frame, f"{column} has {sizes[frame]} values, expected {sizes[0]}")
             values.append(np.array([row[column] for row in rows], np.float32).reshape(len(rows), -1))
+        chunks = None
+        if self._chunk_shape is not None:
+            cells = [np.asarray(row[self.chunk_column], object).tolist() for row in rows]
+            stored = pa.array(cells, pa.list_(pa.list_(pa.float32())))
+            chunks, reasons = column_to_chunks(stored, self.chunk_column, self._chunk_shape)
+            for frame, reason in reasons.items():
+                return BadEpisode(index, frame, reason)
         if self.instruction is not None:
             texts = [self.instruction] * len(rows)
         else:
@@ -405,4 +440,4 @@ class PlainStream(EpisodeStream):
         def readers(frame: int) -> list[FrameReader]:
             return [partial(frame_from_cell, rows[frame][camera]) for camera in self.cameras]
 
-        return self._converted(index, values[0], values[1], texts, readers)
+        return self._converted(index, values[0], values[1], texts, readers, chunks=chunks)

@@ -44,3 +44,8 @@ def action_chunk(actions: np.ndarray, frame: int, chunk_size: int) -> tuple[np.n
     """
     steps = np.arange(frame, frame + chunk_size)
     return actions[np.minimum(steps, len(actions) - 1)], steps >= len(actions)
+
+
+def whole_chunk(stored: np.ndarray, chunk_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first `chunk_size` (K) of a stored chunk's actions: float32 (K, A), a copy; bool (K,), all false."""
+    return stored[:chunk_size].copy(), np.zeros(chunk_size, bool)
