@@ -1,7 +1,7 @@
 """Fixtures for all tests. What they are made of is in `model_fixtures.py`, which tests may also import.
 
-No test talks to the Hub, except those with the mark `hub`: HF_HUB_OFFLINE=0 pytest -m hub. One thread makes results repeatable and is no slower
-for models this small.
+No test talks to the Hub, except those with the mark `hub`: HF_HUB_OFFLINE=0 pytest -m hub. One thread makes results
+repeatable and is no slower for models this small.
 """
 
 import os
