@@ -437,6 +437,57 @@ def test_two_processes_have_the_losses_of_one(start, tmp_path):
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), abs=2e-3)
 
 
+FULLY_SHARDED = """
+import sys
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+sys.path.insert(0, {tests!r})
+import model_fixtures
+
+distributed.init_process_group("gloo")
+model = model_fixtures.tiny_model(policy_noise_std=0.0).train()
+batch = model_fixtures.tiny_inputs(model.config, batch_size=4)
+batch["actions"] = torch.rand(4, model.config.chunk_size, 7, generator=torch.Generator().manual_seed(1))
+whole = model(**batch).loss
+mesh = init_device_mesh("cpu", (2,))
+for block in [*model.policy.blocks, *model.language_model.layers, model]:
+    fully_shard(block, mesh=mesh)
+half = slice(2 * distributed.get_rank(), 2 * distributed.get_rank() + 2)
+loss = model(**{{name: value[half] for name, value in batch.items()}}).loss
+loss.backward()
+total = loss.detach().clone()
+distributed.all_reduce(total)
+assert torch.allclose(total / 2, whole, atol=1e-5), (total / 2, whole)
+assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+"""
+
+
+def test_a_fully_sharded_model_has_the_loss_of_a_whole_one(tmp_path):
+    """FSDP2 over gloo, by torch itself: accelerate, and so the Trainer, shards on accelerators only."""
+    script = tmp_path / "sharded.py"
+    script.write_text(FULLY_SHARDED.format(tests=str(Path(__file__).parent)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
+    result = subprocess.run(launch, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_lora_with_fsdp_is_refused(start, tmp_path):
+    with pytest.raises(ValueError, match="preset='lora' does not go with fsdp"):
+        run_training(start, tmp_path / "lora", "--fsdp", "full_shard")
+
+
+def test_fsdp_that_accelerate_would_ignore_is_refused(start, tmp_path):
+    words = command(start, tmp_path / "out", "--preset", "full", "--fsdp", "full_shard")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "vla_adapter_hf.cli"]
+    result = subprocess.run(
+        [*launch, "train", *words], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+    )
+    assert result.returncode != 0
+    assert "would ignore it here" in result.stderr
+
+
 def test_a_tiny_model_learns_four_episodes_by_heart(tmp_path, processor):
     """Mean error below 0.02 in normalised space: one that ignored state or images would stay above 0.2."""
     pytest.importorskip("av")
@@ -453,15 +504,17 @@ def test_a_tiny_model_learns_four_episodes_by_heart(tmp_path, processor):
     torch.manual_seed(0)
     model = VLAAdapterForActionPrediction(config)
     arguments = VLAAdapterTrainingArguments(
-        **{**QUIET, "per_device_train_batch_size": 32, "logging_steps": 50},
+        **{**QUIET, "per_device_train_batch_size": 16, "logging_steps": 50},
         output_dir=str(tmp_path),
-        max_steps=1200,
-        learning_rate=1e-3,
+        max_steps=1800,
+        learning_rate=3e-3,
         lr_scheduler_type="cosine",
         warmup_steps=20,
         save_strategy="no",
     )
-    collator = VLAAdapterDataCollator(VLAAdapterProcessor.from_model_config(config, processor.tokenizer), config)
+    collator = VLAAdapterDataCollator(
+        VLAAdapterProcessor.from_model_config(config, processor.tokenizer, "in_out"), config
+    )
     trainer = Trainer(model, arguments, collator, samples, samples, compute_metrics=make_compute_metrics(config))
     trainer.train()
     assert trainer.evaluate()["eval_l1_normalized"] < 0.02

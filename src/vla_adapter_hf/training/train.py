@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -66,6 +67,11 @@ def train(
     Raises:
         ValueError: when data, checkpoint and arguments do not fit together, before weights are loaded.
     """
+    if training_arguments.fsdp and model_arguments.preset.startswith("lora"):
+        raise ValueError(
+            f"preset={model_arguments.preset!r} does not go with fsdp: checkpoints hold the merged weights, which no "
+            "process has whole. The adapter is small: use several processes without fsdp, or preset=full."
+        )
     output = Path(training_arguments.output_dir)
     resume_from = _checkpoint_to_resume(training_arguments, say)
     set_seed(training_arguments.seed)
@@ -107,6 +113,8 @@ def train(
         compute_metrics=make_compute_metrics(model.config),
         callbacks=[CheckpointCallback(processor, describe)],
     )
+    if training_arguments.fsdp and trainer.accelerator.distributed_type != DistributedType.FSDP:
+        raise ValueError("fsdp was asked for, but accelerate shards on accelerators only and would ignore it here.")
     result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     metrics = {**result.metrics, **(trainer.evaluate() if demonstrations.validation is not None else {})}
 
