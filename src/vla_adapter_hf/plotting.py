@@ -19,20 +19,17 @@ def action_names(action_dim: int) -> list[str]:
     return list(END_EFFECTOR_NAMES) if action_dim == 7 else [f"action {index}" for index in range(action_dim)]
 
 
-def load_matplotlib() -> Any:
-    """`matplotlib.pyplot` without a screen.
+def new_figure(**options: Any) -> Figure:
+    """An empty figure apart from pyplot: it needs no screen, nobody else holds it, and a user's backend stays as it is.
 
     Raises:
-        ImportError: saying how to install it.
+        ImportError: saying how to install matplotlib.
     """
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("Pictures need matplotlib: pip install 'vla-adapter-hf[plot]'.") from error
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as pyplot
-
-    return pyplot
+    return Figure(**options)
 
 
 def plot_prediction(
@@ -47,11 +44,10 @@ def plot_prediction(
         actions (`np.ndarray`): `(chunk_size, action_dim)` in physical units.
         note (`str`): shown in red under the instruction.
     """
-    pyplot = load_matplotlib()
     chunk_size, action_dim = actions.shape
     columns = 4
     rows = -(-action_dim // columns)
-    figure = pyplot.figure(figsize=(12, 4.4 + 2 * rows), layout="constrained")
+    figure = new_figure(figsize=(12, 4.4 + 2 * rows), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(3.4, 2 * rows))
     top.suptitle(f"“{instruction}”", fontsize=13)
     if note:
@@ -74,8 +70,8 @@ def plot_prediction(
 
 def plot_training(log_history: list[dict[str, float]]) -> Figure:
     """Loss of training and evaluation over the steps, as a Trainer logs them."""
-    pyplot = load_matplotlib()
-    figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
     for key, label in (("loss", "training"), ("eval_loss", "held-out episodes")):
         points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
         if points:
@@ -97,10 +93,9 @@ def plot_chunks(model: Any, processor: Any, datasets: list[Any], episodes: int =
         datasets (`list[VLAAdapterDataset]`): episodes are taken from their beginning, dataset after dataset.
         episodes (`int`): how many to draw.
     """
-    pyplot = load_matplotlib()
     chosen = [(dataset, episode) for dataset in datasets for episode in dataset.episode_indices][:episodes]
     dims = model.config.action_dim
-    figure = pyplot.figure(figsize=(2.1 * dims + 1, 2.6 * len(chosen)), layout="constrained")
+    figure = new_figure(figsize=(2.1 * dims + 1, 2.6 * len(chosen)), layout="constrained")
     for row, (dataset, episode) in zip(
         np.atleast_1d(figure.subfigures(len(chosen), 1, squeeze=False)[:, 0]), chosen, strict=True
     ):
@@ -141,9 +136,8 @@ def _replay(model: Any, processor: Any, episode: Any) -> tuple[np.ndarray, np.nd
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure and let go of it."""
+    """Write a figure; folders that are missing are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
-    load_matplotlib().close(figure)
     return path
