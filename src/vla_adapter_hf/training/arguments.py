@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ class DataArguments:
     )
     picture_episodes: int = field(default=3, metadata={"help": "Held-out episodes to draw at the end."})
 
+    def __post_init__(self) -> None:
+        # In YAML a bare yes or no is a boolean.
+        self.jpeg_round_trip = {"True": "yes", "False": "no"}.get(self.jpeg_round_trip, self.jpeg_round_trip)
+
 
 def parse_arguments(
     arguments: list[str],
@@ -65,7 +70,7 @@ def parse_arguments(
     from_file: list[str] = []
     if words and words[0].endswith((".yaml", ".yml")):
         from_file = _as_words(_read_yaml(Path(words.pop(0))))
-    parser = HfArgumentParser((ModelArguments, DataArguments, VLAAdapterTrainingArguments))
+    parser = HfArgumentParser((ModelArguments, DataArguments, VLAAdapterTrainingArguments), prog="vla-adapter train")
     chosen = _value_after("--preset", words) or _value_after("--preset", from_file) or "lora"
     if chosen not in PRESETS:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {chosen!r}.")
@@ -88,8 +93,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 def _as_words(values: dict[str, Any]) -> list[str]:
     words = []
     for name, value in values.items():
-        words.append(f"--{name}")
-        words += [str(item) for item in value] if isinstance(value, list) else [str(value)]
+        if value is None:
+            continue  # `robot:` with nothing behind it leaves the default
+        items = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in items)]
     return words
 
 
