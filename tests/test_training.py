@@ -144,7 +144,9 @@ def test_every_trainable_parameter_gets_a_gradient(model, collator, dataset, pre
     trained = apply_preset(model, preset, rank=4).train()
     batch = collator([dataset[0], dataset[20]])
     for _ in range(2):  # LoRA's second matrix starts at zero, so the first has a gradient from the second step on only
-        loss = trained(**{name: value for name, value in batch.items() if name != "action_scale"}).loss
+        loss = trained(
+            **{name: value for name, value in batch.items() if name not in ("action_scale", "action_mask")}
+        ).loss
         loss.backward()
         torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.1).step()
     without = [
@@ -224,6 +226,19 @@ def test_frames_in_training_go_through_neither_jpeg_nor_centre_crop(start, colla
     assert not torch.equal(plain["pixel_values"], processor(sample["images"], sample["text"])["pixel_values"])
 
 
+def test_frames_without_a_transform_are_cropped_as_at_inference(start, collator):
+    sample = VLAAdapterDataset.from_lerobot(DEMOS, ["image", "wrist_image"], CHUNK, robot="libero")[7]
+    processor = AutoProcessor.from_pretrained(start)
+    at_inference = processor(sample["images"], sample["text"], do_jpeg_round_trip=False)
+    assert torch.equal(collator([sample])["pixel_values"], at_inference["pixel_values"])
+
+
+def test_a_transform_for_another_image_size_is_refused(collator, dataset):
+    sample = {**dataset[0], "images": [np.zeros((56, 56, 3), np.uint8)] * 2}
+    with pytest.raises(ValueError, match=r"frames of \(56, 56\) pixels, the model sees \(28, 28\)"):
+        collator([sample])
+
+
 def test_samples_that_a_plain_trainer_has_stripped_are_refused_with_the_remedy(collator, dataset):
     with pytest.raises(ValueError, match="lack images, state, text.*remove_unused_columns=False"):
         collator([{"actions": dataset[0]["actions"]}])
@@ -254,7 +269,9 @@ def test_metrics_are_in_physical_units_and_leave_out_padding(collator, dataset, 
     )
     evaluation = type("Evaluation", (), {})()
     evaluation.predictions = predictions.numpy()
-    evaluation.label_ids = (batch["actions"].numpy(), is_pad.numpy(), batch["action_scale"].numpy())
+    evaluation.label_ids = tuple(
+        labels.numpy() for labels in (batch["actions"], is_pad, batch["action_scale"], batch["action_mask"])
+    )
     metrics = make_compute_metrics(model.config)(evaluation)
     stats = next(iter(model.config.norm_stats.values()))["action"]
     ranges = [(high - low) / 2 for low, high in zip(stats["q01"], stats["q99"], strict=True)]
@@ -361,6 +378,49 @@ def test_a_run_killed_in_the_middle_of_a_checkpoint_goes_on_from_the_last_finish
         "true",
     )
     assert len(losses(output)) == step + 2
+
+
+class FullDisk:
+    """A processor that can be saved once; then the disk is full."""
+
+    def __init__(self, processor):
+        self.processor = processor
+        self.saved = 0
+
+    def save_pretrained(self, folder):
+        self.saved += 1
+        if self.saved > 1:
+            raise OSError(28, "No space left on device")
+        self.processor.save_pretrained(folder)
+
+
+def test_a_full_disk_costs_no_finished_checkpoint(tmp_path, model, collator, dataset):
+    card = CheckpointCallback(FullDisk(collator.processor), lambda step: {"title": "t", "summary": "s"})
+    arguments = VLAAdapterTrainingArguments(
+        **QUIET, output_dir=str(tmp_path), max_steps=4, save_steps=2, save_total_limit=1
+    )
+    trainer = VLAAdapterTrainer(model, arguments, collator, dataset, callbacks=[card])
+    with pytest.raises(OSError, match="No space left"):
+        trainer.train()
+    assert last_finished_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+
+
+def test_weight_decay_acts_on_everything_that_trains(tmp_path, model, collator, dataset):
+    arguments = VLAAdapterTrainingArguments(**QUIET, output_dir=str(tmp_path), weight_decay=0.01)
+    apply_preset(model, "frozen")
+    optimizer = VLAAdapterTrainer(model, arguments, collator, dataset).create_optimizer()
+    decayed = sum(len(group["params"]) for group in optimizer.param_groups if group["weight_decay"] == 0.01)
+    assert decayed == sum(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_an_adapter_that_automodel_would_stumble_over_is_refused_before_training(tmp_path, model, collator, dataset):
+    from peft import LoraConfig, get_peft_model
+
+    peft_model = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    card = CheckpointCallback(collator.processor, lambda step: {"title": "t", "summary": "s"})
+    arguments = VLAAdapterTrainingArguments(**QUIET, output_dir=str(tmp_path), max_steps=1)
+    with pytest.raises(ValueError, match='named "default"'):
+        Trainer(peft_model, arguments, collator, dataset, callbacks=[card]).train()
 
 
 def test_a_folder_with_checkpoints_is_not_overwritten_by_accident(start, tmp_path):

@@ -37,6 +37,7 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
     Made by `from_lerobot`, `from_rlds` or `from_dataset`. A sample is a dict:
 
     - `images`: list of uint8 (height, width, 3) arrays, one per camera in camera order;
+    - `images_are_prepared`: whether an `image_transform` has brought them to the model's size;
     - `text`: the instruction;
     - `state`: float32 (S,), the robot's units;
     - `actions`: float32 (K, A), the robot's units after its gripper convention; the first is the sample's step;
@@ -356,6 +357,7 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
                     images, epoch=self.epoch, index=index if draw_index is None else draw_index
                 )
             sample["images"] = images
+            sample["images_are_prepared"] = self.image_transform is not None
         return sample
 
     @property

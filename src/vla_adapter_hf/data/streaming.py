@@ -198,6 +198,7 @@ class VLAAdapterStreamingDataset(torch.utils.data.IterableDataset):
                 index = sample["episode_index"] * _FRAMES_PER_EPISODE + sample["frame_index"]
                 images = self.image_transform(images, epoch=self.epoch, index=index)
             sample["images"] = images
+            sample["images_are_prepared"] = self.image_transform is not None
             yield sample
 
     def _windows(self, worker: int, workers: int) -> Iterator[tuple[dict[str, Any], list[FrameReader]]]:

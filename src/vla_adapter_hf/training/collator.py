@@ -21,8 +21,9 @@ from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
 class VLAAdapterDataCollator:
     """Samples of a [`VLAAdapterDataset`] as a batch: prompts and images through the processor, numbers normalised.
 
-    Frames get neither JPEG round trip nor centre crop here: the first imitates, at inference, what happened to the training
-    frames long ago, the second stands for the random crops of the augmentation, which the dataset's `image_transform` does.
+    Frames never make a JPEG round trip here: at inference it imitates what happened to training frames when they were stored.
+    Those that the dataset's `image_transform` has prepared are only normalised; others are resized and, for a model with a
+    centre crop, cropped as at inference, so that a model trained without augmentation sees the same in both.
 
     Args:
         processor ([`VLAAdapterProcessor`]): of the model.
@@ -43,7 +44,8 @@ class VLAAdapterDataCollator:
         Returns:
             `dict`: `input_ids`, `attention_mask`, `pixel_values`, `proprio` `(batch, proprio_dim)`, `actions`
             `(batch, chunk_size, action_dim)`, `action_is_pad` `(batch, chunk_size)`, and `action_scale`
-            `(batch, action_dim)`, the physical units of one normalised unit, for the metrics.
+            `(batch, action_dim)`, the physical units of one normalised unit, and `action_mask` `(batch, action_dim)`, which
+            dimensions are normalised: these two for the metrics.
         """
         missing = {"images", "text", "state", "actions"} - set(samples[0])
         if missing:
@@ -56,11 +58,26 @@ class VLAAdapterDataCollator:
             images=[sample["images"] for sample in samples],
             text=[sample["text"] for sample in samples],
             do_jpeg_round_trip=False,
-            do_center_crop=False,
+            do_center_crop=self.config.image_center_crop is not None and not self._are_prepared(samples),
         )
         normalized = [self._normalize(sample) for sample in samples]
         batch = {name: torch.from_numpy(np.stack(values)) for name, values in _transposed(normalized).items()}
         return {**inputs, **batch}
+
+    def _are_prepared(self, samples: Sequence[Mapping[str, Any]]) -> bool:
+        prepared = {bool(sample.get("images_are_prepared", False)) for sample in samples}
+        if len(prepared) > 1:
+            raise ValueError(
+                "Some samples of a batch have an image_transform and some have not; give all datasets one."
+            )
+        size = self.config.image_size
+        for frame in samples[0]["images"] if True in prepared else ():
+            if frame.shape[:2] != (size, size):
+                raise ValueError(
+                    f"image_transform returned frames of {frame.shape[:2]} pixels, the model sees ({size}, {size}); make "
+                    f"it with image_size={size}."
+                )
+        return prepared.pop()
 
     def _normalize(self, sample: Mapping[str, Any]) -> dict[str, np.ndarray]:
         config = self.config
@@ -78,13 +95,18 @@ class VLAAdapterDataCollator:
             "actions": normalize(actions, stats["action"], *rules).astype(np.float32),
             "action_is_pad": is_pad,
             "action_scale": _physical_scale(stats["action"], config.norm_type).astype(np.float32),
+            "action_mask": _mask(stats["action"]),
         }
 
 
 def _physical_scale(stats: dict[str, Any], norm_type: str) -> np.ndarray:
     first, second = (np.asarray(stats[name], dtype=np.float64) for name in USED_STATISTICS[norm_type])
     scale = second + EPSILON if norm_type == "normal" else 0.5 * (second - first + EPSILON)
-    return np.where(np.asarray(stats.get("mask", np.ones(first.shape, dtype=bool))), scale, 1.0)
+    return np.where(_mask(stats), scale, 1.0)
+
+
+def _mask(stats: dict[str, Any]) -> np.ndarray:
+    return np.asarray(stats.get("mask", [True] * len(next(iter(stats.values())))), dtype=bool)
 
 
 def _transposed(rows: list[dict[str, np.ndarray]]) -> dict[str, list[np.ndarray]]:

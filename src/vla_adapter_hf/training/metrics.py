@@ -19,26 +19,26 @@ def make_compute_metrics(config: VLAAdapterConfig) -> Callable[[Any], dict[str, 
         `l1_dim_<i>` for each dimension, and, where the last dimension is not normalised, `gripper_accuracy`: how often it
         is on the right side of one half. Steps past an episode's end do not count.
     """
-    masks = [entry["action"].get("mask") for entry in (config.norm_stats or {}).values()]
-    mask = np.asarray(masks[0] if masks and masks[0] is not None else [True] * config.action_dim, dtype=bool)
 
     def compute_metrics(evaluation: Any) -> dict[str, float]:
         predicted = evaluation.predictions
         predicted = np.asarray(predicted[0] if isinstance(predicted, tuple) else predicted, dtype=np.float64)
-        actions, is_pad, scale = (np.asarray(labels) for labels in evaluation.label_ids)
+        actions, is_pad, scale, mask = (np.asarray(labels) for labels in evaluation.label_ids)
         real = ~is_pad.astype(bool)
         errors = np.abs(predicted - actions)  # (samples, chunk, dims)
         physical = errors * scale[:, None, :]
+        counted = real[..., None] & mask.astype(bool)[:, None, :]
         metrics = {
             "l1_normalized": errors[real].mean(),
-            "l1_first": _mean(physical[:, :1, mask], real[:, :1]),
-            "l1_rest": _mean(physical[:, 1:, mask], real[:, 1:]),
+            "l1_first": _mean(physical[:, :1], counted[:, :1]),
+            "l1_rest": _mean(physical[:, 1:], counted[:, 1:]),
         }
         for dimension in range(config.action_dim):
-            metrics[f"l1_dim_{dimension}"] = _mean(physical[..., dimension : dimension + 1], real)
-        if not mask[-1]:
+            metrics[f"l1_dim_{dimension}"] = _mean(physical[..., dimension], real)
+        gripper = real & ~mask[:, None, -1].astype(bool)
+        if gripper.any():
             right = (predicted[..., -1] > 0.5) == (actions[..., -1] > 0.5)
-            metrics["gripper_accuracy"] = right[real].mean()
+            metrics["gripper_accuracy"] = right[gripper].mean()
         return {name: float(value) for name, value in metrics.items()}
 
     return compute_metrics

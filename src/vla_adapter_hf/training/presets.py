@@ -108,15 +108,15 @@ def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """
     from peft.tuners.lora import LoraLayer
 
-    base = model.get_base_model()
+    base, adapter = model.get_base_model(), model.active_adapter
     deltas = {
-        f"{name}.weight": layer.get_delta_weight(ADAPTER_NAME)
+        f"{name}.weight": layer.get_delta_weight(adapter)
         for name, layer in base.named_modules()
         if isinstance(layer, LoraLayer)
     }
     merged = {}
     for name, tensor in base.state_dict().items():
-        name = name.replace(f".modules_to_save.{ADAPTER_NAME}.", ".").replace(".base_layer.", ".")
+        name = name.replace(f".modules_to_save.{adapter}.", ".").replace(".base_layer.", ".")
         if ".lora_" in name or ".original_module." in name:
             continue
         merged[name] = tensor + deltas[name].to(tensor.dtype) if name in deltas else tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from vla_adapter_hf.data import (
     load_demonstrations,
 )
 from vla_adapter_hf.data.columns import last_name
+from vla_adapter_hf.model_card import fill_model_card
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.plotting import plot_chunks, plot_training, save_figure
 from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
@@ -31,7 +33,7 @@ from vla_adapter_hf.training.collator import VLAAdapterDataCollator
 from vla_adapter_hf.training.metrics import make_compute_metrics
 from vla_adapter_hf.training.presets import ADAPTER_NAME, apply_preset, merge_lora
 from vla_adapter_hf.training.trainer import (
-    LAST_FILE,
+    CARD,
     CheckpointCallback,
     VLAAdapterTrainer,
     VLAAdapterTrainingArguments,
@@ -180,6 +182,9 @@ def config_overrides(
         "proprio_dim": dataset.state_dim,
         "norm_stats": data.norm_stats,
         "norm_type": norm_type or config.norm_type,
+        # The published split of the states at 512 is what two cameras' weights mean. With another number of them there are
+        # no such weights, and the split goes where the patches end.
+        "policy_task_tokens": config.policy_task_tokens if len(dataset.cameras) == config.num_cameras else None,
         # With statistics of its own the model follows the rule that is the same on both sides.
         "constant_dims": "zero",
         "image_center_crop": (config.image_center_crop or 0.9) if data_arguments.augment else None,
@@ -194,12 +199,13 @@ def make_processor(model_arguments: ModelArguments, config: VLAAdapterConfig) ->
 
 
 def save_trained(model: nn.Module, processor: VLAAdapterProcessor, output: Path, card: dict[str, str]) -> None:
-    """The trained model, merged, in the output folder itself."""
-    from vla_adapter_hf.model_card import fill_model_card
-
-    model.save_pretrained(output)
-    processor.save_pretrained(output)
-    (output / LAST_FILE).write_text(fill_model_card(model.config, **card), encoding="utf-8")
+    """The trained model, merged, in the output folder itself: written beside, then moved file by file."""
+    with tempfile.TemporaryDirectory(prefix=".model-", dir=output) as partial:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        (Path(partial) / CARD).write_text(fill_model_card(model.config, **card), encoding="utf-8")
+        for path in Path(partial).iterdir():
+            path.replace(output / path.name)
 
 
 def last_finished_checkpoint(output: Path) -> Path | None:
@@ -208,10 +214,16 @@ def last_finished_checkpoint(output: Path) -> Path | None:
         (path for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rsplit("-", 1)[1].isdigit()),
         key=lambda path: int(path.name.rsplit("-", 1)[1]),
     )
-    finished = [
-        path for path in checkpoints if (path / LAST_FILE).is_file() and (path / "trainer_state.json").is_file()
-    ]
-    return finished[-1] if finished else None
+    return next((path for path in reversed(checkpoints) if _is_finished(path)), None)
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    # The Trainer writes its state last, and the card comes after weights and processor.
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return (checkpoint / CARD).is_file()
 
 
 def _checkpoint_to_resume(arguments: VLAAdapterTrainingArguments, say: Callable[[str], None]) -> Path | None:
@@ -226,7 +238,10 @@ def _checkpoint_to_resume(arguments: VLAAdapterTrainingArguments, say: Callable[
         return None
     if wanted.lower() != "true":
         return Path(wanted)
-    say(f"Resuming from {found.name}" if found else "Nothing to resume from, starting anew")
+    unfinished = [path.name for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if not _is_finished(path)]
+    if unfinished:
+        say(f"Passing over what was cut short: {', '.join(sorted(unfinished))}")
+    say(f"Resuming from {found.name}" if found else "No finished checkpoint to resume from, starting anew")
     return found
 
 
