@@ -59,9 +59,11 @@ class VLAAdapterProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, **kwargs)
 
     @classmethod
-    def from_model_config(cls, config: Any, tokenizer: Any, prompt_style: str = "chat") -> "VLAAdapterProcessor":
-        """The processor that belongs to a model with this [`VLAAdapterConfig`]."""
-        image_processor = VLAAdapterImageProcessor.from_model_config(config)
+    def from_model_config(
+        cls, config: Any, tokenizer: Any, prompt_style: str = "chat", **image_options: Any
+    ) -> "VLAAdapterProcessor":
+        """The processor that belongs to a model with this [`VLAAdapterConfig`], with other image options if wanted."""
+        image_processor = VLAAdapterImageProcessor.from_model_config(config, **image_options)
         return cls(image_processor, tokenizer, prompt_style=prompt_style, proprio_dim=config.proprio_dim)
 
     @classmethod

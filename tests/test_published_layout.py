@@ -267,6 +267,51 @@ class TestRobots:
         change_tensors(folder / ACTION_HEAD, shrink)
 
 
+class TestProcessorOptions:
+    """`AutoProcessor.from_pretrained(published, ...)` sets what is given where it belongs, or refuses it by name."""
+
+    def test_of_each_part(self, published_pro):
+        processor = AutoProcessor.from_pretrained(
+            published_pro,
+            prompt_style="in_out",
+            do_center_crop=False,
+            do_jpeg_round_trip=False,
+            size={"height": 28, "width": 42},
+            padding_side="left",
+            cls_token="(CLS)",
+        )
+        image_processor, tokenizer = processor.image_processor, processor.tokenizer
+        assert processor.prompt_style == "in_out"
+        assert not image_processor.do_center_crop and not image_processor.do_jpeg_round_trip
+        assert dict(image_processor.size) == {"height": 28, "width": 42}
+        assert (tokenizer.padding_side, tokenizer.cls_token) == ("left", "(CLS)")
+
+    def test_of_the_configuration(self, published_pro):
+        options = {"image_center_crop": None, "image_jpeg_round_trip": False, "cameras": ["a", "b"]}
+        image_processor = AutoProcessor.from_pretrained(published_pro, **options).image_processor
+        assert not image_processor.do_center_crop and not image_processor.do_jpeg_round_trip
+        assert image_processor.cameras == ["a", "b"]
+        assert AutoProcessor.from_pretrained(published_pro, image_center_crop=0.8).image_processor.crop_area == 0.8
+
+    def test_the_images_own_option_has_the_last_word(self, published_pro):
+        image_processor = AutoProcessor.from_pretrained(
+            published_pro, image_center_crop=0.8, crop_area=0.7
+        ).image_processor
+        assert image_processor.crop_area == 0.7
+
+    def test_without_any_all_is_as_published(self, published_pro):
+        processor = AutoProcessor.from_pretrained(published_pro)
+        image_processor = processor.image_processor
+        assert (processor.prompt_style, processor.tokenizer.padding_side) == ("chat", "right")
+        assert image_processor.do_center_crop and image_processor.do_jpeg_round_trip
+        assert image_processor.crop_area == 0.9
+
+    @pytest.mark.parametrize("name", ["do_centre_crop", "promt_style", "prompt"])
+    def test_that_nothing_has_is_refused(self, published_pro, name):
+        with pytest.raises(TypeError, match=f"cannot be loaded with {name}: neither the configuration nor"):
+            AutoProcessor.from_pretrained(published_pro, **{name: None}, padding_side="left")
+
+
 class TestStatistics:
     def test_missing_ones_are_refused_and_not_replaced_by_those_of_other_datasets(self, published_copy):
         (published_copy / STATISTICS).unlink()

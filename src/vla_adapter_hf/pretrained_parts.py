@@ -105,18 +105,18 @@ def language_model_fields(source: str) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name not in NOT_TAKEN}
 
 
-def load_tokenizer(source: str, **hub: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(source: str, **kwargs: Any) -> PreTrainedTokenizerBase:
     """The Qwen2 tokenizer of a repository, whether it has a `tokenizer.json` or a `vocab.json` and `merges.txt`.
 
     Args:
         source (`str`): folder or Hub id.
-        hub: `revision`, `token`, `cache_dir` and the like.
+        kwargs: `revision`, `token`, `cache_dir` and the like, and options of the tokenizer.
 
     Raises:
         ValueError: when it has neither. transformers makes an empty tokenizer of that and says nothing.
         OSError: when there is no such repository.
     """
-    tokenizer = Qwen2Tokenizer.from_pretrained(source, **hub)
+    tokenizer = Qwen2Tokenizer.from_pretrained(source, **kwargs)
     if len(tokenizer) < 256:  # the bytes alone
         raise ValueError(f"{source} has no tokenizer: neither tokenizer.json, nor vocab.json and merges.txt.")
     return tokenizer
