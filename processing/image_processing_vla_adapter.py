@@ -130,7 +130,18 @@ class VLAAdapterImageProcessor(PilBackend):
         Returns:
             `BatchFeature`: `pixel_values`, float32 `(batch, 6 * cameras, height, width)`: of each camera three channels
             normalised for DINOv2, then three for SigLIP.
+
+        Raises:
+            TypeError: for an option that there is none of, or that belongs to the model: its cameras.
         """
+        unknown = sorted(set(kwargs) - set(self.valid_kwargs.__annotations__))
+        if unknown:
+            raise TypeError(f"{', '.join(unknown)}: the image processor has no such option.")
+        if "cameras" in kwargs:
+            raise TypeError(
+                f"cameras belong to the model, here {list(self.cameras)}, and cannot be changed in a call; to give the "
+                "frames in any order, give a dict by camera name."
+            )
         return super().preprocess(images, *args, **kwargs)
 
     def process_image(

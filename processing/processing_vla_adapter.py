@@ -96,12 +96,13 @@ class VLAAdapterProcessor(ProcessorMixin):
 
         Raises:
             ValueError, TypeError: for a wrong number of cameras, an empty instruction, a state of the wrong size;
-                the message names what was expected.
+                the message names what was expected. A TypeError also for an option that there is none of.
         """
         if images is None or text is None:
             raise ValueError(
                 f"{'images' if images is None else 'text'} is missing; the processor needs images and text."
             )
+        _check_options(kwargs)
         merged = self._merge_kwargs(
             VLAAdapterProcessorKwargs, tokenizer_init_kwargs=self.tokenizer.init_kwargs, **kwargs
         )
@@ -151,6 +152,20 @@ class VLAAdapterProcessor(ProcessorMixin):
         if not np.isfinite(array).all():
             raise ValueError(f"state holds values that are not finite: {array.tolist()}.")
         return array
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Refuse what transformers would pass over with a warning: a misspelled option would change nothing."""
+    parts = {
+        part: set(VLAAdapterProcessorKwargs.__annotations__[part].__annotations__)
+        for part in ("text_kwargs", "images_kwargs")
+    }
+    parts["common_kwargs"] = set.union(*parts.values())
+    unknown = [name for name in options if name not in parts["common_kwargs"] | set(parts)]
+    for part in set(parts) & set(options):
+        unknown += [f"{part}[{name!r}]" for name in options[part] if name not in parts[part]]
+    if unknown:
+        raise TypeError(f"{', '.join(sorted(unknown))}: the processor has no such option.")
 
 
 __all__ = ["VLAAdapterProcessor"]

@@ -228,6 +228,38 @@ class TestSwitches:
             prepared(image_processor, frames[:2], crop_area=crop_area)
 
 
+class TestUnknownOptions:
+    """A misspelled option is refused: passed over, it would let the model see something else than was meant."""
+
+    @pytest.mark.parametrize("name", ["do_centre_crop", "crop", "robot"])
+    def test_of_the_image_processor(self, image_processor, frames, name):
+        with pytest.raises(TypeError, match=f"{name}: the image processor has no such option"):
+            image_processor(frames[:2], **{name: False})
+
+    @pytest.mark.parametrize("name", ["do_centre_crop", "paddding", "videos", "audio_kwargs"])
+    def test_of_the_processor(self, processor, frames, name):
+        with pytest.raises(TypeError, match=f"{name}: the processor has no such option"):
+            small(processor)(images=frames[:2], text="open it", **{name: {}})
+
+    @pytest.mark.parametrize("part", ["images_kwargs", "text_kwargs", "common_kwargs"])
+    def test_of_a_part(self, processor, frames, part):
+        with pytest.raises(TypeError, match=rf"{part}\['croparea'\]: the processor has no such option"):
+            small(processor)(images=frames[:2], text="open it", **{part: {"croparea": 1}})
+
+    def test_the_parts_own_options_may_be_given_in_either_way(self, processor, frames):
+        observation = {"images": frames[:2], "text": "open it"}
+        flat = small(processor)(**observation, do_center_crop=False)
+        grouped = small(processor)(**observation, images_kwargs={"do_center_crop": False})
+        assert torch.equal(flat["pixel_values"], grouped["pixel_values"])
+
+    def test_the_cameras_are_the_models_and_no_option_of_a_call(self, processor, image_processor, frames):
+        message = r"cameras belong to the model, here \['image', 'wrist_image'\].*a dict by camera name"
+        with pytest.raises(TypeError, match=message):
+            image_processor(frames[:2], cameras=["wrist_image", "image"])
+        with pytest.raises(TypeError, match=message):
+            small(processor)(images=frames[:2], text="open it", cameras=["wrist_image", "image"])
+
+
 class TestSaving:
     def test_every_switch_survives_those_that_are_off_too(self, tmp_path, processor):
         saved = small(processor, cameras=["left", "right"], prompt_style="in_out", proprio_dim=14)
