@@ -11,9 +11,12 @@ POLICY_VARIANTS = ("original", "pro")
 ROPE_DTYPES = ("bfloat16", "float32")
 
 # Readers of checkpoints in other layouts, by the `model_type` in their config.json: objects with `read_config(source,
-# **overrides)` and `load_model(model_class, source, config, **kwargs)`. The package registers the published layout;
+# hub, **overrides)` and `load_model(model_class, source, config, **kwargs)`. The package registers the published layout;
 # where these files travel alone there is none, and such a checkpoint is refused.
 OTHER_LAYOUTS: dict[str, Any] = {}
+
+# Of from_pretrained's arguments, those that say where files come from.
+HUB_ARGUMENTS = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
 
 # The sizes of the published checkpoints. Of each tower the last block is missing on purpose: the features are read
 # before it (DINOv2: after block 23 of 24, SigLIP: after block 26 of 27), so it is neither built nor stored.
@@ -264,14 +267,19 @@ class VLAAdapterConfig(PreTrainedConfig):
         """As in transformers, but fields given as keyword arguments are checked together with the rest.
 
         `from_pretrained(repo, action_dim=14, norm_stats=...)` thus never sees the new size beside the old statistics.
-        A checkpoint in another layout is handed to its reader.
+        A checkpoint in another layout is handed to its reader. [`VLAAdapterConfig.from_pretrained`] tells the reader
+        which revision to read, and whence; `AutoConfig` tells nobody, so what it reads in another layout is the
+        default revision. (`AutoModel` reads the configuration anew, with the weights' own revision.)
         """
         source = kwargs.pop("_source", kwargs.get("name_or_path"))
+        hub = kwargs.pop("_hub", {})
         layout = config_dict.get("model_type", VLAAdapterConfig.model_type)
         if layout != VLAAdapterConfig.model_type:
+            if config_dict.get("_commit_hash") is not None:  # older releases of transformers do tell
+                hub = {"revision": config_dict["_commit_hash"], **hub}
             kwargs.setdefault("name_or_path", source)
             return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
-            config, kwargs = reader_of_layout(layout, source).read_config(source, **kwargs)
+            config, kwargs = reader_of_layout(layout, source).read_config(source, hub, **kwargs)
             return (config, kwargs) if return_unused_kwargs else config
         config_dict = dict(config_dict)
         fields = set(cls.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
@@ -284,9 +292,20 @@ class VLAAdapterConfig(PreTrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs) -> "VLAAdapterConfig":
-        """As in transformers. Readers of other layouts need to know the name."""
+        """As in transformers (of which release 5.4 forgets the `token`).
+
+        Readers of other layouts need to know the name, and where the files come from.
+        """
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS & set(kwargs)}
         source = str(pretrained_model_name_or_path)
-        return super().from_pretrained(pretrained_model_name_or_path, _source=source, **kwargs)
+        config_dict, kwargs = cls.get_config_dict(source, **kwargs)
+        return cls.from_dict(config_dict, _source=source, _hub=hub, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, without what a reader of another layout remembers of its reading."""
+        whole = super().to_dict()
+        whole.pop("_reading", None)
+        return whole
 
     def to_diff_dict(self) -> dict[str, Any]:
         """The whole configuration, not only what differs from the defaults.

@@ -19,7 +19,7 @@ from .bridge_attention_vla_adapter import (
     RotaryTables,
 )
 from .checkpoint_names_vla_adapter import installed_renames, name_in_file
-from .configuration_vla_adapter import VLAAdapterConfig, reader_of_layout
+from .configuration_vla_adapter import HUB_ARGUMENTS, VLAAdapterConfig, reader_of_layout
 from .normalization_vla_adapter import normalize, select_norm_stats, unnormalize
 
 
@@ -434,10 +434,6 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
             state_dict = {name_in_file(name): tensor for name, tensor in state_dict.items()}
             kwargs["save_original_format"] = False
         super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
-
-
-# Of from_pretrained's arguments, those that say where files come from.
-HUB_ARGUMENTS = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
 
 
 def l1_loss(predicted: torch.Tensor, actions: torch.Tensor, action_is_pad: torch.Tensor | None = None) -> torch.Tensor:

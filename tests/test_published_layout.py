@@ -6,6 +6,7 @@
 import json
 import os
 import pickle
+import shutil
 from collections import OrderedDict
 from pathlib import Path
 
@@ -16,7 +17,15 @@ from model_fixtures import norm_stats
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from vla_adapter_hf import VLAAdapterConfig, VLAAdapterForActionPrediction, VLAAdapterProcessor
+from vla_adapter_hf import (
+    VLAAdapterConfig,
+    VLAAdapterForActionPrediction,
+    VLAAdapterProcessor,
+    published_layout,
+    published_processor,
+)
+from vla_adapter_hf.pretrained_parts import load_tokenizer
+from vla_adapter_hf.published_processor import PrismaticProcessor
 from vla_adapter_hf.reading import as_state_dict, read_pickle
 
 
@@ -219,6 +228,12 @@ class TestNames:
     def test_a_step_of_which_only_one_part_is_there(self, published_copy):
         self.rename(published_copy, "5000_checkpoint", kinds=["action_head"])
         assert_refused(published_copy, "has no proprio_projector--5000_checkpoint.pt", step="5000")
+
+    def test_parts_of_different_steps_are_not_mixed(self, published_copy):
+        (published_copy / ACTION_HEAD).rename(published_copy / "action_head--5000_checkpoint.pt")
+        (published_copy / PROPRIO_PROJECTOR).rename(published_copy / "proprio_projector--7000_checkpoint.pt")
+        message = "action_head--5000_checkpoint.pt and proprio_projector--7000_checkpoint.pt, which are of different"
+        assert_refused(published_copy, message)
 
     def test_the_step_may_be_a_number(self, published_copy, pro_model):
         self.rename(published_copy, "5000_checkpoint")
@@ -559,3 +574,115 @@ class TestNothingIsExecuted:
         assert np.isfinite(model.predict_action(**processor(**observation))).all()
         assert type(config) is VLAAdapterConfig
         assert not marker.exists()
+
+
+@pytest.fixture
+def hub(published_copy, tmp_path, monkeypatch) -> dict:
+    """A Hub with one private repository `someone/policy`, and what was asked of it.
+
+    Revision "main" has other statistics and another bias than "abc". What transformers asks for is served too.
+    """
+    folders = {"main": published_copy, "abc": tmp_path / "abc"}
+    shutil.copytree(published_copy, folders["abc"])
+    for revision, number in (("main", 1.0), ("abc", 2.0)):
+        change_json(folders[revision] / STATISTICS, lambda stats, n=number: stats.update(norm_stats_of(n)))
+        change_tensors(
+            folders[revision] / ACTION_HEAD,
+            lambda tensors, n=number: tensors.update({"module.model.fc2.bias": torch.full((7,), n)}),
+        )
+    asked = []
+
+    def serve(repo, revision=None, token=None, **options):
+        if repo != "someone/policy" or token != "secret":
+            raise OSError("401 Client Error")
+        asked.append({"revision": revision, **options})
+        return str(folders[revision or "main"])
+
+    def serve_file(repo, name, revision=None, token=None, subfolder="", **options):
+        path = Path(serve(repo, revision, token), subfolder, name)
+        return str(path) if path.is_file() else None
+
+    monkeypatch.setattr(published_layout, "snapshot_download", serve)
+    monkeypatch.setattr("transformers.configuration_utils.cached_file", serve_file)
+    monkeypatch.setattr("transformers.models.auto.auto_factory.cached_file", serve_file, raising=False)
+    monkeypatch.setattr("transformers.models.auto.auto_factory.find_adapter_config_file", lambda *_, **__: None)
+    return {"folders": folders, "asked": asked}
+
+
+def norm_stats_of(number: float) -> dict:
+    return {f"data_{number}": next(iter(norm_stats().values()))}
+
+
+class TestRevisions:
+    """Weights and statistics are of the same revision, and of the one that was asked for."""
+
+    @pytest.mark.parametrize("loader", [AutoModel, VLAAdapterForActionPrediction])
+    @pytest.mark.parametrize(("revision", "number"), [("abc", 2.0), (None, 1.0)])
+    def test_of_the_model(self, hub, loader, revision, number):
+        model = loader.from_pretrained("someone/policy", revision=revision, token="secret")
+        assert model.policy.fc_out.bias.unique().tolist() == [number]
+        assert f"data_{number}" in model.config.norm_stats
+        assert {request["revision"] for request in hub["asked"]} == {revision}
+
+    def test_with_overrides(self, hub):
+        model = AutoModel.from_pretrained(
+            "someone/policy", revision="abc", token="secret", robot="calvin", policy_noise_std=0.5
+        )
+        assert "data_2.0" in model.config.norm_stats
+        assert (model.config.cameras, model.config.policy_noise_std) == (["rgb_static", "rgb_gripper"], 0.5)
+
+    def test_of_a_configuration_that_was_read_and_handed_in(self, hub):
+        config = VLAAdapterConfig.from_pretrained("someone/policy", token="secret", robot="calvin")
+        model = AutoModel.from_pretrained("someone/policy", revision="abc", token="secret", config=config)
+        assert "data_2.0" in model.config.norm_stats and model.config.cameras == ["rgb_static", "rgb_gripper"]
+
+    def test_a_configuration_that_was_changed_by_hand_is_taken_as_it_is(self, hub):
+        config = VLAAdapterConfig.from_pretrained("someone/policy", token="secret")
+        config.norm_stats = norm_stats(key="mine")
+        model = AutoModel.from_pretrained("someone/policy", revision="abc", token="secret", config=config)
+        assert list(model.config.norm_stats) == ["mine"]
+
+    def test_of_the_configuration(self, hub):
+        config = VLAAdapterConfig.from_pretrained("someone/policy", revision="abc", token="secret")
+        assert "data_2.0" in config.norm_stats
+
+    def test_of_the_processor(self, hub, monkeypatch):
+        monkeypatch.setattr(
+            published_processor, "load_tokenizer", lambda *_, **__: load_tokenizer(hub["folders"]["main"])
+        )
+        PrismaticProcessor.from_pretrained("someone/policy", revision="abc", token="secret", cache_dir="there")
+        assert hub["asked"][0]["revision"] == "abc" and hub["asked"][0]["cache_dir"] == "there"
+
+    def test_what_was_asked_for_is_not_saved(self, published_pro, tmp_path):
+        config = AutoConfig.from_pretrained(published_pro, robot="calvin")
+        config.save_pretrained(tmp_path)
+        assert "_reading" not in (tmp_path / "config.json").read_text() and "_reading" not in config.to_dict()
+
+    def test_a_configuration_read_with_unused_arguments_is_a_normal_one(self, published_pro):
+        config, unused = AutoConfig.from_pretrained(published_pro, speed=1, chunk_size=5, return_unused_kwargs=True)
+        assert (config.chunk_size, config.action_dim, unused) == (5, 7, {"speed": 1})
+        assert type(config) is VLAAdapterConfig
+
+
+class TestSubfolders:
+    def test_of_a_folder(self, published_copy, tmp_path, pro_model):
+        outer = tmp_path / "outer"
+        shutil.move(published_copy, outer / "inner")
+        assert_same_model(outer, pro_model, subfolder="inner")
+        assert VLAAdapterConfig.from_pretrained(outer, subfolder="inner").chunk_size == 8
+        assert type(AutoProcessor.from_pretrained(outer / "inner")) is VLAAdapterProcessor
+        assert type(PrismaticProcessor.from_pretrained(outer, subfolder="inner")) is VLAAdapterProcessor
+
+    def test_of_a_repository(self, hub):
+        folder = hub["folders"]["main"]
+        (folder / "inner").mkdir()
+        for path in [path for path in folder.iterdir() if path.is_file()]:
+            path.rename(folder / "inner" / path.name)
+        model = AutoModel.from_pretrained("someone/policy", token="secret", subfolder="inner")
+        assert "data_1.0" in model.config.norm_stats
+        patterns = [request["allow_patterns"] for request in hub["asked"] if "allow_patterns" in request]
+        assert all(pattern.startswith("inner/") for pattern in patterns[0])
+
+    def test_outside_is_refused(self, published_pro):
+        with pytest.raises(ValueError, match="subfolder must be a folder inside"):
+            published_layout.open_published(published_pro, subfolder="../pro")

@@ -11,22 +11,17 @@ from vla_adapter_hf.modeling.configuration_vla_adapter import OTHER_LAYOUTS, VLA
 from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction, VLAAdapterOutput
 from vla_adapter_hf.processing.image_processing_vla_adapter import VLAAdapterImageProcessor
 from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
-from vla_adapter_hf.published_layout import MODEL_TYPE, PublishedLayout
+from vla_adapter_hf.published_layout import MODEL_TYPE, PublishedLayout, PublishedVLAAdapterConfig, UnreadConfig
 from vla_adapter_hf.published_processor import PrismaticProcessor
 from vla_adapter_hf.robots import ROBOTS, RobotPreset, get_robot
-
-
-class PublishedVLAAdapterConfig(VLAAdapterConfig):
-    """What `AutoConfig` finds for published files. Reading one gives a plain [`VLAAdapterConfig`]."""
-
-    model_type = MODEL_TYPE
 
 
 def _register() -> None:
     OTHER_LAYOUTS[MODEL_TYPE] = PublishedLayout()
     AutoConfig.register(VLAAdapterConfig.model_type, VLAAdapterConfig, exist_ok=True)
     AutoConfig.register(MODEL_TYPE, PublishedVLAAdapterConfig, exist_ok=True)
-    AutoModel.register(VLAAdapterConfig, VLAAdapterForActionPrediction, exist_ok=True)
+    for config_class in (VLAAdapterConfig, UnreadConfig):
+        AutoModel.register(config_class, VLAAdapterForActionPrediction, exist_ok=True)
     AutoProcessor.register(VLAAdapterConfig, VLAAdapterProcessor, exist_ok=True)
     AutoProcessor.register(PublishedVLAAdapterConfig, PrismaticProcessor, exist_ok=True)
     # AutoImageProcessor of older releases exists only beside torchvision; the processor does without it.

@@ -18,8 +18,7 @@ from huggingface_hub import snapshot_download
 from transformers.utils import logging
 
 from vla_adapter_hf.modeling.checkpoint_names_vla_adapter import name_in_file
-from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
-from vla_adapter_hf.modeling.modeling_vla_adapter import HUB_ARGUMENTS
+from vla_adapter_hf.modeling.configuration_vla_adapter import HUB_ARGUMENTS, VLAAdapterConfig
 from vla_adapter_hf.published_names import (
     DINOV2_PREFIX,
     POLICY_NAMES,
@@ -89,6 +88,7 @@ def open_published(source: str, step: str | None = None, **hub: Any) -> Publishe
         action_head_file=_find_pickle(folder, "action_head", step, source),
         proprio_projector_file=_find_pickle(folder, "proprio_projector", step, source),
     )
+    _check_same_step(checkpoint.action_head_file, checkpoint.proprio_projector_file, source)
     for path in weight_files:
         with open_safetensors(path) as file:
             for name in file.keys():
@@ -281,10 +281,21 @@ def _shape(tensors: dict[str, Any], name: str, source: str) -> tuple[int, ...]:
 
 
 def _local_folder(source: str, hub: dict[str, Any]) -> Path:
+    hub = {name: value for name, value in hub.items() if value is not None and name != "proxies"}
+    subfolder = hub.pop("subfolder", "")
+    if Path(subfolder).is_absolute() or ".." in Path(subfolder).parts:
+        raise ValueError(f"subfolder must be a folder inside {source}, got {subfolder!r}.")
     if Path(source).is_dir():
-        return Path(source)
-    patterns = ["config.json", "dataset_statistics.json", "*.safetensors", "*.safetensors.index.json", "*--*.pt"]
-    return Path(snapshot_download(source, allow_patterns=patterns, ignore_patterns=["lora_adapter/*"], **hub))
+        return Path(source, subfolder)
+    within = f"{subfolder.strip('/')}/" if subfolder else ""
+    names = ["config.json", "dataset_statistics.json", "*.safetensors", "*.safetensors.index.json", "*--*.pt"]
+    snapshot = snapshot_download(
+        source,
+        allow_patterns=[within + name for name in names],
+        ignore_patterns=[f"{within}lora_adapter/*"],
+        **hub,
+    )
+    return Path(snapshot, subfolder)
 
 
 def _check_is_vla_adapter(config: dict[str, Any], source: str) -> None:
@@ -328,34 +339,51 @@ def _find_pickle(folder: Path, kind: str, step: str | None, source: str) -> Path
     raise ValueError(f"{source} has several of one kind: {', '.join(names)}. Say which (step=..., --step).")
 
 
+def _check_same_step(action_head: Path, proprio_projector: Path, source: str) -> None:
+    if action_head.name.partition("--")[2] != proprio_projector.name.partition("--")[2]:
+        raise ValueError(
+            f"{source} has {action_head.name} and {proprio_projector.name}, which are of different steps; they only "
+            "work with the one that they were trained with."
+        )
+
+
 class PublishedLayout:
     """How [`VLAAdapterConfig`] and [`VLAAdapterForActionPrediction`] get at checkpoints in the published layout."""
 
-    def read_config(self, source: str, **kwargs: Any) -> tuple[VLAAdapterConfig, dict[str, Any]]:
+    def read_config(
+        self, source: str, hub: dict[str, Any] | None = None, **kwargs: Any
+    ) -> tuple[VLAAdapterConfig, dict[str, Any]]:
         """The configuration, with fields given as keyword arguments in it, and the arguments that are no fields.
 
-        `step` is among the latter: `AutoModel`, which reads the configuration first, hands it on to [`load_model`].
+        Args:
+            source (`str`): a folder or a Hub id.
+            hub (`dict`, *optional*): `revision`, `token`, `cache_dir` and the like.
+            kwargs: `robot`, `step`, fields of the configuration, and whatever else there is.
         """
-        hub = {name: kwargs[name] for name in HUB_ARGUMENTS & set(kwargs)}
-        fields = (set(VLAAdapterConfig.__dataclass_fields__) - {"dtype"}) | {"attn_implementation", "name_or_path"}
-        overrides = {name: kwargs.pop(name) for name in fields & set(kwargs)}
-        if kwargs.get("dtype", "auto") not in ("auto", None):
-            overrides["dtype"] = kwargs["dtype"]
-        robot = kwargs.pop("robot", None)
-        kwargs.pop("_from_auto", None)
-        config = build_config(open_published(source, kwargs.get("step"), **hub), robot, **overrides)
-        return config, kwargs
+        arguments = _take_config_arguments(kwargs)
+        checkpoint = open_published(source, arguments.get("step"), **(hub or {}))
+        return _config_of(checkpoint, arguments), kwargs
 
     def load_model(
         self, model_class: type, source: str, config: VLAAdapterConfig | None, **kwargs: Any
     ) -> torch.nn.Module:
-        """The model with the checkpoint's weights; arguments as those of `from_pretrained`."""
+        """The model with the checkpoint's weights; arguments as those of `from_pretrained`.
+
+        The configuration is made from the same files as the weights, lest statistics and weights be of different
+        revisions. One that was handed in is taken as it is, except when it was read from this source and not changed
+        since: then it only tells what was asked for.
+        """
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS & set(kwargs)}
-        step = kwargs.get("step")
-        if config is None:
-            config, kwargs = self.read_config(source, **{**kwargs, **hub, "name_or_path": str(source)})
-        kwargs = {name: value for name, value in kwargs.items() if name not in HUB_ARGUMENTS | {"step"}}
-        checkpoint = open_published(source, step, **hub)
+        arguments = _take_config_arguments(kwargs)
+        asked_before = None if config is None else _asked_for(config, source)
+        checkpoint = open_published(source, {**(asked_before or {}), **arguments}.get("step"), **hub)
+        if config is None or asked_before is not None:
+            config = _config_of(checkpoint, {"name_or_path": str(source), **(asked_before or {}), **arguments})
+        elif arguments.keys() - {"name_or_path", "step", "dtype", "attn_implementation"}:
+            fields = ", ".join(sorted(arguments.keys() - {"name_or_path", "step", "dtype", "attn_implementation"}))
+            raise ValueError(f"{fields} given together with a config; put them into the config.")
+        elif "attn_implementation" in arguments:
+            kwargs["attn_implementation"] = arguments["attn_implementation"]
         state_dict = read_state_dict(checkpoint)
         if not kwargs.get("ignore_mismatched_sizes", False):
             with torch.device("meta"):
@@ -364,3 +392,83 @@ class PublishedLayout:
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.config.name_or_path = model.name_or_path = str(source)
         return loaded
+
+
+def _take_config_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of keyword arguments, those of [`build_config`] and `step`, taken out. A `dtype` stays: the model needs it too."""
+    fields = set(VLAAdapterConfig.__dataclass_fields__) - {"dtype"}
+    names = fields | {"attn_implementation", "name_or_path", "robot", "step"}
+    arguments = {name: kwargs.pop(name) for name in names & set(kwargs)}
+    if kwargs.get("dtype", "auto") not in ("auto", None):
+        arguments["dtype"] = kwargs["dtype"]
+    kwargs.pop("_from_auto", None)
+    return arguments
+
+
+def _config_of(checkpoint: PublishedCheckpoint, arguments: dict[str, Any]) -> VLAAdapterConfig:
+    """The configuration, which remembers what it was asked for with and how it was then; it is never saved."""
+    config = build_config(checkpoint, **{name: value for name, value in arguments.items() if name != "step"})
+    config._reading = {"source": checkpoint.source, "arguments": arguments, "read": config.to_diff_dict()}
+    return config
+
+
+def _asked_for(config: VLAAdapterConfig, source: str) -> dict[str, Any] | None:
+    """The arguments with which a configuration was read from `source`; `None` if it was not, or changed since."""
+    reading = getattr(config, "_reading", None)
+    if reading is None or reading["source"] != str(source):
+        return None
+    is_unread = type(config) is UnreadConfig
+    return reading["arguments"] if is_unread or reading["read"] == config.to_diff_dict() else None
+
+
+class UnreadConfig(VLAAdapterConfig):
+    """The configuration of published files before anybody has looked into it; the first look reads it.
+
+    `AutoModel` has the configuration made without saying which revision, token or folder it means. These it hands to
+    the model only, with the configuration. So it is left unread until [`PublishedLayout.load_model`] makes it from
+    the same files as the weights. Whoever looks into it before gets that of the default revision.
+    """
+
+    def __init__(self, source: str, arguments: dict[str, Any]):
+        object.__setattr__(self, "_reading", {"source": str(source), "arguments": arguments})
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("_reading", "sub_configs") or name.startswith("__"):
+            return object.__getattribute__(self, name)
+        if name in ("auto_map", "architectures", "quantization_config"):
+            raise AttributeError(name)  # AutoModel asks; published files have none that count
+        _read_now(self)
+        return getattr(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _read_now(self)
+        setattr(self, name, value)
+
+
+# AutoModel.register wants all configurations of a model to have the name of its `config_class`.
+UnreadConfig.__name__ = VLAAdapterConfig.__name__
+
+
+def _read_now(config: UnreadConfig) -> None:
+    """Make an unread configuration what it stands for."""
+    reading = object.__getattribute__(config, "_reading")
+    read = _config_of(open_published(reading["source"], reading["arguments"].get("step")), reading["arguments"])
+    object.__setattr__(config, "__class__", VLAAdapterConfig)
+    config.__dict__.update(read.__dict__)
+
+
+class PublishedVLAAdapterConfig(VLAAdapterConfig):
+    """What `AutoConfig` finds for published files. Reading one gives a plain [`VLAAdapterConfig`]."""
+
+    model_type = MODEL_TYPE
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As [`VLAAdapterConfig.from_dict`]; what asks for unused arguments, as `AutoModel` does, reads it later."""
+        if not kwargs.get("return_unused_kwargs", False):
+            return super().from_dict(config_dict, **kwargs)
+        del kwargs["return_unused_kwargs"]
+        arguments = _take_config_arguments(kwargs)
+        return UnreadConfig(
+            arguments["name_or_path"], {**arguments, "name_or_path": str(arguments["name_or_path"])}
+        ), kwargs

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
-from vla_adapter_hf.modeling.modeling_vla_adapter import HUB_ARGUMENTS
+from vla_adapter_hf.modeling.configuration_vla_adapter import HUB_ARGUMENTS, VLAAdapterConfig
 from vla_adapter_hf.pretrained_parts import load_tokenizer
 from vla_adapter_hf.processing.image_processing_vla_adapter import VLAAdapterImageProcessorKwargs
 from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
+from vla_adapter_hf.published_layout import PublishedLayout
 
 
 # What can be set while loading, by what it is set in. The fields of a configuration are those that `AutoConfig` and
@@ -58,7 +58,8 @@ class PrismaticProcessor(VLAAdapterProcessor):
             return {name: kwargs[name] for name in names & set(kwargs)}
 
         hub = among(HUB_ARGUMENTS)
-        config = AutoConfig.from_pretrained(source, **hub, **among(CONFIG_OPTIONS))
+        # Not by AutoConfig, which would forget which revision is meant.
+        config, _ = PublishedLayout().read_config(str(source), hub, **among(CONFIG_OPTIONS))
         tokenizer = load_tokenizer(source, **hub, **among(TOKENIZER_OPTIONS))
         return VLAAdapterProcessor.from_model_config(
             config, tokenizer, **among({"prompt_style"}), **among(IMAGE_OPTIONS)
