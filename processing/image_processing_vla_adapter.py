@@ -160,6 +160,9 @@ class VLAAdapterImageProcessor(PilBackend):
             # Not the library's conversion, whose treatment of transparency depends on the release.
             image = image.convert("RGB") if do_convert_rgb else image
             input_data_format = ChannelDimension.LAST
+        # NumPy has no such type. Its 8 bits do not tell the 256 levels apart either; float16's 11 do.
+        if str(getattr(image, "dtype", "")).removeprefix("torch.") == "bfloat16":
+            raise TypeError("a frame is bfloat16, which has already lost digits; give uint8 or float32.")
         array = to_numpy_array(image)
         if array.ndim != 3 or 3 not in (array.shape[0], array.shape[-1]):
             raise ValueError(

@@ -132,16 +132,35 @@ class VLAAdapterProcessor(ProcessorMixin):
                 raise TypeError(f"text[{index}] must be a string, got {type(instruction).__name__}.")
             if not instruction.strip():
                 raise ValueError(f"text[{index}] is empty; every observation needs an instruction.")
-        return [PROMPTS[self.prompt_style].format(instruction=instruction.lower()) for instruction in instructions]
+        instructions = [instruction.lower() for instruction in instructions]
+        control_tokens = self._control_tokens()
+        for index, instruction in enumerate(instructions):
+            for token in control_tokens:
+                if token in instruction:
+                    raise ValueError(
+                        f"text[{index}] holds {token!r}, which the tokenizer takes for a control token, not for words."
+                    )
+        return [PROMPTS[self.prompt_style].format(instruction=instruction) for instruction in instructions]
 
     @property
     def model_input_names(self) -> list[str]:
         return ["input_ids", "attention_mask", "pixel_values", "state"]
 
+    def _control_tokens(self) -> list[str]:
+        """What would end the instruction's turn, or the like. Words that somebody added to the vocabulary are fine."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        return [token.content for token in added if token.special or token.content.startswith("<")]
+
     def _check_state(self, state: Any, batch_size: int) -> np.ndarray:
-        if str(getattr(state, "dtype", "")).removeprefix("torch.") in ("float16", "bfloat16"):
-            raise ValueError(f"state is {state.dtype}, which has already lost digits; give float32 or float64.")
-        array = np.asarray(state.detach().cpu() if hasattr(state, "detach") else state, dtype=np.float64)
+        state = _without_tensors(state)
+        try:
+            array = np.asarray(state, dtype=np.float64)
+        except TypeError as error:
+            raise TypeError(f"state must be numbers: {error}") from error
+        except ValueError as error:
+            raise ValueError(
+                f"state must be numbers, one row of {self.proprio_dim} per observation: {error}"
+            ) from error
         if array.ndim == 1 and batch_size == 1:
             array = array[None]
         if array.shape != (batch_size, self.proprio_dim):
@@ -152,6 +171,16 @@ class VLAAdapterProcessor(ProcessorMixin):
         if not np.isfinite(array).all():
             raise ValueError(f"state holds values that are not finite: {array.tolist()}.")
         return array
+
+
+def _without_tensors(state: Any) -> Any:
+    """The state with arrays in place of tensors, also of those in a list, as long as none has lost digits."""
+    dtype = str(getattr(state, "dtype", "")).removeprefix("torch.")
+    if dtype in ("float16", "bfloat16"):
+        raise ValueError(f"state is {dtype}, which has already lost digits; give float32 or float64.")
+    if isinstance(state, (list, tuple)):
+        return [_without_tensors(part) for part in state]
+    return state.detach().cpu().numpy() if hasattr(state, "detach") else state
 
 
 def _check_options(options: dict[str, Any]) -> None:

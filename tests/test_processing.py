@@ -1,6 +1,7 @@
 """The processor takes what robots and recordings give, in any usual form, and refuses the rest by name."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -104,6 +105,7 @@ class TestFrames:
 REFUSED_FRAMES = {
     "int32": (TypeError, "uint8, or floating point.*int32", lambda frame: frame.astype(np.int32)),
     "int64 tensor": (TypeError, "uint8, or floating point.*int64", lambda frame: torch.from_numpy(frame).long()),
+    "bfloat16": (TypeError, "a frame is bfloat16.*give uint8 or float32", lambda frame: torch.from_numpy(frame / 255).bfloat16()),
     "bool": (TypeError, "uint8, or floating point.*bool", lambda frame: frame > 127),
     "float in 0...255": (ValueError, r"0\.\.\.1, got values in .*255", lambda frame: frame.astype(np.float32)),
     "float in -1...1": (ValueError, r"0\.\.\.1, got values in -1", lambda frame: frame / 127.5 - 1),
@@ -332,6 +334,16 @@ class TestText:
     def test_braces_in_an_instruction_are_just_characters(self, processor):
         assert "{drawer}" in processor.make_prompts("open the {drawer}")[0]
 
+    # In capitals too: the instruction goes in in lower case.
+    @pytest.mark.parametrize("token", ["<|im_end|>", "<|IM_END|>", "<|endoftext|>"])
+    def test_a_control_token_in_an_instruction_is_refused(self, processor, frames, token):
+        message = re.escape(f"text[1] holds '{token.lower()}', which the tokenizer takes for a control token")
+        with pytest.raises(ValueError, match=message):
+            small(processor)(images=[frames[:2]] * 2, text=["open it", f"open it{token} now"])
+
+    def test_what_only_looks_like_a_control_token_is_text(self, processor):
+        assert "<|drawer|> < im_end >" in processor.make_prompts("open the <|drawer|> < im_end >")[0]
+
     @pytest.mark.parametrize("missing", ["images", "text"])
     def test_images_and_text_are_both_needed(self, processor, frames, missing):
         arguments = {"images": frames[:2], "text": "open the drawer", missing: None}
@@ -385,6 +397,7 @@ class TestState:
             np.full((1, 8), 1 / 3),
             torch.full((8,), 1 / 3, dtype=torch.float64),
             torch.full((1, 8), 1 / 3, dtype=torch.float64, requires_grad=True),
+            list(torch.full((8,), 1 / 3, dtype=torch.float64, requires_grad=True)),
         ],
     )
     def test_lists_arrays_and_tensors_are_kept_in_full(self, call, state):
@@ -426,9 +439,25 @@ class TestState:
         with pytest.raises(ValueError, match="state holds values that are not finite"):
             call([bad] + [0.0] * 7)
 
-    @pytest.mark.parametrize("state", [np.zeros(8, np.float16), torch.zeros(8, dtype=torch.bfloat16)])
+    @pytest.mark.parametrize(
+        "state",
+        [
+            np.zeros(8, np.float16),
+            torch.zeros(8, dtype=torch.bfloat16),
+            list(torch.zeros(8, dtype=torch.bfloat16)),
+            [0.0] * 7 + [np.float16(0)],
+            [torch.zeros(8, dtype=torch.float16)],
+        ],
+    )
     def test_a_state_that_has_already_lost_digits_is_refused(self, call, state):
-        with pytest.raises(ValueError, match="state is .*float16, which has already lost digits"):
+        with pytest.raises(ValueError, match="state is b?float16, which has already lost digits; give float32"):
+            call(state)
+
+    @pytest.mark.parametrize(
+        ("error", "state"), [(ValueError, ["left"] * 8), (ValueError, [[0.0], [0.0, 1.0]]), (TypeError, {"x": 0.0})]
+    )
+    def test_what_is_no_array_of_numbers_is_refused(self, call, error, state):
+        with pytest.raises(error, match="state must be numbers"):
             call(state)
 
 
