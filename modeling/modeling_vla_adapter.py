@@ -387,11 +387,22 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
         return unnormalize(normalized.double().cpu().numpy(), stats["action"], config.norm_type, config.constant_dims)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, config=None, output_loading_info=False, **kwargs):
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path,
+        *args,
+        config=None,
+        output_loading_info=False,
+        ignore_mismatched_sizes=False,
+        strict=True,
+        **kwargs,
+    ):
         """As in transformers, but a file that does not fill the model exactly is an error and not a warning.
 
         A policy with some layers left at random predicts actions that look like actions. With
-        `ignore_mismatched_sizes=True`, for another robot's action size say, what does not fit starts anew.
+        `ignore_mismatched_sizes=True`, for another robot's action size say, tensors of another shape than the model's
+        start anew; all of them must be there all the same. `strict=False` lets tensors be missing, which then start
+        anew, and left over.
 
         Raises:
             ValueError: when parameters are missing or left over; the message lists them.
@@ -402,7 +413,9 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
         layout = stored.get("model_type", VLAAdapterConfig.model_type)
         if layout != VLAAdapterConfig.model_type:
             reader = reader_of_layout(layout, source)
-            return reader.load_model(cls, source, config, output_loading_info=output_loading_info, **kwargs)
+            options = {"output_loading_info": output_loading_info, "strict": strict}
+            options["ignore_mismatched_sizes"] = ignore_mismatched_sizes
+            return reader.load_model(cls, source, config, **options, **kwargs)
         if not isinstance(config, PreTrainedConfig):
             fields = set(VLAAdapterConfig.__dataclass_fields__) - {"dtype"} | {"attn_implementation"}
             given = {name: kwargs.pop(name) for name in fields & set(kwargs)}
@@ -412,18 +425,21 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
             *args,
             config=config,
             output_loading_info=True,
+            ignore_mismatched_sizes=ignore_mismatched_sizes,
             key_mapping={**installed_renames(config), **(kwargs.pop("key_mapping", None) or {})},
             **kwargs,
         )
-        if not kwargs.get("ignore_mismatched_sizes", False):
+        if strict:
+            mismatched = {mismatch[0] for mismatch in loading_info["mismatched_keys"]}
             for kind in ("missing_keys", "unexpected_keys"):
-                names = sorted(loading_info[kind])
+                names = sorted(set(loading_info[kind]) - mismatched)
                 if names:
                     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
                     raise ValueError(
                         f"{config.name_or_path or source}: {kind.replace('_', ' ')} {shown}. The file and the "
-                        "configuration do not belong together. To start anew what does not fit, pass "
-                        "ignore_mismatched_sizes=True."
+                        "configuration do not belong together: the file is incomplete, or what the configuration "
+                        "describes (policy_variant, numbers of layers) is another model. ignore_mismatched_sizes=True "
+                        "starts tensors of another shape anew, but none that are missing; strict=False does."
                     )
         return (model, loading_info) if output_loading_info else model
 

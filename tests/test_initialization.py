@@ -14,7 +14,7 @@ def constructed(config):
 
 def loaded_without_weights(config):
     return VLAAdapterForActionPrediction.from_pretrained(
-        None, config=config, state_dict={}, ignore_mismatched_sizes=True
+        None, config=config, state_dict={}, strict=False
     )
 
 

@@ -251,23 +251,34 @@ class TestDamagedFiles:
         with pytest.raises(SafetensorError, match="header too small|not fully covered"):
             AutoModel.from_pretrained(folder)
 
+    @pytest.mark.parametrize("ignore_mismatched_sizes", [False, True])
     @pytest.mark.parametrize(
         "name", ["policy.blocks.1.fc.weight", "siglip.encoder.layers.0.mlp.fc1.bias", "action_queries.weight"]
     )
-    def test_a_missing_tensor(self, saved_tiny, name):
+    def test_a_missing_tensor(self, saved_tiny, name, ignore_mismatched_sizes):
         folder, _ = saved_tiny
         tensors = load_file(folder / "model.safetensors")
         del tensors[name]
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=f"missing keys .*{name.removeprefix('siglip.')}"):
-            AutoModel.from_pretrained(folder)
+            AutoModel.from_pretrained(folder, ignore_mismatched_sizes=ignore_mismatched_sizes)
 
-    def test_a_tensor_too_many(self, saved_tiny):
+    def test_a_missing_tensor_may_start_anew_if_that_is_asked_for(self, saved_tiny):
+        folder, model = saved_tiny
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["action_queries.weight"]
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        loaded = AutoModel.from_pretrained(folder, strict=False)
+        assert not torch.equal(loaded.action_queries.weight, model.action_queries.weight)
+        assert "strict" not in loaded.config.to_dict()
+
+    @pytest.mark.parametrize("ignore_mismatched_sizes", [False, True])
+    def test_a_tensor_too_many(self, saved_tiny, ignore_mismatched_sizes):
         folder, _ = saved_tiny
         tensors = {**load_file(folder / "model.safetensors"), "policy.blocks.2.fc.weight": torch.zeros(32, 32)}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match="unexpected keys policy.blocks.2.fc.weight"):
-            AutoModel.from_pretrained(folder)
+            AutoModel.from_pretrained(folder, ignore_mismatched_sizes=ignore_mismatched_sizes)
 
     def test_a_tensor_of_another_shape(self, saved_tiny):
         folder, _ = saved_tiny
@@ -287,8 +298,9 @@ class TestDamagedFiles:
         config = json.loads((folder / "config.json").read_text())
         config["policy_variant"] = "original"
         (folder / "config.json").write_text(json.dumps(config))
-        with pytest.raises(ValueError, match="missing keys policy.*k_proj"):
-            AutoModel.from_pretrained(folder)
+        for options in ({}, {"ignore_mismatched_sizes": True}):
+            with pytest.raises(ValueError, match="missing keys policy.*k_proj.*policy_variant"):
+                AutoModel.from_pretrained(folder, **options)
 
     def test_no_file_at_all(self, saved_tiny):
         folder, _ = saved_tiny

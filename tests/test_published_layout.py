@@ -482,7 +482,16 @@ class TestWrongTensors:
     )
     def test_a_missing_tensor_is_named(self, published_copy, file, name, ours):
         change_tensors(published_copy / file, lambda tensors: _without(tensors, name))
-        assert_refused(published_copy, f"not a complete VLA-Adapter checkpoint.*({ours})")
+        for options in ({}, {"ignore_mismatched_sizes": True}):
+            assert_refused(published_copy, f"not a complete VLA-Adapter checkpoint.*({ours})", **options)
+
+    def test_a_wrong_shape_may_start_anew(self, published_copy, pro_model):
+        change_tensors(
+            published_copy / PROPRIO_PROJECTOR, lambda tensors: tensors.update({"module.fc2.bias": torch.zeros(33)})
+        )
+        model = AutoModel.from_pretrained(published_copy, ignore_mismatched_sizes=True)
+        assert model.proprio_projector.fc2.bias.shape == (32,)
+        assert torch.equal(model.policy.fc_out.weight, pro_model.policy.fc_out.weight)
 
     @pytest.mark.parametrize(
         ("file", "name", "shape", "message"),

@@ -183,6 +183,7 @@ def check_shapes(
     source: str,
     kind: str = "a complete VLA-Adapter checkpoint",
     new_parts: tuple[str, ...] = (),
+    other_shapes: bool = False,
 ) -> None:
     """Refuse a checkpoint that does not fill the model exactly.
 
@@ -191,6 +192,7 @@ def check_shapes(
         state_dict (`dict`): what there is, under the names of our files.
         source, kind (`str`): for the message, what was read and what it should have been.
         new_parts (`tuple[str]`): beginnings of the names of parts that start anew and need not be there.
+        other_shapes (`bool`): let tensors have another shape than the model's; they start anew.
 
     Raises:
         ValueError: naming the first tensors that are missing, left over or of another shape.
@@ -205,7 +207,7 @@ def check_shapes(
     problems += [
         f"{name} has shape {tuple(state_dict[name].shape)}, expected {shape}"
         for name, shape in expected.items()
-        if name in state_dict and tuple(state_dict[name].shape) != shape
+        if name in state_dict and tuple(state_dict[name].shape) != shape and not other_shapes
     ]
     if problems:
         more = f" and {len(problems) - 4} more" if len(problems) > 4 else ""
@@ -385,9 +387,11 @@ class PublishedLayout:
         elif "attn_implementation" in arguments:
             kwargs["attn_implementation"] = arguments["attn_implementation"]
         state_dict = read_state_dict(checkpoint)
-        if not kwargs.get("ignore_mismatched_sizes", False):
+        if kwargs.get("strict", True):
             with torch.device("meta"):
-                check_shapes(model_class(config), state_dict, source)
+                empty = model_class(config)
+            other_shapes = kwargs.get("ignore_mismatched_sizes", False)
+            check_shapes(empty, state_dict, source, other_shapes=other_shapes)
         loaded = model_class.from_pretrained(None, config=config, state_dict=state_dict, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.config.name_or_path = model.name_or_path = str(source)

@@ -117,9 +117,9 @@ def init_from_base(
     _check_tokenizer(processor, config.text_config.vocab_size, tokenizer_source)
     with expected_warnings(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # Sizes were checked above; the argument lets the new parts be missing.
+        # Names and sizes were checked above; the argument lets the new parts be missing.
         model = VLAAdapterForActionPrediction.from_pretrained(
-            None, config=config, state_dict=state_dict, dtype=dtype, ignore_mismatched_sizes=True
+            None, config=config, state_dict=state_dict, dtype=dtype, strict=False
         )
     return model, processor
 

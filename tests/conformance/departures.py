@@ -36,13 +36,13 @@ SKIPPED: dict[str, dict[str, str]] = {
 ADAPTED: dict[str, dict[str, str]] = {
     "ModelTest": {
         "test_can_init_all_missing_weights": (
-            "loads with ignore_mismatched_sizes=True: without it from_pretrained refuses files that lack weights, "
+            "loads with strict=False: without it from_pretrained refuses files that lack weights, "
             "lest a policy with some layers left at random moves a robot. And as if our class were the library's own: "
             "in others' classes transformers passes over modules whose parameters are all their children's, by which "
             "some of SigLIP's initialisations, when its weights are missing, are not those of the library"
         ),
         "test_model_weights_reload_no_missing_tied_weights": (
-            "loads with ignore_mismatched_sizes=True likewise, after seeing it refused without"
+            "loads with strict=False likewise, after seeing it refused without"
         ),
         "test_reverse_loading_mapping": (
             "with check_keys_were_modified=False: our files carry the newest parameter names, not a tower's former ones"
