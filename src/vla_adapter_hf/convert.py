@@ -9,7 +9,7 @@ import torch
 from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from vla_adapter_hf.model_card import PUBLISHED_RESULTS, fill_model_card
+from vla_adapter_hf.model_card import fill_model_card, published_results
 from vla_adapter_hf.writing import check_destination, write_checkpoint
 
 
@@ -57,7 +57,7 @@ def convert(
         title=Path(source).name,
         summary=f"Converted from `{Path(source).name}`, the same weights without those that have no effect.",
         repo=push_to_hub or destination.name,
-        results=PUBLISHED_RESULTS,
+        results=published_results(source),
     )
     write_checkpoint(destination, model, processor, card, say)
     say(f"Done: {destination}")

@@ -1,0 +1,56 @@
+"""`vla-adapter convert`: what the model card says of a checkpoint, and that writing it is verified."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vla_adapter_hf.convert import convert
+from vla_adapter_hf.model_card import NOT_EVALUATED, published_results
+from vla_adapter_hf.writing import verify
+
+
+# As in the authors' tables: the paper's for LIBERO, the released code's README for the Pro policy.
+PUBLISHED = {
+    "LIBERO-Spatial": "97.8",
+    "LIBERO-Object": "99.2",
+    "LIBERO-Goal": "97.2",
+    "LIBERO-Long": "95.0",
+    "LIBERO-Spatial-Pro": "99.6",
+    "LIBERO-Object-Pro": "99.6",
+    "LIBERO-Goal-Pro": "98.2",
+    "LIBERO-Long-Pro": "96.4",
+    "CALVIN-ABC-Pro": "98.5, 95.0, 90.5, 85.3, 80.0 % successful, 4.50",
+}
+
+
+class TestResults:
+    @pytest.mark.parametrize("name", PUBLISHED)
+    def test_a_published_checkpoint_has_its_own_number_and_no_other(self, name):
+        results = published_results(f"VLA-Adapter/{name}")
+        assert PUBLISHED[name] in results and "published by the authors" in results
+        assert results.count("%") == 1
+
+    @pytest.mark.parametrize(
+        "source", ["LIBERO-Object-Pro", "me/LIBERO-Object-Pro", "./VLA-Adapter/LIBERO-Object-Pro", "VLA-Adapter/other"]
+    )
+    def test_any_other_has_none(self, source):
+        assert published_results(source) == NOT_EVALUATED
+
+    def test_a_folder_has_none_whatever_it_is_called(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Path("VLA-Adapter/LIBERO-Object-Pro").mkdir(parents=True)
+        assert published_results("VLA-Adapter/LIBERO-Object-Pro") == NOT_EVALUATED
+
+    def test_the_card_of_ones_own_checkpoint_says_so(self, published_pro, tmp_path):
+        folder = convert(str(published_pro), tmp_path / "converted", say=lambda line: None)
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert NOT_EVALUATED in card and "authors" not in card
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_model_of_any_precision_can_be_verified(pro_model, processor, tmp_path, dtype):
+    model = type(pro_model).from_pretrained(pro_model.config.name_or_path, dtype=dtype)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    assert verify(tmp_path, model, processor) < 0.02
