@@ -1,5 +1,8 @@
 """Configuration of VLA-Adapter: two vision towers, a language model and a Bridge Attention policy."""
 
+import math
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Any, ClassVar
 
 from transformers import Dinov2WithRegistersConfig, PreTrainedConfig, Qwen2Config, SiglipVisionConfig
@@ -97,7 +100,8 @@ class VLAAdapterConfig(PreTrainedConfig):
         policy_task_tokens (`int`, *optional*):
             How many of a layer's states, patches first and action queries after them, the policy treats as task
             states. By default all the patches of all cameras. The original code always takes 512, so checkpoints
-            that it trained with other than two cameras need 512 here.
+            that it trained with other than two cameras need 512 here; where there are fewer states, as with one
+            camera, that means all of them.
         policy_noise_std (`float`, *optional*, defaults to 0.02):
             Standard deviation of the noise added to the zero action latent in training.
         norm_type (`str`, *optional*, defaults to `"bounds_q99"`):
@@ -163,6 +167,9 @@ class VLAAdapterConfig(PreTrainedConfig):
             setattr(self, name, value)
         if isinstance(self.cameras, tuple):
             self.cameras = list(self.cameras)
+        if self.norm_stats == {}:
+            self.norm_stats = None
+        _refuse_misspelt(kwargs)
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
@@ -202,8 +209,12 @@ class VLAAdapterConfig(PreTrainedConfig):
         self._check_policy()
         _check_choice("norm_type", self.norm_type, NORM_TYPES)
         _check_choice("constant_dims", self.constant_dims, CONSTANT_DIM_RULES)
+        if not isinstance(self.image_jpeg_round_trip, bool):
+            raise TypeError(f"image_jpeg_round_trip must be True or False, got {self.image_jpeg_round_trip!r}.")
+        if not _is_number(self.initializer_range) or self.initializer_range < 0:
+            raise ValueError(f"initializer_range must be a number of at least 0, got {self.initializer_range!r}.")
         crop = self.image_center_crop
-        if crop is not None and not (isinstance(crop, (int, float)) and 0 < crop <= 1):
+        if crop is not None and not (_is_number(crop) and 0 < crop <= 1):
             raise ValueError(f"image_center_crop must be a share of the area in (0, 1] or None, got {crop!r}.")
         if self.norm_stats is not None:
             check_norm_stats(self.norm_stats, self.norm_type, self.action_dim, self.proprio_dim, self.constant_dims)
@@ -212,8 +223,8 @@ class VLAAdapterConfig(PreTrainedConfig):
         cameras = self.cameras
         if not isinstance(cameras, (list, tuple)) or not all(isinstance(name, str) for name in cameras):
             raise TypeError(f"cameras must be a list of names, got {cameras!r}.")
-        if not cameras or len(set(cameras)) != len(cameras):
-            raise ValueError(f"cameras must be at least one name, each once, got {list(cameras)}.")
+        if not cameras or len(set(cameras)) != len(cameras) or not all(cameras):
+            raise ValueError(f"cameras must be at least one name, each once and not empty, got {list(cameras)}.")
 
     def _check_towers(self) -> None:
         dinov2, siglip = self.dinov2_config, self.siglip_config
@@ -257,10 +268,10 @@ class VLAAdapterConfig(PreTrainedConfig):
             )
         if self.policy_task_tokens is not None:
             _check_positive_int("policy_task_tokens", self.policy_task_tokens)
-        if not 0 <= self.policy_noise_std < float("inf"):
-            raise ValueError(f"policy_noise_std must be a number of at least 0, got {self.policy_noise_std}.")
-        if not 0 < self.policy_rope_theta < float("inf"):
-            raise ValueError(f"policy_rope_theta must be a number above 0, got {self.policy_rope_theta}.")
+        if not _is_number(self.policy_noise_std) or self.policy_noise_std < 0:
+            raise ValueError(f"policy_noise_std must be a number of at least 0, got {self.policy_noise_std!r}.")
+        if not _is_number(self.policy_rope_theta) or self.policy_rope_theta <= 0:
+            raise ValueError(f"policy_rope_theta must be a number above 0, got {self.policy_rope_theta!r}.")
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "VLAAdapterConfig":
@@ -281,6 +292,12 @@ class VLAAdapterConfig(PreTrainedConfig):
             return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
             config, kwargs = reader_of_layout(layout, source).read_config(source, hub, **kwargs)
             return (config, kwargs) if return_unused_kwargs else config
+        for name in ("robot", "step"):
+            if kwargs.get(name) is not None:
+                raise ValueError(
+                    f"{name}={kwargs[name]!r} goes with checkpoints in the published layout; {source} says itself what it is."
+                )
+        _refuse_misspelt(kwargs)
         config_dict = dict(config_dict)
         fields = set(cls.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
         for name in fields & set(kwargs):
@@ -342,6 +359,27 @@ def _check_positive_int(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be an int, got {value!r}.")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _refuse_misspelt(names: Iterable[str]) -> None:
+    """Refuse what looks like one of our fields and is none.
+
+    Other names pass: transformers puts entries of its own into config.json, in each release others.
+
+    Raises:
+        TypeError: with the field that is probably meant.
+    """
+    inherited = set(PreTrainedConfig.__dataclass_fields__)
+    fields = sorted(set(VLAAdapterConfig.__dataclass_fields__) - inherited)
+    for name in names:
+        if name in inherited or name in fields or name.startswith("_"):
+            continue
+        for meant in get_close_matches(name, fields, n=1, cutoff=0.85):
+            raise TypeError(f"VLAAdapterConfig has no field {name!r}; did you mean {meant!r}?")
 
 
 def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -136,12 +136,15 @@ def _check_part(name: str, stats: dict[str, Any], norm_type: str, constant_dims:
                 raise TypeError(f"{name}['mask'] must hold booleans, got {stats['mask']!r}.")
         elif not np.issubdtype(values.dtype, np.number) or not np.isfinite(values.astype(np.float64)).all():
             raise ValueError(f"{name}[{statistic!r}] must hold finite numbers, got {stats[statistic]!r}.")
-    first, second = (np.asarray(stats[statistic], np.float64) for statistic in used)
-    wrong = second < 0 if norm_type == "normal" else second < first
-    if wrong.any():
-        index = int(np.argmax(wrong))
-        expected = "std must not be negative" if norm_type == "normal" else f"{used[0]} must not exceed {used[1]}"
-        raise ValueError(f"{name}: {expected}, but dimension {index} has {first[index]} and {second[index]}.")
+    for low, high in (("mean", "std"), ("q01", "q99"), ("min", "max")):
+        if low not in stats or high not in stats:
+            continue
+        first, second = (np.asarray(stats[statistic], np.float64) for statistic in (low, high))
+        wrong = second < 0 if high == "std" else second < first
+        if wrong.any():
+            index = int(np.argmax(wrong))
+            expected = "std must not be negative" if high == "std" else f"{low} must not exceed {high}"
+            raise ValueError(f"{name}: {expected}, but dimension {index} has {first[index]} and {second[index]}.")
 
 
 def _as_float64(values: np.ndarray, stats: dict[str, Any]) -> np.ndarray:

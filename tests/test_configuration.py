@@ -160,6 +160,16 @@ REFUSED = {
     "no task tokens": (ValueError, "policy_task_tokens", {"policy_task_tokens": 0}),
     "negative noise": (ValueError, "policy_noise_std", {"policy_noise_std": -0.1}),
     "noise that is not a number": (ValueError, "policy_noise_std", {"policy_noise_std": float("nan")}),
+    "noise in words": (ValueError, "policy_noise_std", {"policy_noise_std": "a"}),
+    "no rotary base": (ValueError, "policy_rope_theta", {"policy_rope_theta": None}),
+    "round trip in words": (TypeError, "image_jpeg_round_trip", {"image_jpeg_round_trip": "no"}),
+    "a crop that is a switch": ((ValueError, TypeError), "image_center_crop", {"image_center_crop": True}),
+    "a camera without a name": (ValueError, "cameras", {"cameras": ["image", ""]}),
+    "negative initial spread": (ValueError, "initializer_range", {"initializer_range": -1.0}),
+    "a fraction of task tokens": (TypeError, "policy_task_tokens", {"policy_task_tokens": 5.5}),
+    "bounds upside down": (ValueError, r"\['proprio'\].*min must not exceed max", {"norm_stats": stats_with("proprio", min=[9.0] * 8)}),
+    "a field that is misspelt": (TypeError, "no field 'camera'; did you mean 'cameras'", {"camera": ["image"]}),
+    "another one": (TypeError, "no field 'chunksize'; did you mean 'chunk_size'", {"chunksize": 8}),
     "rotary base of zero": (ValueError, "policy_rope_theta", {"policy_rope_theta": 0.0}),
     "crop of nothing": (ValueError, "image_center_crop", {"image_center_crop": 0.0}),
     "crop beyond the image": (ValueError, "image_center_crop", {"image_center_crop": 1.5}),
@@ -202,6 +212,24 @@ def test_statistics_must_have_what_normalisation_reads(missing):
 
 def test_rotary_heads_may_be_odd_where_nothing_rotates():
     assert tiny_config(policy_variant="original", policy_num_heads=32).policy_num_heads == 32
+
+
+def test_no_statistics_at_all_are_none():
+    assert tiny_config(norm_stats={}).norm_stats is None
+
+
+@pytest.mark.parametrize("options", [{"robot": "calvin"}, {"step": "5000"}])
+def test_what_goes_with_published_checkpoints_only_is_refused(tmp_path, options):
+    tiny_config().save_pretrained(tmp_path)
+    for loader in (AutoConfig, AutoModel):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}=.*published layout"):
+            loader.from_pretrained(tmp_path, **options)
+
+
+def test_a_misspelt_override_is_refused(tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="no field 'camera'; did you mean 'cameras'"):
+        AutoConfig.from_pretrained(tmp_path, camera=["a", "b"])
 
 
 def test_a_file_of_another_model_is_refused(tmp_path):

@@ -341,6 +341,10 @@ class TestStatistics:
         change_json(published_copy / STATISTICS, lambda stats: stats["libero_object_no_noops"]["action"]["q01"].pop())
         assert_refused(published_copy, r"norm_stats\['libero_object_no_noops'\]\['action'\]\['q01'\].*action_dim=7")
 
+    def test_empty_ones_are_as_good_as_missing(self, published_copy):
+        (published_copy / STATISTICS).write_text("{}")
+        assert_refused(published_copy, "has no dataset_statistics.json, or an empty one.*norm_stats=")
+
     @pytest.mark.parametrize("content", ["", "{", '["list"]', "\x00\x01"])
     def test_damaged_ones_are_refused(self, published_copy, content):
         (published_copy / STATISTICS).write_text(content)
@@ -445,6 +449,23 @@ class TestRefusals:
         (published_copy / "config.json").write_text('{"model_type": "openvla", ')
         with pytest.raises((ValueError, OSError), match="config.json"):
             AutoModel.from_pretrained(published_copy)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [("text_config", []), ("text_config", None), ("timm_model_ids", None), ("timm_model_args", None)],
+    )
+    def test_an_entry_of_the_config_of_another_kind(self, published_copy, name, value):
+        change_json(published_copy / "config.json", lambda config: config.update({name: value}))
+        assert_refused(published_copy, f"{name} must be a (dict|list), got")
+
+    @pytest.mark.parametrize(
+        "weight_map", [None, [], {}, {"a": 1}, {"a": "../model.safetensors"}, {"a": "/x.safetensors"}]
+    )
+    def test_an_index_that_is_damaged_or_leads_elsewhere(self, published_copy, weight_map):
+        shutil.copy(published_copy / WEIGHTS, published_copy.parent / WEIGHTS)
+        content = {} if weight_map is None else {"weight_map": weight_map}
+        (published_copy / "model.safetensors.index.json").write_text(json.dumps(content))
+        assert_refused(published_copy, "model.safetensors.index.json")
 
     @pytest.mark.parametrize("content", [[torch.zeros(2)], {"a": 1}, torch.zeros(2)])
     def test_a_pickle_that_is_no_state_dict(self, published_copy, content):

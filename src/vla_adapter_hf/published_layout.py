@@ -83,7 +83,8 @@ def open_published(source: str, step: str | None = None, **hub: Any) -> Publishe
     checkpoint = PublishedCheckpoint(
         source=str(source),
         config=config,
-        norm_stats=read_json(statistics, source) if statistics.is_file() else None,
+        # An empty file tells as little as none.
+        norm_stats=(read_json(statistics, source) or None) if statistics.is_file() else None,
         weight_files=weight_files,
         action_head_file=_find_pickle(folder, "action_head", step, source),
         proprio_projector_file=_find_pickle(folder, "proprio_projector", step, source),
@@ -151,9 +152,9 @@ def build_config(
         "dtype": checkpoint.config.get("torch_dtype"),
         **overrides,
     }
-    if fields["norm_stats"] is None:
+    if not fields["norm_stats"]:
         raise ValueError(
-            f"{source} has no dataset_statistics.json. The statistics in its config.json are those of other datasets; "
+            f"{source} has no dataset_statistics.json, or an empty one. The statistics in its config.json are those of other datasets; "
             "give the ones that the model was trained with (norm_stats=...)."
         )
     config = VLAAdapterConfig(**fields)
@@ -256,16 +257,31 @@ def _tower_fields(shapes: dict[str, tuple[int, ...]], prefix: str, heads: int, s
 
 
 def _tower_heads(checkpoint: PublishedCheckpoint, tower: int) -> int:
-    model_ids = checkpoint.config.get("timm_model_ids", [])
-    model_id = model_ids[tower] if tower < len(model_ids) else None
-    arguments = checkpoint.config.get("timm_model_args", {}).get(model_id, {})
+    config, source = checkpoint.config, checkpoint.source
+    model_ids = _entry(config, "timm_model_ids", list, source)
+    model_id = str(model_ids[tower]) if tower < len(model_ids) else None
+    arguments = _entry(_entry(config, "timm_model_args", dict, source), model_id, dict, source)
     heads = arguments.get("num_heads", TIMM_HEADS.get(str(model_id).split(".")[0]))
+    if heads is not None and (not isinstance(heads, int) or heads < 1):
+        raise ValueError(f"config.json of {source}: num_heads of {model_id} must be an int above 0, got {heads!r}.")
     if heads is None:
         raise ValueError(
             f"{checkpoint.source}: vision tower {model_id!r} is not known, and the number of its attention heads does "
             f"not show in the weights. Known: {', '.join(TIMM_HEADS)}."
         )
     return heads
+
+
+def _entry(config: dict[str, Any], name: str | None, kind: type, source: str) -> Any:
+    """What a config.json has under a name, or an empty one if it has none.
+
+    Raises:
+        ValueError: when it is of another kind.
+    """
+    value = config.get(name, kind())
+    if not isinstance(value, kind):
+        raise ValueError(f"config.json of {source}: {name} must be a {kind.__name__}, got {value!r}.")
+    return value
 
 
 def _text_config(checkpoint: PublishedCheckpoint) -> dict[str, Any]:
@@ -301,9 +317,9 @@ def _local_folder(source: str, hub: dict[str, Any]) -> Path:
 
 
 def _check_is_vla_adapter(config: dict[str, Any], source: str) -> None:
-    language_model = config.get("text_config", {}).get("model_type")
     if config.get("model_type") != MODEL_TYPE:
         raise ValueError(f"{source} has model_type {config.get('model_type')!r}; the published layout has 'openvla'.")
+    language_model = _entry(config, "text_config", dict, source).get("model_type")
     if language_model != "qwen2":
         raise ValueError(
             f"{source} is an OpenVLA model with the language model {language_model or config.get('llm_backbone_id')!r}, "
@@ -314,7 +330,13 @@ def _check_is_vla_adapter(config: dict[str, Any], source: str) -> None:
 def _find_weights(folder: Path, source: str) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(read_json(index, source)["weight_map"].values()))
+        weight_map = read_json(index, source).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise ValueError(f"{index.name} of {source} must hold a weight_map of files, got {weight_map!r}.")
+        for name in weight_map.values():
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"{index.name} of {source} names {name!r}, which is no .safetensors file beside it.")
+        names = sorted(set(weight_map.values()))
     else:
         names = ["model.safetensors"]
     missing = [name for name in names if not (folder / name).is_file()]
