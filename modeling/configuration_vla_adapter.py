@@ -169,7 +169,7 @@ class VLAAdapterConfig(PreTrainedConfig):
             self.cameras = list(self.cameras)
         if self.norm_stats == {}:
             self.norm_stats = None
-        _refuse_misspelt(kwargs)
+        refuse_misspelt(kwargs)
         super().__post_init__(**kwargs)
         self.validate_architecture()
 
@@ -297,7 +297,7 @@ class VLAAdapterConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{name}={kwargs[name]!r} goes with checkpoints in the published layout; {source} says itself what it is."
                 )
-        _refuse_misspelt(kwargs)
+        refuse_misspelt(kwargs)
         config_dict = dict(config_dict)
         fields = set(cls.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
         for name in fields & set(kwargs):
@@ -365,7 +365,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _refuse_misspelt(names: Iterable[str]) -> None:
+def refuse_misspelt(names: Iterable[str]) -> None:
     """Refuse what looks like one of our fields and is none.
 
     Other names pass: transformers puts entries of its own into config.json, in each release others.

@@ -60,6 +60,11 @@ class VLAAdapterOutput(ModelOutput):
     policy_attentions: tuple[torch.Tensor, ...] | None = None
 
 
+# Arguments of forward that it has no use for: the collator's, for metrics, and what the Trainer, PEFT and generic code
+# of transformers hand to every model.
+PASSED_OVER = {"action_scale", "action_mask", "num_items_in_batch", "return_dict", "use_cache", "task_ids"}
+
+
 class VisionProjector(nn.Module):
     """Patch features of both towers, side by side, into the language model's space."""
 
@@ -238,12 +243,19 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
                 Steps past an episode's end; they do not count in the loss.
             output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
                 Whether to return hidden states, or the indices of those to return; in the place of the others is `None`.
+            kwargs: what transformers, its Trainer and the collator hand to every model, and is not used here.
+
+        Raises:
+            TypeError: for an argument that is none of these, lest a misspelt one be passed over in silence.
         """
         if kwargs.pop("state", None) is not None:
             raise TypeError(
                 "forward works in normalised space and takes `proprio`, the normalised state; a raw `state` belongs "
                 "to predict_action, which normalises it."
             )
+        unknown = sorted(name for name in kwargs if name not in PASSED_OVER)
+        if unknown:
+            raise TypeError(f"forward takes no {', '.join(unknown)}; the true actions are called `actions`.")
         self._check_inputs(input_ids, attention_mask, pixel_values, proprio, actions, action_is_pad)
         config = self.config
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states

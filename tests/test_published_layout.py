@@ -256,6 +256,11 @@ class TestRobots:
     def test_a_robot_of_other_sizes_is_refused(self, published_pro, robot, message):
         assert_refused(published_pro, message, robot=robot)
 
+    def test_a_misspelt_field_is_refused(self, published_pro):
+        for loader in (AutoConfig, AutoModel):
+            with pytest.raises(TypeError, match="no field 'camera'; did you mean 'cameras'"):
+                loader.from_pretrained(published_pro, camera=["a", "b"])
+
     def test_a_robot_that_is_not_known_is_refused_with_those_that_are(self, published_pro):
         assert_refused(published_pro, "robot='panda'.*libero, calvin, aloha, bridge", robot="panda")
 

@@ -18,7 +18,7 @@ from huggingface_hub import snapshot_download
 from transformers.utils import logging
 
 from vla_adapter_hf.modeling.checkpoint_names_vla_adapter import name_in_file
-from vla_adapter_hf.modeling.configuration_vla_adapter import HUB_ARGUMENTS, VLAAdapterConfig
+from vla_adapter_hf.modeling.configuration_vla_adapter import HUB_ARGUMENTS, VLAAdapterConfig, refuse_misspelt
 from vla_adapter_hf.published_names import (
     DINOV2_PREFIX,
     POLICY_NAMES,
@@ -385,6 +385,7 @@ class PublishedLayout:
             kwargs: `robot`, `step`, fields of the configuration, and whatever else there is.
         """
         arguments = _take_config_arguments(kwargs)
+        refuse_misspelt(kwargs)
         checkpoint = open_published(source, arguments.get("step"), **(hub or {}))
         return _config_of(checkpoint, arguments), kwargs
 
@@ -495,6 +496,7 @@ class PublishedVLAAdapterConfig(VLAAdapterConfig):
             return super().from_dict(config_dict, **kwargs)
         del kwargs["return_unused_kwargs"]
         arguments = _take_config_arguments(kwargs)
+        refuse_misspelt(kwargs)
         return UnreadConfig(
             arguments["name_or_path"], {**arguments, "name_or_path": str(arguments["name_or_path"])}
         ), kwargs
