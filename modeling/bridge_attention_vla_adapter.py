@@ -55,7 +55,8 @@ class RotaryTables(nn.Module):
             self.dtype,
             device,
         )
-        return torch.stack(tables).view(torch.int16 if self.dtype.itemsize == 2 else torch.int32)
+        # Not int16, which neither gloo nor NCCL can send: at its start, DDP sends buffers to all processes.
+        return torch.stack(tables).view(torch.int32)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
         cos, sin = self.bits.view(self.dtype)
