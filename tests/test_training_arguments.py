@@ -1,4 +1,4 @@
-"""What a YAML file of `vla-adapter train` may say, and what it means."""
+"""What a YAML file of `vla-adapter train` may say and what it means; several processes."""
 
 import pytest
 
@@ -36,3 +36,10 @@ def test_a_mapping_reaches_the_training_arguments_as_one(parse):
 def test_a_single_dataset_or_camera_needs_no_list(parse):
     _, data, _ = parse("cameras: front")
     assert (data.dataset, data.cameras) == (["d"], ["front"])
+
+
+def test_processes_that_do_not_find_one_another_are_refused(parse, monkeypatch):
+    """As under torchrun without an accelerator and without --use_cpu: both would write the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started .* groups of 1. .* --use_cpu true"):
+        parse("")

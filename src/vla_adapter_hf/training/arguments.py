@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def parse_arguments(
     What the preset says yields to the file, and the file to the words.
 
     Raises:
-        ValueError: for a name that does not exist, or a file that is no mapping.
+        ValueError: for a name that does not exist, a file that is no mapping, or processes that are not connected.
     """
     words = list(arguments)
     from_file: list[str] = []
@@ -80,7 +81,18 @@ def parse_arguments(
     )
     if unknown:
         raise ValueError(f"unknown arguments: {' '.join(unknown)}; see vla-adapter train --help.")
+    _check_processes(training)
     return model, data, training
+
+
+def _check_processes(training: VLAAdapterTrainingArguments) -> None:
+    """Each of several processes on its own would train the whole model, and all would write the same folder."""
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if training.world_size != started:
+        raise ValueError(
+            f"{started} processes were started (WORLD_SIZE), but they train in groups of {training.world_size}. "
+            "Without an accelerator add --use_cpu true."
+        )
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
