@@ -1,9 +1,10 @@
 """Image preparation gives TensorFlow's bytes, with and without simplejpeg.
 
 `fixtures/preprocessing_images.npz` holds
-* per image of `IMAGES`: `input`, and from TensorFlow 2.15 `jpeg_roundtrip`, `resized` and `prepared` (all stages);
-* `size_HxW` and `harsh_64`: `input` (noise; blocks whose inverse DCT overflows 16 bits) and `jpeg_roundtrip` from
+* per image of `IMAGES`: `input`, and from TensorFlow 2.15 `jpeg_difference`, `resized` and `prepared` (all stages);
+* `size_HxW` and `harsh_64`: `input` (noise; blocks whose inverse DCT overflows 16 bits) and `jpeg_difference` from
   Pillow's encoder and simplejpeg's decoder;
+* the JPEG round trip's result is there as its difference to the input, modulo 256, which packs smaller;
 * `normalized_levels` (6, 256): what the original's processor makes of every level in every channel, NaN where its
   frames have no such level;
 * `sinf/x`, `sinf/y`: arguments at which the GNU C library's `sinf` is not the correctly rounded sine, and its values.
@@ -36,7 +37,14 @@ needs_simplejpeg = pytest.mark.skipif(jpeg.simplejpeg is None, reason="simplejpe
 @pytest.fixture(scope="module")
 def golden() -> dict[str, np.ndarray]:
     with np.load(Path(__file__).parent / "fixtures" / "preprocessing_images.npz") as arrays:
-        return dict(arrays)
+        stored = dict(arrays)
+    round_trips = {
+        name.replace("jpeg_difference", "jpeg_roundtrip"): stored[name.replace("jpeg_difference", "input")]
+        + difference
+        for name, difference in stored.items()
+        if name.endswith("/jpeg_difference")
+    }
+    return {**stored, **round_trips}
 
 
 @pytest.fixture(params=["numpy", pytest.param("simplejpeg", marks=needs_simplejpeg)])
