@@ -13,9 +13,7 @@ def constructed(config):
 
 
 def loaded_without_weights(config):
-    return VLAAdapterForActionPrediction.from_pretrained(
-        None, config=config, state_dict={}, strict=False
-    )
+    return VLAAdapterForActionPrediction.from_pretrained(None, config=config, state_dict={}, strict=False)
 
 
 @pytest.fixture(params=[constructed, loaded_without_weights], ids=lambda make: make.__name__)
