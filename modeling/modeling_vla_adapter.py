@@ -1,5 +1,6 @@
 """VLA-Adapter as a transformers model (arXiv 2509.09372): camera frames, an instruction and a state to a chunk of actions."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -317,6 +318,12 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
         if pixel_values is None or proprio is None:
             missing = "pixel_values" if pixel_values is None else "proprio"
             raise ValueError(f"{missing} is missing: forward needs input_ids, pixel_values and proprio.")
+        for name, value in (("pixel_values", pixel_values), ("proprio", proprio), ("actions", actions)):
+            if value is not None and not isinstance(value, torch.Tensor):
+                raise TypeError(
+                    f"{name} must be a torch tensor, got {type(value).__name__}. (What the processor returns as `state` is "
+                    "raw and belongs to predict_action.)"
+                )
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids must have shape (batch, prompt), got {tuple(input_ids.shape)}.")
         batch_size = input_ids.shape[0]
@@ -364,6 +371,8 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
                 names the field.
         """
         config = self.config
+        if isinstance(input_ids, Mapping):
+            raise TypeError("predict_action takes the processor's outputs one by one: predict_action(**inputs).")
         key, stats = select_norm_stats(config.norm_stats, unnorm_key)
         input_ids = torch.as_tensor(input_ids)
         state = _check_state(state, input_ids.shape[0], config.proprio_dim)

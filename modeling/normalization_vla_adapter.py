@@ -86,6 +86,8 @@ def select_norm_stats(norm_stats: dict[str, Any] | None, unnorm_key: str | None)
             "norm_stats={...} to from_pretrained."
         )
     keys = ", ".join(sorted(norm_stats))
+    if unnorm_key is not None and not isinstance(unnorm_key, str):
+        raise TypeError(f"unnorm_key must be one key, a string, got {unnorm_key!r}; the model has: {keys}.")
     if unnorm_key is None:
         if len(norm_stats) > 1:
             raise ValueError(f"unnorm_key is needed, as the model has several sets of norm_stats: {keys}.")

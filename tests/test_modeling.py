@@ -370,3 +370,20 @@ def test_an_argument_that_forward_does_not_know_is_refused(name):
     model = tiny_model()
     with pytest.raises(TypeError, match=f"forward takes no {name}"):
         model(**tiny_inputs(model.config), **{name: torch.zeros(2, 4, 7)})
+
+
+def test_forgetting_the_two_stars_is_answered_with_the_right_call(pro_model, processor, observation):
+    with pytest.raises(TypeError, match=r"predict_action\(\*\*inputs\)"):
+        pro_model.predict_action(processor(**observation))
+
+
+def test_a_list_of_keys_is_refused(pro_model, processor, observation):
+    with pytest.raises(TypeError, match="unnorm_key must be one key"):
+        pro_model.predict_action(**processor(**observation), unnorm_key=["libero_object_no_noops"])
+
+
+def test_the_processors_state_given_as_proprio_is_refused(pro_model, processor, observation):
+    inputs = processor(**observation)
+    state = inputs.pop("state")
+    with pytest.raises(TypeError, match="proprio must be a torch tensor, got ndarray"):
+        pro_model(**inputs, proprio=state)

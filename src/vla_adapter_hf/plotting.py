@@ -80,7 +80,8 @@ def plot_training(log_history: list[dict[str, float]]) -> Figure:
     axis.set_ylabel("mean absolute error, normalised actions")
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
-    axis.legend()
+    if axis.lines:
+        axis.legend()
     return figure
 
 
