@@ -24,6 +24,8 @@ def predicted(folder: Path) -> np.ndarray:
 
 
 def test_the_script_fine_tunes_with_its_defaults(tmp_path):
+    pytest.importorskip("peft")
+    pytest.importorskip("matplotlib")
     output = tmp_path / "out"
     subprocess.run(
         [sys.executable, EXAMPLES / "finetune.py", "--robot", "libero", "--steps", "2", "--output", output],
@@ -43,6 +45,7 @@ def test_the_script_fits_on_a_page():
 
 
 def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
     pytest.importorskip("av")  # its demonstrations are MP4
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     monkeypatch.setenv("STEPS", "32")
