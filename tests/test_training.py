@@ -35,7 +35,7 @@ from vla_adapter_hf.training.presets import (
     merge_lora,
     merged_state_dict,
 )
-from vla_adapter_hf.training.train import last_finished_checkpoint, train
+from vla_adapter_hf.training.train import config_overrides, last_finished_checkpoint, load_data, train
 from vla_adapter_hf.training.trainer import CheckpointCallback, VLAAdapterTrainer
 
 
@@ -192,7 +192,8 @@ def test_a_merged_model_predicts_what_the_unmerged_one_predicts(trained_lora, co
 
 def test_the_merged_state_is_that_of_merging_and_leaves_the_adapter_alone(trained_lora):
     before = {name: tensor.clone() for name, tensor in trained_lora.state_dict().items()}
-    state = merged_state_dict(trained_lora)
+    # Copies: merging in place, below, would otherwise write into what is compared with it.
+    state = {name: tensor.clone() for name, tensor in merged_state_dict(trained_lora).items()}
     for name, tensor in trained_lora.state_dict().items():
         assert torch.equal(tensor, before[name]), name
     merged = merge_lora(trained_lora).state_dict()
@@ -308,6 +309,17 @@ def test_words_replace_the_yaml_file_and_the_file_replaces_the_preset(tmp_path):
 def test_an_argument_that_does_not_exist_is_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown arguments: --lerning_rate 1"):
         parse_arguments(["--checkpoint", "c", "--dataset", "d", "--output_dir", str(tmp_path), "--lerning_rate", "1"])
+
+
+def test_the_published_split_of_the_states_is_dropped_with_another_number_of_cameras(tmp_path):
+    """512 is what the weights of two cameras mean; with one camera no action state would be left behind it."""
+    start = model_fixtures.tiny_config(policy_task_tokens=8)
+    for cameras, expected in ((["image", "wrist_image"], 8), (["image"], None)):
+        words = ["--checkpoint", "c", "--dataset", str(DEMOS), "--robot", "libero", "--output_dir", str(tmp_path)]
+        model, data, _ = parse_arguments([*words, "--cameras", *cameras])
+        overrides = config_overrides(model, data, start, load_data(data, start, seed=0))
+        assert overrides["policy_task_tokens"] == expected
+        assert overrides["cameras"] == cameras
 
 
 # Runs
