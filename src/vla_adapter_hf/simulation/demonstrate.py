@@ -20,8 +20,8 @@ from PIL import Image
 
 from .expert import LiberoObjectExpert
 from .lerobot_writer import LeRobotLayout, assemble, encode_image, save_episode, saved_episodes
-from .libero import LiberoEnvironment, LiberoSuite
-from .placement import PLACEMENTS, STREAMS
+from .libero import LiberoEnvironment, LiberoSuite, object_instruction
+from .placement import HAND, PALM_OVER_TOP, PLACEMENTS, STREAMS
 
 
 CONTROL_RATE = 20  # steps per second in LIBERO
@@ -45,6 +45,9 @@ class RecordingSettings:
             is recorded, the push itself is not.
         retargeted: share of episodes that ask for another object in the scene than the task does, so that the scene does
             not give the instruction away.
+        alternatives: for how many other objects of the scene the expert also says what it would do, at every row from
+            which it is free to go anywhere: empty-handed and over what is near. The simulator tries the chunk and goes back.
+            The same frames with another instruction become an episode of their own, without a frame more to render.
         seed: of everything that is drawn, 0 or more.
         states: official initial states to start from. The evaluation holds out the others.
     """
@@ -56,6 +59,7 @@ class RecordingSettings:
     image_format: str = "png"
     disturbed: float = 0.5
     retargeted: float = 0.0
+    alternatives: int = 0
     seed: int = 0
     states: tuple[int, ...] = field(default_factory=lambda: tuple(range(40)))
 
@@ -66,6 +70,8 @@ class RecordingSettings:
             )
         if self.chunk_size < 1 or self.tail < 0:
             raise ValueError(f"chunk_size must be positive and tail 0 or more, got {self.chunk_size} and {self.tail}")
+        if self.alternatives < 0:
+            raise ValueError(f"alternatives must be 0 or more, got {self.alternatives}")
         if self.image_format not in ("png", "jpeg"):
             raise ValueError(f"image_format must be 'png' or 'jpeg', got {self.image_format!r}")
         for name in ("disturbed", "retargeted"):
@@ -143,17 +149,25 @@ def plan_episode(
 
 def record_episode(
     environment: LiberoEnvironment, plan: EpisodePlan, settings: RecordingSettings
-) -> dict[str, Any] | None:
-    """Plays one planned episode and returns the arguments of `save_episode`, or None if the expert failed."""
+) -> list[dict[str, Any]]:
+    """Plays one planned episode and returns the arguments of `save_episode`; nothing if the expert failed.
+
+    The episode itself comes last; before it come those of the other objects asked for (`RecordingSettings.alternatives`).
+    """
     info = environment.reset(plan.episode, target=plan.target)
     expert = LiberoObjectExpert(environment)
     observations, actions = {}, []
+    others = _other_objects(environment, plan, settings)
+    alternatives: dict[str, dict[int, np.ndarray]] = {name: {} for name in others}
     solved_at: int | None = None
     observation = environment.observe()
     for step in range(environment.step_limit):
         if _begins_row(step, plan, settings):
             observations[step] = observation if step == 0 else environment.observe()
         action = expert.act()
+        if step in observations and expert.is_approaching and _is_free(environment):
+            for name in others:
+                alternatives[name][step] = _try_chunk(environment, name, settings.chunk_size)
         for start, stop, direction in plan.pushes:
             if start <= step < stop:
                 action[:3] = direction
@@ -165,37 +179,85 @@ def record_episode(
         if solved_at is not None and step - solved_at >= settings.tail:
             break
     if solved_at is None:
-        return None
+        return []
     executed = np.stack(actions)
     last = len(executed) - settings.chunk_size
-    rows = [step for step in observations if step <= last and step <= solved_at]
-    if not rows:
-        return None
-    frames: dict[str, list[bytes]] = {camera: [] for camera in CAMERA_COLUMNS}
-    for step in rows:
-        for camera, image in zip(CAMERA_COLUMNS, observations[step].images, strict=True):
-            frames[camera].append(encode_image(_resized(image, settings.image_size), settings.image_format))
-    return {
-        "key": plan.key,
-        "layout": settings.layout(),
-        "instruction": environment.instruction,
-        "images": frames,
-        "states": np.stack([observations[step].state for step in rows]).astype(np.float32),
-        "actions": executed[rows],
-        "chunks": np.stack([executed[step : step + settings.chunk_size] for step in rows]),
-        "steps": np.array(rows),
-        "extra": {
-            "suite": environment.suite.name,
-            "task": plan.task,
-            "episode": plan.episode,
-            "seed": settings.seed,
-            "target": environment.target,
-            "instruction": environment.instruction,
-            "steps": solved_at + 1,
-            "pushes": [[start, stop, list(direction)] for start, stop, direction in plan.pushes],
-            **info,
-        },
+    chunks = {
+        step: executed[step : step + settings.chunk_size]
+        for step in observations
+        if step <= last and step <= solved_at
     }
+    if not chunks:
+        return []
+    common = {
+        "suite": environment.suite.name,
+        "task": plan.task,
+        "episode": plan.episode,
+        "seed": settings.seed,
+        "steps": solved_at + 1,
+        "pushes": [[start, stop, list(direction)] for start, stop, direction in plan.pushes],
+        **info,
+    }
+    encoded = {
+        step: [encode_image(_resized(image, settings.image_size), settings.image_format) for image in seen.images]
+        for step, seen in observations.items()
+    }
+
+    def episode(key: str, target: str, instruction: str, chunks: dict[int, np.ndarray]) -> dict[str, Any]:
+        return {
+            "key": key,
+            "layout": settings.layout(),
+            "instruction": instruction,
+            "images": {
+                camera: [encoded[step][index] for step in chunks] for index, camera in enumerate(CAMERA_COLUMNS)
+            },
+            "states": np.stack([observations[step].state for step in chunks]).astype(np.float32),
+            "actions": np.stack([chunk[0] for chunk in chunks.values()]),
+            "chunks": np.stack(list(chunks.values())),
+            "steps": np.array(list(chunks)),
+            "extra": {**common, "target": target, "instruction": instruction},
+        }
+
+    asked = [
+        episode(f"{plan.key}-{name}", name, object_instruction(name), tried)
+        for name, tried in alternatives.items()
+        if tried
+    ]
+    return [*asked, episode(plan.key, environment.target, environment.instruction, chunks)]
+
+
+def _other_objects(environment: LiberoEnvironment, plan: EpisodePlan, settings: RecordingSettings) -> list[str]:
+    """The objects that an episode's rows ask for as well, drawn anew for every episode."""
+    if not settings.alternatives:
+        return []
+    words = [STREAMS["demonstration"], settings.seed, plan.task, plan.episode, PLACEMENTS.index(plan.placement), 2]
+    others = [name for name in environment.movable_objects if name != environment.target]
+    drawn = np.random.default_rng(words).permutation(len(others))
+    return [others[index] for index in sorted(drawn[: settings.alternatives])]
+
+
+def _is_free(environment: LiberoEnvironment) -> bool:
+    """Whether the fingers are over the top of every object that the hand could touch on its way to another."""
+    fingers = environment.gripper_position
+    for name in environment.movable_objects:
+        lower, upper = environment.object_box(name)
+        apart = np.maximum(np.maximum(lower[:2] - fingers[:2], fingers[:2] - upper[:2]), 0.0)
+        if np.hypot(*apart) < HAND[1] and fingers[2] < upper[2] + PALM_OVER_TOP:
+            return False
+    return True
+
+
+def _try_chunk(environment: LiberoEnvironment, target: str, chunk_size: int) -> np.ndarray:
+    """What the expert would do from here if it were asked for `target`: (chunk_size, 7) float32. Nothing has happened."""
+    saved = environment.save_state()
+    environment.ask_for(target)
+    expert = LiberoObjectExpert(environment)
+    chunk = []
+    for _ in range(chunk_size):
+        chunk.append(expert.act().astype(np.float32))
+        environment.step(chunk[-1], observe=False)
+    environment.restore_state(saved)
+    return np.stack(chunk)
 
 
 def _begins_row(step: int, plan: EpisodePlan, settings: RecordingSettings) -> bool:
@@ -231,11 +293,13 @@ def _record_job(job: _Job) -> dict[str, Any]:
             environment.suite = LiberoSuite(job.suite, placement=placement, **base)
             plan = plan_episode(placement, job.task, episode, environment.movable_objects, job.settings)
             recorded = record_episode(environment, plan, job.settings)
-            if recorded is None:
+            if not recorded:
                 failed += 1
                 _mark_failed(Path(job.output), plan)
             else:
-                save_episode(Path(job.output), **recorded)
+                # The episode itself is saved last: where it is, the others are.
+                for episode in recorded:
+                    save_episode(Path(job.output), **episode)
                 saved += 1
     finally:
         environment.close()

@@ -77,6 +77,7 @@ class LiberoObjectExpert:
             raise ValueError(f"the scripted expert only knows libero_object, got {environment.suite.name}")
         self.environment = environment
         self.settings = settings or ExpertSettings()
+        self.is_approaching = False  # with an open gripper, at the action chosen last
         self._closing = 0  # steps so far
         self._released = False
         self._direction = self._nearest_closing_direction()
@@ -84,6 +85,7 @@ class LiberoObjectExpert:
     def act(self) -> np.ndarray:
         """The next raw action (7,) float64: six deltas in -1...1 and the gripper, -1 open or +1 closed."""
         env = self.environment
+        self.is_approaching = False
         fingers, target, basket = env.gripper_position, env.target, env.basket_region
         lower, upper = env.object_box(target)
         centre = (lower + upper) / 2
@@ -113,6 +115,7 @@ class LiberoObjectExpert:
             self._closing += 1
             return self._action(offset, closed=True)  # holds its place: with no command, the arm drifts
         self._closing = 0
+        self.is_approaching = True
         straddling = fingers[2] < upper[2] and sideways < 0.03
         if sideways > settings.reach * (2.5 if straddling else 1.0):
             # Down a cone, but not onto the object: over its top until the fingers are on both sides of it.

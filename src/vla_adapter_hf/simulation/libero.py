@@ -61,7 +61,8 @@ class LiberoSuite:
         image_size: height and width of the frames, pixels (published: 256).
         states: initial states that the episodes cycle through; all 50 by default. Episode e starts from
             `states[e % len(states)]`.
-        hard_reset: rebuild the simulation before each episode, as published (2 to 4 s); a soft reset takes 0.2 s.
+        hard_reset: rebuild the simulation before each episode, as the published loop does (2 to 4 s). A soft reset takes
+            0.2 s and gives the same episode bit for bit, since what it would keep of the last one is cleared here.
 
     Raises:
         ValueError: an unknown suite or placement, a placement that the suite does not support, a state outside 0...49.
@@ -73,7 +74,7 @@ class LiberoSuite:
     stream: str = "evaluation"
     image_size: int = 256
     states: tuple[int, ...] | None = None
-    hard_reset: bool = True
+    hard_reset: bool = False
     robot: str = "libero"
 
     def __post_init__(self) -> None:
@@ -120,11 +121,27 @@ class LiberoSuite:
         return {key: value for key, value in self.__dict__.items() if key != "_benchmark"}
 
 
+@dataclass(frozen=True)
+class SavedState:
+    """A moment of an episode to go back to; see `LiberoEnvironment.save_state`."""
+
+    physics: np.ndarray
+    controller: dict[str, Any]
+    gripper: np.ndarray
+    clock: tuple[int, float, bool]
+    goal: list[list[str]]
+    instruction: str
+    latest: dict[str, np.ndarray] | None
+
+
 class LiberoEnvironment:
     """One LIBERO task, with frames rendered only for the steps that someone looks at.
 
     Besides the protocol it shows the simulator's true state (`object_position`, `is_grasped`, ...) to scripted experts;
     a policy under test must not look there.
+
+    Attributes:
+        render: False renders nothing: `observe` then gives black frames and the true state.
     """
 
     def __init__(self, suite: LiberoSuite, task: int) -> None:
@@ -132,6 +149,7 @@ class LiberoEnvironment:
         benchmark = suite._benchmark
         self.suite = suite
         self.task = task
+        self.render = True
         self.step_limit = STEP_LIMITS[suite.name]
         self.instruction = self.official_instruction = benchmark.get_task(task).language
         self._initial_states = load_initial_states(benchmark, task)
@@ -190,8 +208,12 @@ class LiberoEnvironment:
         if self._latest is None:
             raise RuntimeError("no frame was rendered: reset the environment, or call step with observe=True")
         latest = self._latest
-        # The simulator's frames are upside down and mirrored with respect to the training data.
-        images = tuple(np.ascontiguousarray(latest[f"{camera}_image"][::-1, ::-1]) for camera in CAMERAS)
+        if self.render:
+            # The simulator's frames are upside down and mirrored with respect to the training data.
+            images = tuple(np.ascontiguousarray(latest[f"{camera}_image"][::-1, ::-1]) for camera in CAMERAS)
+        else:
+            size = self.suite.image_size
+            images = tuple(np.zeros((size, size, 3), dtype=np.uint8) for _ in CAMERAS)
         state = np.concatenate(
             [
                 latest["robot0_eef_pos"],
@@ -206,13 +228,57 @@ class LiberoEnvironment:
         action = np.asarray(action, dtype=np.float64)
         if action.shape != (7,):
             raise ValueError(f"action must have shape (7,), got {action.shape}")
-        self._set_cameras(observe)
+        self._set_cameras(observe and self.render)
         observation, _, done, _ = self._wrapper.step(action)
         self._latest = observation if observe else None
         return bool(done) if self._goal is self._official_goal else self._is_solved()
 
     def close(self) -> None:
         self._wrapper.close()
+
+    # -- going back in time, to see what another choice would lead to ------------------------------------------------
+
+    def save_state(self) -> SavedState:
+        """All that decides how the episode goes on: physics, controller, gripper, goal and the frames last rendered."""
+        import mujoco
+
+        robot = self._env.robots[0]
+        model, data = self._env.sim.model._model, self._env.sim.data._data
+        physics = np.empty(mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION))
+        mujoco.mj_getState(model, data, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
+        return SavedState(
+            physics=physics,
+            controller={
+                name: np.copy(value) if isinstance(value, np.ndarray) else value
+                for name, value in vars(robot.controller).items()
+                if isinstance(value, (np.ndarray, bool, int, float, type(None)))
+            },
+            gripper=np.copy(robot.gripper.current_action),
+            clock=(self._env.timestep, self._env.cur_time, self._env.done),
+            goal=self._goal,
+            instruction=self.instruction,
+            latest=self._latest,
+        )
+
+    def restore_state(self, saved: SavedState) -> None:
+        """Goes back to a state saved in this episode."""
+        import mujoco
+
+        robot, sim = self._env.robots[0], self._env.sim
+        model, data = sim.model._model, sim.data._data
+        mujoco.mj_setState(model, data, saved.physics, mujoco.mjtState.mjSTATE_INTEGRATION)
+        sim.forward()
+        # What follows from positions and velocities has been computed; the solver's guess must be the saved one again.
+        mujoco.mj_setState(model, data, saved.physics, mujoco.mjtState.mjSTATE_INTEGRATION)
+        for name, value in saved.controller.items():
+            setattr(robot.controller, name, np.copy(value) if isinstance(value, np.ndarray) else value)
+        robot.gripper.current_action = np.copy(saved.gripper)
+        self._env.timestep, self._env.cur_time, self._env.done = saved.clock
+        self._goal, self.instruction, self._latest = saved.goal, saved.instruction, saved.latest
+
+    def ask_for(self, target: str) -> None:
+        """Asks for another object from now on; see `reset`. `restore_state` takes it back."""
+        self._set_target(target)
 
     # -- the true state, for scripted experts ------------------------------------------------------------------------
 
