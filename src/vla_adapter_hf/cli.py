@@ -66,6 +66,12 @@ def convert(
 def init(
     destination: Path,
     base: Annotated[str | None, typer.Option(help="Base vision-language model in its own layout.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="JSON of VLAAdapterConfig's fields: a model from nothing, all weights random.")
+    ] = None,
+    instructions: Annotated[
+        Path | None, typer.Option(help="With --config: text file, one per line, to cut the vocabulary down to.")
+    ] = None,
     dinov2: Annotated[str | None, typer.Option(help="DINOv2 with registers: folder or Hub id.")] = None,
     siglip: Annotated[str | None, typer.Option(help="SigLIP: folder or Hub id.")] = None,
     language_model: Annotated[str | None, typer.Option(help="Qwen2.5: folder or Hub id.")] = None,
@@ -78,19 +84,35 @@ def init(
     norm_type: Annotated[str | None, typer.Option(help="bounds_q99, bounds or normal.")] = None,
     norm_stats: Annotated[Path | None, typer.Option(help="JSON file of statistics.")] = None,
     policy_variant: Annotated[str | None, typer.Option(help="pro (the default) or original.")] = None,
+    prompt_style: Annotated[
+        str, typer.Option(help="chat, as the published models, or in_out, which is short.")
+    ] = "chat",
     step: Step = None,
     dtype: Annotated[str, typer.Option(help="Precision to store: float32, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(help="What the new parts are drawn from.")] = 0,
 ) -> None:
-    """Write a model with a new policy, to train from: a base model, or DINOv2 + SigLIP + Qwen2.5."""
+    """Write a model with a new policy, to train from: a base model, DINOv2 + SigLIP + Qwen2.5, or nothing at all."""
     from vla_adapter_hf.starting_points import init as run
+    from vla_adapter_hf.untrained import init_untrained
 
     fields = {"chunk_size": chunk_size, "action_dim": action_dim, "proprio_dim": proprio_dim, "norm_type": norm_type}
     fields |= {"cameras": cameras.split(",") if cameras else None, "policy_variant": policy_variant}
     options = {"dinov2": dinov2, "siglip": siglip, "language_model": language_model, "tokenizer": tokenizer}
-    options |= {"robot": robot, "norm_stats": norm_stats, "step": step, "seed": seed}
+    options |= {"robot": robot, "norm_stats": norm_stats, "step": step, "seed": seed, "prompt_style": prompt_style}
     with readable_errors():
         given = {name: value for name, value in fields.items() if value is not None}
+        if config is not None:
+            others = {"base": base, "dinov2": dinov2, "siglip": siglip, "language_model": language_model, "step": step}
+            surplus = [f"--{name.replace('_', '-')}" for name, value in others.items() if value is not None]
+            if surplus:
+                raise ValueError(f"--config starts from nothing; leave {', '.join(surplus)} out.")
+            if tokenizer is None:
+                raise ValueError("--config needs --tokenizer: the folder or Hub id of a Qwen2 tokenizer.")
+            about = {"tokenizer": tokenizer, "instructions": instructions, "prompt_style": prompt_style, "seed": seed}
+            init_untrained(destination, config, **about, say=typer.echo, **given)
+            return
+        if instructions is not None:
+            raise ValueError("--instructions cuts down the vocabulary of a model from nothing; it needs --config.")
         run(destination, base, dtype=_dtype(dtype), say=typer.echo, **options, **given)
 
 

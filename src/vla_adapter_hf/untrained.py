@@ -1,0 +1,127 @@
+"""`vla-adapter init --config`: a model of any size that has learnt nothing at all, to train from scratch.
+
+A small model has no use for the 150,000 tokens of Qwen2.5. Its vocabulary is cut down to what its instructions are made
+of; any other text falls back to bytes, which are always in it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from vla_adapter_hf.model_card import fill_model_card
+from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
+from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction
+from vla_adapter_hf.pretrained_parts import load_tokenizer
+from vla_adapter_hf.processing.processing_vla_adapter import PROMPTS, VLAAdapterProcessor
+from vla_adapter_hf.writing import check_destination, write_checkpoint
+
+
+def cut_down_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, instructions: Iterable[str], vocab_size: int, prompt_style: str = "chat"
+) -> PreTrainedTokenizerBase:
+    """A byte-level tokenizer of the same kind, whose vocabulary is made for some instructions.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): a Qwen2 tokenizer; how it splits text and its control tokens are kept.
+        instructions (`Iterable[str]`): what the vocabulary is made for, in the prompt of `prompt_style`.
+        vocab_size (`int`): the most tokens there may be. The 256 bytes and the control tokens are among them.
+
+    Returns:
+        `PreTrainedTokenizerBase`: any text survives encoding and decoding; the instructions take the fewest tokens.
+
+    Raises:
+        ValueError: without instructions, or with a size that the bytes and control tokens fill alone.
+    """
+    instructions = [instruction.strip().lower() for instruction in instructions if instruction.strip()]
+    if not instructions:
+        raise ValueError("instructions is empty: the vocabulary is made from them.")
+    least = 256 + len(tokenizer.get_added_vocab())
+    if vocab_size <= least:
+        raise ValueError(f"vocab_size={vocab_size} must be more than {least}, the bytes and the control tokens.")
+    prompts = [PROMPTS[prompt_style].format(instruction=instruction) for instruction in instructions]
+    # Tokens that were added to the vocabulary without being control tokens come on top of the size asked for.
+    cut_down = tokenizer.train_new_from_iterator(prompts, vocab_size, show_progress=False)
+    surplus = len(cut_down) - vocab_size
+    if surplus > 0:
+        cut_down = tokenizer.train_new_from_iterator(prompts, vocab_size - surplus, show_progress=False)
+    return cut_down
+
+
+def init_from_config(
+    config: VLAAdapterConfig, tokenizer: PreTrainedTokenizerBase, prompt_style: str = "chat", seed: int = 0
+) -> tuple[VLAAdapterForActionPrediction, VLAAdapterProcessor]:
+    """A model with random weights, and its processor.
+
+    Args:
+        config ([`VLAAdapterConfig`]): the whole model.
+        tokenizer (`PreTrainedTokenizerBase`): its tokens must be among the configuration's `text_config.vocab_size`.
+        prompt_style (`str`): `"chat"` or `"in_out"`, see [`VLAAdapterProcessor`].
+        seed (`int`): what the weights are drawn from; torch's own generator is left as it was.
+
+    Raises:
+        ValueError: when the tokenizer has more tokens than the language model.
+    """
+    if len(tokenizer) > config.text_config.vocab_size:
+        raise ValueError(
+            f"text_config.vocab_size={config.text_config.vocab_size}, but the tokenizer has {len(tokenizer)} tokens; raise "
+            "the one or cut down the other."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = VLAAdapterForActionPrediction(config).eval()
+    return model, VLAAdapterProcessor.from_model_config(config, tokenizer, prompt_style)
+
+
+def init_untrained(
+    destination: str | Path,
+    config: str | Path,
+    *,
+    tokenizer: str,
+    instructions: str | Path | None = None,
+    prompt_style: str = "chat",
+    seed: int = 0,
+    say: Callable[[str], None] = print,
+    **config_fields: Any,
+) -> Path:
+    """Write a model with random weights in our own layout, with its processor and a model card.
+
+    Args:
+        destination (`str` or `Path`): folder to make. It appears complete or not at all.
+        config (`str` or `Path`): JSON file of fields of [`VLAAdapterConfig`].
+        tokenizer (`str`): folder or Hub id of a Qwen2 tokenizer.
+        instructions (`str` or `Path`, *optional*): text file, an instruction per line, that the vocabulary is cut down to;
+            without it the tokenizer is taken as it is.
+        prompt_style, seed: as in [`init_from_config`].
+        config_fields: fields that replace the file's.
+
+    Raises:
+        ValueError, TypeError, OSError: for a file that holds something else, and when the destination is there already;
+            nothing is written.
+    """
+    destination = check_destination(destination)
+    fields = json.loads(Path(config).read_text(encoding="utf-8"))
+    if not isinstance(fields, dict):
+        raise ValueError(f"{config} must hold an object of fields of VLAAdapterConfig, got {type(fields).__name__}.")
+    model_config = VLAAdapterConfig(**{**fields, **config_fields})
+    loaded = load_tokenizer(tokenizer)
+    if instructions is not None:
+        lines = Path(instructions).read_text(encoding="utf-8").splitlines()
+        loaded = cut_down_tokenizer(loaded, lines, model_config.text_config.vocab_size, prompt_style)
+    model, processor = init_from_config(model_config, loaded, prompt_style, seed)
+    say(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(loaded)} tokens")
+    card = fill_model_card(
+        model_config,
+        title=destination.name,
+        summary="**Untrained, to start training from.** All weights are random, and its actions mean nothing.",
+        repo=destination.name,
+        results="Not trained, not evaluated.",
+    )
+    write_checkpoint(destination, model, processor, card, say)
+    say(f"Done: {destination}, an untrained model")
+    return destination
