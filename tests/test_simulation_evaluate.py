@@ -193,7 +193,7 @@ def test_a_failing_environment_stops_the_run_with_its_reason(tmp_path):
 def test_films_show_where_a_chunk_begins(tmp_path):
     evaluate(SeeingPolicy(), SUITE, tmp_path, tasks=[1], episodes=2, processes=0, rollouts=1, report=silent)
     films = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
-    assert films == ["01-0000.gif"]
+    assert films == ["01-0000.gif", "01-0000.png"]
     frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(Image.open(tmp_path / "rollouts" / films[0]))]
     result = read_results(tmp_path / "episodes.jsonl")[0]
     assert len(frames) == 1 + result.steps // 4

@@ -119,14 +119,24 @@ def init(
 @app.command()
 def demo(
     checkpoint: Annotated[str | None, typer.Option(help="Folder or Hub id; by default the embedded one.")] = None,
-    output: Annotated[Path, typer.Option(help="Picture to write.")] = Path("demo.png"),
+    output: Annotated[
+        Path, typer.Option(help="Picture to write (.png); an episode's film goes beside it as .gif.")
+    ] = Path("demo.png"),
     unnorm_key: Annotated[str | None, typer.Option(help="Which of the checkpoint's statistics to use.")] = None,
+    loop: Annotated[
+        bool | None,
+        typer.Option(help="Play an episode, or predict once; by default an episode where the simulator is installed."),
+    ] = None,
+    suite: Annotated[str, typer.Option(help="Suite of the episode.")] = "libero_object",
+    task: Annotated[int, typer.Option(help="Number of the task.")] = 0,
+    episode: Annotated[int, typer.Option(help="Number of the episode; 40 to 49 are held out.")] = 40,
+    placement: Annotated[str, typer.Option(help="official, jitter, shuffle or both.")] = "official",
 ) -> None:
-    """Predict on a recorded LIBERO observation; print the actions and draw them."""
-    from vla_adapter_hf.demo import demo as run
-
+    """Play an episode in the LIBERO simulator; without it, predict on a recorded observation. Draws either."""
     with readable_errors():
-        run(checkpoint, output, unnorm_key, say=typer.echo)
+        from vla_adapter_hf.demo import demo as run
+
+        run(checkpoint, output, unnorm_key, loop, suite, task, episode, placement, say=typer.echo)
 
 
 @app.command()
@@ -189,15 +199,18 @@ def train(context: typer.Context) -> None:
 @app.command(name="eval")
 def evaluate(
     checkpoint: Annotated[str | None, typer.Option(help="Folder or Hub id of the policy.")] = None,
-    policy: Annotated[str | None, typer.Option(help="Instead of a checkpoint: oracle or noop.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Instead of a checkpoint: embedded, oracle or noop.")] = None,
     suite: Annotated[
         str, typer.Option(help="libero_spatial, libero_object, libero_goal, libero_10, ...")
     ] = "libero_object",
     output: Annotated[Path, typer.Option(help="Folder for results; an interrupted run goes on there.")] = Path("eval"),
-    tasks: Annotated[list[int] | None, typer.Option(help="Numbers of the tasks; all by default.")] = None,
-    episodes: Annotated[str, typer.Option(help="How many per task, or a range such as 40-49.")] = "50",
+    tasks: Annotated[str | None, typer.Option(help="Which, as in 3 or 0,2,5-7; all by default.")] = None,
+    episodes: Annotated[str, typer.Option(help="How many per task, or which, as in 40-49 or 0,7.")] = "50",
     placement: Annotated[str, typer.Option(help="official, jitter, shuffle or both.")] = "official",
     seed: Annotated[int, typer.Option(help="Of the placements.")] = 0,
+    hard_reset: Annotated[
+        bool, typer.Option(help="Rebuild the simulation for each episode: the same, slower.")
+    ] = False,
     processes: Annotated[int, typer.Option(help="Environments in parallel, about 2 GB each.")] = 1,
     execute: Annotated[
         int | None, typer.Option(help="Actions of a chunk before the next query; all by default.")
@@ -207,8 +220,11 @@ def evaluate(
     instruction: Annotated[
         str | None, typer.Option(help="A control: tell it this, or 'other' for another object.")
     ] = None,
-    rollouts: Annotated[int, typer.Option(help="Episodes of each task to keep as films.")] = 0,
+    rollouts: Annotated[int, typer.Option(help="Episodes of each task to keep as films and contact sheets.")] = 0,
+    rollout_format: Annotated[str, typer.Option(help="gif or mp4.")] = "gif",
+    save_actions: Annotated[bool, typer.Option(help="Keep the executed actions of every episode.")] = False,
     unnorm_key: Annotated[str | None, typer.Option(help="Which of the checkpoint's statistics to use.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda; the CPU by default.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Precision: float32, bfloat16 or float16.")] = None,
 ) -> None:
     """Run a policy in closed loop in the LIBERO simulator, by the published protocol unless told otherwise."""
@@ -217,21 +233,29 @@ def evaluate(
 
         if (checkpoint is None) == (policy is None):
             raise ValueError("give either --checkpoint or --policy.")
+        if policy not in (None, "embedded", "oracle", "noop"):
+            raise ValueError(
+                f"--policy must be embedded, oracle or noop, got {policy!r}; a checkpoint is --checkpoint."
+            )
         run(
             checkpoint or policy,
             suite,
             output,
-            tasks=tasks,
-            episodes=_episodes(episodes),
+            tasks=None if tasks is None else _numbers(tasks, "--tasks"),
+            episodes=int(episodes) if episodes.isdecimal() else _numbers(episodes, "--episodes"),
             placement=placement,
             seed=seed,
+            hard_reset=hard_reset,
             processes=processes,
             execute=execute,
             ensemble=ensemble,
             black_images=black_images,
             instruction=instruction,
             rollouts=rollouts,
+            rollout_format=rollout_format,
+            save_actions=save_actions,
             unnorm_key=unnorm_key,
+            device=device,
             dtype=dtype,
             report=typer.echo,
         )
@@ -247,31 +271,70 @@ def demonstrate(
     jitter: Annotated[int, typer.Option(help="Episodes per task with objects moved by up to 5 cm.")] = 0,
     shuffle: Annotated[int, typer.Option(help="Episodes per task with objects in each other's places.")] = 0,
     both: Annotated[int, typer.Option(help="Episodes per task, shuffled and moved.")] = 0,
+    tasks: Annotated[str | None, typer.Option(help="Which, as in 3 or 0,2,5-7; all by default.")] = None,
     workers: Annotated[int, typer.Option(help="Processes, about 2 GB each.")] = 1,
+    minutes: Annotated[
+        float | None, typer.Option(help="Begin nothing new after this time; the dataset holds what is there.")
+    ] = None,
     disturbed: Annotated[float, typer.Option(help="Share of episodes with pushes to recover from.")] = 0.0,
     retargeted: Annotated[float, typer.Option(help="Share of episodes that ask for another object in view.")] = 0.0,
+    alternatives: Annotated[
+        int, typer.Option(help="Other objects for which each row also says what the expert would do.")
+    ] = 0,
+    render_every: Annotated[int, typer.Option(help="Steps from one row with frames to the next; divides 20.")] = 4,
+    chunk_size: Annotated[int, typer.Option(help="Actions stored with each row.")] = 8,
+    tail: Annotated[int, typer.Option(help="Steps that the expert goes on after success.")] = 8,
+    image_size: Annotated[int, typer.Option(help="Height and width of the stored frames.")] = 112,
+    image_format: Annotated[str, typer.Option(help="png (lossless) or jpeg.")] = "png",
+    states: Annotated[
+        str, typer.Option(help="Initial states to start from; evaluation holds out the others.")
+    ] = "0-39",
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    batch: Annotated[int, typer.Option(help="Episodes of a task before a process changes to another.")] = 12,
 ) -> None:
     """Record demonstrations of a scripted expert in the LIBERO simulator."""
     with readable_errors():
         from vla_adapter_hf.simulation.demonstrate import RecordingSettings
         from vla_adapter_hf.simulation.demonstrate import demonstrate as run
 
-        run(
+        settings = RecordingSettings(
+            render_every=render_every,
+            chunk_size=chunk_size,
+            tail=tail,
+            image_size=image_size,
+            image_format=image_format,
+            disturbed=disturbed,
+            retargeted=retargeted,
+            alternatives=alternatives,
+            seed=seed,
+            states=tuple(_numbers(states, "--states")),
+        )
+        summary = run(
             suite,
             output,
             {"official": official, "jitter": jitter, "shuffle": shuffle, "both": both},
-            settings=RecordingSettings(disturbed=disturbed, retargeted=retargeted),
+            tasks=None if tasks is None else _numbers(tasks, "--tasks"),
+            settings=settings,
             workers=workers,
+            minutes=minutes,
+            batch=batch,
             report=typer.echo,
+        )
+        typer.echo(
+            f"{output}: {summary['episodes']} episodes, {summary['rows']} rows; {summary['recorded_now']} recorded now, "
+            f"{summary['failed']} failed and left out"
         )
 
 
-def _episodes(text: str) -> int | range:
-    """`"50"` is the first fifty, `"40-49"` the last ten of them."""
-    first, dash, last = text.partition("-")
-    if not first.isdigit() or (dash and not last.isdigit()):
-        raise ValueError(f"--episodes must be a number or a range such as 40-49, got {text!r}.")
-    return range(int(first), int(last) + 1) if dash else int(first)
+def _numbers(text: str, option: str) -> list[int]:
+    """`"0,2,5-7"` is 0, 2, 5, 6 and 7."""
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise ValueError(f"{option} must hold numbers and ranges such as 0,2,5-7, got {text!r}.")
+        numbers += range(int(first), int(last if dash else first) + 1)
+    return sorted(set(numbers))
 
 
 def _dtype(name: str | None):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -29,6 +29,9 @@ class Environment(Protocol):
 
     Actions are in the environment's own convention: the caller has un-normalised them and turned the gripper round
     (`RobotPreset.to_environment`).
+
+    Where frames are costly, an environment may have an attribute `render`: while it is False nothing is rendered, and
+    `observe` gives black frames and the true state. It is set before a reset, when nobody will look at the episode.
     """
 
     instruction: str
@@ -72,22 +75,3 @@ class Suite(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """The settings that decide what an episode is (JSON values): two runs with equal settings may be merged."""
-
-
-@dataclass
-class EpisodeRecord:
-    """What one finished episode left behind, in memory: used by rollouts and by the recorder.
-
-    Attributes:
-        steps: number of executed actions.
-        success: whether the task was solved within the limit.
-        queries: steps at which the policy was asked.
-        latencies: seconds each query took, as the policy's caller saw them.
-        frames: images kept for a rollout, if asked for: (step, image) pairs.
-    """
-
-    steps: int = 0
-    success: bool = False
-    queries: list[int] = field(default_factory=list)
-    latencies: list[float] = field(default_factory=list)
-    frames: list[tuple[int, np.ndarray]] = field(default_factory=list)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from .results import (
     wilson_interval,
     write_whole,
 )
-from .rollout import draw_rollout, write_rollout
+from .rollout import draw_contact_sheet, draw_rollout, write_picture, write_rollout
 from .workers import Begin, Execute, Report, WorkerPool
 
 
@@ -92,6 +93,7 @@ def evaluate(
     episodes: int | Iterable[int] = 50,
     placement: str = "official",
     seed: int = 0,
+    hard_reset: bool = False,
     processes: int = 1,
     execute: int | None = None,
     ensemble: float | None = None,
@@ -112,23 +114,26 @@ def evaluate(
     `summary.md` and, on request, `rollouts/` and `actions/`.
 
     Args:
-        policy: `oracle`, `noop`, a checkpoint's folder or Hub id, or an object of `policies.Policy`.
+        policy: `oracle`, `noop`, `embedded` (the checkpoint that ships with the package), a checkpoint's folder or Hub id,
+            or an object of `policies.Policy`.
         suite: a LIBERO suite's name, or an object of `environment.Suite` (which then fixes placement and seed itself).
         output: folder of the results.
         tasks: numbers of the tasks; all by default.
         episodes: how many per task, or which. Episode e starts from initial state e.
         placement: LIBERO only: `official`, `jitter`, `shuffle` or `both`.
         seed: of the placements. The simulator's own seed is 0, as published.
+        hard_reset: LIBERO only: rebuild the simulation before each episode, see `LiberoSuite`.
         processes: environments in parallel, one process each; 0 runs a single one in this process.
         execute: actions of a chunk that are executed before the next query; None is the whole chunk, as published.
         ensemble: temporal ensembling, see `ActionChunkQueue`.
         black_images: the policy sees black frames (a control).
         instruction: told to the policy instead of the task's words (a control). `other` names another object in view,
             and then success is that object's; so it is for a text that names one in libero_object's words.
-        rollouts: how many episodes of each task to keep as films.
+        rollouts: how many episodes of each task to keep as films, each with a contact sheet (PNG) beside it.
         rollout_format: `gif` or `mp4`.
         save_actions: keep the executed actions of every episode, for `ReplayPolicy`.
-        unnorm_key, device, dtype: for checkpoints. The statistics of a suite are found by the suite's name.
+        unnorm_key, device, dtype: for checkpoints. The statistics of a suite are found by the suite's name, and taken
+            whatever they are called where a checkpoint has one set only.
         report: receives lines of progress.
 
     Returns:
@@ -143,9 +148,9 @@ def evaluate(
     if rollout_format not in ("gif", "mp4"):
         raise ValueError(f"rollout_format must be 'gif' or 'mp4', got {rollout_format!r}")
     if isinstance(suite, str):
-        suite = LiberoSuite(suite, placement=placement, seed=seed)
+        suite = LiberoSuite(suite, placement=placement, seed=seed, hard_reset=hard_reset)
     if isinstance(policy, str):
-        options = {"unnorm_key": unnorm_key or suite.name, "device": device, "dtype": dtype}
+        options = {"unnorm_key": unnorm_key, "suite": suite.name, "device": device, "dtype": dtype}
         policy = make_policy(policy, suite.robot, **options)
     resident = policy if hasattr(policy, "attach") else None
     known = list(suite.tasks)
@@ -164,6 +169,7 @@ def evaluate(
         "instruction": instruction,
         "execute": execute,
         "ensemble": ensemble,
+        **(policy.describe() if hasattr(policy, "describe") else {}),
     }
     output = Path(output)
     results = ResultsFile(output, settings)
@@ -190,7 +196,8 @@ def evaluate(
         )
         began = time.perf_counter()
         try:
-            run.play()
+            with _leave_cores_to(len(pool)):
+                run.play()
         finally:
             timing.wall = time.perf_counter() - began
             pool.close()
@@ -198,6 +205,19 @@ def evaluate(
     results.sort()
     selected = [result for result in results.results if result.key in wanted]
     return _finish(output, selected, known, settings, timing, policy.name, suite.name)
+
+
+@contextmanager
+def _leave_cores_to(environments: int) -> Iterator[None]:
+    """While one environment waits for the policy the others work: the policy's threads must not take their cores."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - environments + 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Schedule:
@@ -271,11 +291,13 @@ class _Run:
         slot.queries, slot.latency = [], []
         filmed = slot.episode in self.filmed.get(slot.task, ())
         observe = self.resident is None and self.policy.needs_observation
+        seen = observe and not self.black_images
         message = Begin(
             task=slot.task,
             episode=slot.episode,
             instruction=self.instruction,
             observe=observe,
+            render=seen or filmed,
             frames_every=4 if filmed else 0,
             resident=self.resident,
         )
@@ -321,6 +343,8 @@ class _Run:
         if report.frames:
             images = draw_rollout(report.frames, slot.queries, report.steps, report.success)
             write_rollout(self.output / "rollouts" / f"{name}.{self.rollout_format}", images)
+            sheet = draw_contact_sheet(report.frames, slot.queries, report.steps, report.success, told)
+            write_picture(self.output / "rollouts" / f"{name}.png", sheet)
         if self.save_actions and report.actions is not None:
             folder = self.output / "actions"
             folder.mkdir(parents=True, exist_ok=True)

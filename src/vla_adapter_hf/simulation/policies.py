@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from ..modeling.normalization_vla_adapter import select_norm_stats
 from ..robots import RobotPreset, get_robot
 from .environment import Environment, Observation
 
@@ -133,9 +137,14 @@ class CheckpointPolicy:
 
     Args:
         checkpoint: folder or Hub id, in transformers' layout or as published.
-        unnorm_key: statistics to use; may be left out if the checkpoint has one set.
+        unnorm_key: statistics to use; may be left out if the checkpoint has one set, or one of the suite's name.
+        suite: name of the suite that is played.
         device: such as `cuda`; None is the CPU.
         dtype: such as `bfloat16`; None is the checkpoint's own on a GPU and float32 on the CPU.
+        name: what results call the policy; the last part of `checkpoint` by default.
+
+    Raises:
+        ValueError: the checkpoint has no statistics of that name, or several and none of the suite's name.
     """
 
     needs_observation = True
@@ -144,17 +153,32 @@ class CheckpointPolicy:
         self,
         checkpoint: str | Path,
         unnorm_key: str | None = None,
+        suite: str | None = None,
         device: str | None = None,
         dtype: str | None = None,
+        name: str | None = None,
     ) -> None:
         from transformers import AutoModel, AutoProcessor
 
         device = device or "cpu"
         dtype = dtype or ("float32" if device == "cpu" else "auto")
-        self.name = Path(checkpoint).name
+        self.name = name or Path(checkpoint).name
         self.processor = AutoProcessor.from_pretrained(checkpoint)
         self.model = AutoModel.from_pretrained(checkpoint, dtype=dtype).eval().to(device)
-        self.unnorm_key = unnorm_key
+        norm_stats = self.model.config.norm_stats
+        # Checked before an environment is built.
+        self.unnorm_key, _ = select_norm_stats(
+            norm_stats, unnorm_key or (suite if len(norm_stats or ()) > 1 else None)
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """What decides its actions besides the name (JSON values): a retrained checkpoint does not resume the old one's run."""
+        import torch
+
+        checksum = 0
+        for tensor in self.model.state_dict().values():
+            checksum = zlib.crc32(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy(), checksum)
+        return {"weights": f"crc32 {checksum:08x}", "unnorm_key": self.unnorm_key}
 
     def predict(self, requests: Sequence[Request]) -> list[np.ndarray]:
         images = [list(request.observation.images) for request in requests]
@@ -171,10 +195,20 @@ def blackened(observation: Observation | None) -> Observation | None:
     return Observation(tuple(np.zeros_like(image) for image in observation.images), observation.state)
 
 
+@contextmanager
+def embedded_folder() -> Iterator[Path]:
+    """The folder of what ships with the package: `checkpoint/`, and `observation.npz`, a recorded LIBERO observation."""
+    with as_file(files("vla_adapter_hf").joinpath("embedded")) as folder:
+        yield folder
+
+
 def make_policy(name: str, robot: str, **options: Any) -> Policy | ResidentPolicy:
-    """`oracle`, `noop`, or a checkpoint's folder or Hub id. For `replay` build a `ReplayPolicy`."""
+    """`oracle`, `noop`, `embedded`, or a checkpoint's folder or Hub id. For `replay` build a `ReplayPolicy`."""
     if name == "oracle":
         return OraclePolicy()
     if name == "noop":
         return NoopPolicy(robot)
+    if name == "embedded":
+        with embedded_folder() as folder:
+            return CheckpointPolicy(folder / "checkpoint", name=name, **options)
     return CheckpointPolicy(name, **options)

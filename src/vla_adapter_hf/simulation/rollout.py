@@ -1,19 +1,24 @@
-"""A finished episode as a GIF or an MP4, with the chunk boundaries visible."""
+"""A finished episode as a film or a contact sheet, with the chunk boundaries visible."""
 
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 
 _MARK = np.array([255, 140, 0], dtype=np.uint8)
 _BARS = {True: np.array([40, 170, 70], dtype=np.uint8), False: np.array([200, 50, 50], dtype=np.uint8)}
 _BORDER = 4
 _BAR = 8
+_CELL_WIDTH = 256  # of a contact sheet, pixels
+_LABEL = 16
+_COLUMNS = 5
+_MARGIN = 6
 
 
 def draw_rollout(
@@ -53,6 +58,73 @@ def draw_rollout(
         picture = np.concatenate([picture, bar])
         drawn.append(picture[: picture.shape[0] // 2 * 2, : width // 2 * 2])
     return drawn
+
+
+def draw_contact_sheet(
+    frames: Sequence[tuple[int, np.ndarray]],
+    queries: Sequence[int],
+    steps: int,
+    success: bool,
+    instruction: str,
+    most: int = 30,
+) -> np.ndarray:
+    """One picture of an episode: its frames in rows under the instruction and how it ended.
+
+    Frames where a new chunk begins have the orange border of the film, and an orange label.
+
+    Args:
+        frames, queries, steps, success: as for `draw_rollout`.
+        instruction: what the policy was told.
+        most: of more frames than this, evenly spread ones are shown, the first and the last among them.
+
+    Returns:
+        uint8 (height, width, 3).
+
+    Raises:
+        ValueError: no frames, or `most` under 2.
+    """
+    if most < 2:
+        raise ValueError(f"most must be at least 2 frames, got {most}")
+    if len(frames) > most:
+        frames = [frames[index] for index in np.linspace(0, len(frames) - 1, most).round().astype(int)]
+    cells = draw_rollout(frames, queries, steps, success)
+    height = round(cells[0].shape[0] * _CELL_WIDTH / cells[0].shape[1])
+    columns = min(_COLUMNS, len(cells))
+    width = columns * (_CELL_WIDTH + _MARGIN) + _MARGIN
+    # The letters of Pillow's own font are about half as wide as they are high.
+    title = textwrap.wrap(f"“{instruction}”", max(20, width // 10))
+    ending = f"{'solved' if success else 'not solved'} after {steps} steps"
+    if queries:
+        ending += f", {len(queries)} chunks"
+    top = _MARGIN + 24 * (len(title) + 1)
+    rows = -(-len(cells) // columns)
+    sheet = Image.new("RGB", (width, top + rows * (height + _LABEL + _MARGIN)), "white")
+    draw, large, small = ImageDraw.Draw(sheet), ImageFont.load_default(18), ImageFont.load_default(12)
+    for number, line in enumerate(title):
+        draw.text((_MARGIN, _MARGIN + 24 * number), line, "black", large)
+    draw.text((_MARGIN, _MARGIN + 24 * len(title)), ending, tuple(int(part) for part in _BARS[success]), large)
+    shown_before = -1
+    for number, ((step, _), cell) in enumerate(zip(frames, cells, strict=True)):
+        left = _MARGIN + number % columns * (_CELL_WIDTH + _MARGIN)
+        upper = top + number // columns * (height + _LABEL + _MARGIN)
+        begun = [query for query in queries if shown_before < query <= step]
+        shown_before = step
+        label = f"step {step}" + (f" · chunk {queries.index(begun[-1]) + 1}" if begun else "")
+        draw.text((left, upper), label, tuple(int(part) for part in _MARK) if begun else "gray", small)
+        sheet.paste(
+            Image.fromarray(cell).resize((_CELL_WIDTH, height), Image.Resampling.LANCZOS), (left, upper + _LABEL)
+        )
+    return np.asarray(sheet)
+
+
+def write_picture(path: str | Path, image: np.ndarray) -> Path:
+    """Writes an image (height, width, 3) uint8 as PNG; the file appears whole."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{os.getpid()}-{path.name}")
+    Image.fromarray(image).save(beside, "PNG", optimize=True)
+    beside.replace(path)
+    return path
 
 
 def write_rollout(path: str | Path, images: Sequence[np.ndarray], fps: float = 10.0) -> Path:

@@ -24,6 +24,7 @@ class Begin:
     Attributes:
         instruction: what to tell the policy instead of the task's own words; `other` names another object in view.
         observe: whether the policy looks at observations.
+        render: whether anyone looks at the frames; without, environments that can do so render nothing.
         frames_every: keep a frame every so many steps for a rollout; 0 keeps none.
         resident: plays the whole episode in the worker, without the parent.
     """
@@ -32,6 +33,7 @@ class Begin:
     episode: int
     instruction: str | None
     observe: bool
+    render: bool = True
     frames_every: int = 0
     resident: ResidentPolicy | None = None
 
@@ -88,6 +90,8 @@ class EpisodeRunner:
             self._task = message.task
         built = time.perf_counter()
         environment = self._environment
+        if hasattr(environment, "render"):
+            environment.render = message.render
         self._told, self._info, self._official = begin_episode(environment, message, self.suite)
         self._seconds["build"] = built - started
         self._seconds["reset"] = time.perf_counter() - built
@@ -99,10 +103,13 @@ class EpisodeRunner:
 
     def execute(self, message: Execute) -> Report:
         """Executes actions until they run out, the task is solved or the limit is reached."""
+        limit = self._environment.step_limit
         last = len(message.actions) - 1
         for index, action in enumerate(message.actions):
-            success = self._step(action, observe=self._message.observe and index == last)
-            if success or len(self._actions) >= self._environment.step_limit:
+            # After the limit's step nobody is asked any more.
+            asked = self._message.observe and index == last and len(self._actions) + 1 < limit
+            success = self._step(action, observe=asked)
+            if success or len(self._actions) >= limit:
                 return self._report(None, success=success, finished=True)
         return self._report(self._environment.observe() if self._message.observe else None)
 
