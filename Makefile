@@ -5,10 +5,18 @@ BIN := $(VENV)/bin
 # pip asks nobody and prints its errors only.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint conformance clean
+.PHONY: demo demo-loop simulator test lint conformance clean
 
+# One prediction on a recorded observation; an episode, once `make demo-loop` has brought the simulator.
 demo: $(VENV)/demo-installed
 	$(BIN)/vla-adapter demo --output outputs/demo.png
+
+# An episode in the LIBERO simulator: 2 GB, and two system libraries, which the command names if they are missing.
+demo-loop: $(VENV)/demo-installed $(VENV)/simulator-installed
+	$(BIN)/vla-adapter demo --loop --output outputs/demo.png
+
+# The simulator in .venv, for the tests that need it.
+simulator: $(VENV)/simulator-installed
 
 test: $(VENV)/test-installed lint
 	$(BIN)/python -m pytest
@@ -30,6 +38,10 @@ $(VENV)/demo-installed: setup.cfg constraints.txt | $(VENV)/bin/python
 
 $(VENV)/test-installed: setup.cfg constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable '.[test]'
+	touch $@
+
+$(VENV)/simulator-installed: setup.cfg constraints.txt | $(VENV)/bin/python
+	$(INSTALL) --editable '.[libero]'
 	touch $@
 
 clean:
