@@ -1,0 +1,116 @@
+"""`vla-adapter init --config`: models from nothing, and vocabularies cut down to their instructions."""
+
+import json
+from importlib.resources import files
+
+import pytest
+import torch
+from transformers import AutoModel, AutoProcessor
+from typer.testing import CliRunner
+
+from vla_adapter_hf.cli import app
+from vla_adapter_hf.pretrained_parts import load_tokenizer
+from vla_adapter_hf.processing.processing_vla_adapter import PROMPTS
+from vla_adapter_hf.untrained import cut_down_tokenizer, init_untrained
+
+
+TOKENIZER = str(files("vla_adapter_hf").joinpath("embedded", "checkpoint"))
+INSTRUCTIONS = ["pick up the milk and place it in the basket", "pick up the ketchup and place it in the basket"]
+FIELDS = {
+    "dinov2_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28},
+    "siglip_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28},
+    "text_config": {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 48,
+        "vocab_size": 400,
+        "max_position_embeddings": 256,
+    },
+    "policy_num_layers": 2,
+    "policy_num_heads": 2,
+    "num_action_queries": 4,
+}
+for tower in ("dinov2_config", "siglip_config"):
+    FIELDS[tower]["patch_size"] = 14
+FIELDS["siglip_config"] |= {"intermediate_size": 32, "vision_use_head": False}
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "policy.json"
+    path.write_text(json.dumps(FIELDS), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("style", sorted(PROMPTS))
+def test_a_cut_down_vocabulary_has_its_words_and_every_byte(style):
+    tokenizer = cut_down_tokenizer(load_tokenizer(TOKENIZER), INSTRUCTIONS, 400, style)
+    assert len(tokenizer) <= 400
+    for text in (*INSTRUCTIONS, "schließe die Tür", "把牛奶放进篮子", "zip\tzap\x00"):
+        prompt = PROMPTS[style].format(instruction=text)
+        assert tokenizer.decode(tokenizer(prompt)["input_ids"]) == prompt
+    known = tokenizer.tokenize(" the milk and the ketchup")
+    assert known == ["Ġthe", "Ġmilk", "Ġand", "Ġthe", "Ġketchup"]
+    assert len(tokenizer.tokenize("Ω")) == 2, "a letter that no instruction has falls back to its bytes"
+
+
+def test_control_tokens_stay_whole():
+    tokenizer = cut_down_tokenizer(load_tokenizer(TOKENIZER), INSTRUCTIONS, 400)
+    assert tokenizer.tokenize("<|im_start|>user")[0] == "<|im_start|>"
+    assert tokenizer.pad_token == "<|endoftext|>"
+
+
+def test_sizes_that_hold_no_words_and_empty_instructions_are_refused():
+    tokenizer = load_tokenizer(TOKENIZER)
+    with pytest.raises(ValueError, match="vocab_size=256"):
+        cut_down_tokenizer(tokenizer, INSTRUCTIONS, 256)
+    with pytest.raises(ValueError, match="instructions is empty"):
+        cut_down_tokenizer(tokenizer, ["", " "], 400)
+
+
+def test_a_model_from_nothing_loads_and_depends_on_the_seed(tmp_path, config_file):
+    (tmp_path / "instructions.txt").write_text("\n".join(INSTRUCTIONS), encoding="utf-8")
+    models = {}
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        words = ["init", str(tmp_path / name), "--config", str(config_file), "--tokenizer", TOKENIZER]
+        words += ["--instructions", str(tmp_path / "instructions.txt"), "--prompt-style", "in_out"]
+        result = CliRunner().invoke(app, [*words, "--policy-variant", "original", "--seed", str(seed)])
+        assert result.exit_code == 0, result.output
+        models[name] = AutoModel.from_pretrained(tmp_path / name)
+    assert models["first"].config.policy_variant == "original"
+    processor = AutoProcessor.from_pretrained(tmp_path / "first")
+    assert processor.prompt_style == "in_out"
+    assert len(processor.tokenizer) <= 400
+    weights = {name: model.policy.fc_in.weight for name, model in models.items()}
+    assert torch.equal(weights["first"], weights["again"])
+    assert not torch.equal(weights["first"], weights["other"])
+
+
+def test_a_vocabulary_larger_than_the_model_knows_is_refused(tmp_path, config_file):
+    with pytest.raises(ValueError, match=r"text_config.vocab_size=400, but the tokenizer has"):
+        init_untrained(tmp_path / "model", config_file, tokenizer=big_tokenizer(tmp_path))
+    assert not (tmp_path / "model").exists()
+
+
+def big_tokenizer(folder) -> str:
+    """One with more tokens than 400."""
+    words = [f"{first}{second}" for first in "abcdefghij" for second in "klmnopqrstuvwxyz"]
+    tokenizer = load_tokenizer(TOKENIZER)
+    tokenizer.add_tokens(words)
+    tokenizer.save_pretrained(folder / "big")
+    return str(folder / "big")
+
+
+def test_what_a_model_from_nothing_has_no_use_for_is_refused(tmp_path, config_file):
+    base = ["init", str(tmp_path / "model"), "--config", str(config_file)]
+    for words, expected in (
+        ([*base, "--tokenizer", TOKENIZER, "--siglip", "somewhere"], "leave --siglip out"),
+        (base, "--config needs --tokenizer"),
+        (["init", str(tmp_path / "model"), "--instructions", str(config_file)], "it needs --config"),
+    ):
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 1
+        assert expected in result.output
+    assert not (tmp_path / "model").exists()
