@@ -1,9 +1,7 @@
 """Where an evaluation's time goes: episodes per minute and the shares of rendering, physics and policy.
 
-    python benchmarks/simulation.py --policy noop --processes 1 --episodes 2
-    python benchmarks/simulation.py --policy path/to/checkpoint --processes 2 --episodes 5
-
-Also scores the scripted expert: `--policy oracle --placement jitter --tasks 0 1 2 3 4 5 6 7 8 9 --episodes 50`.
+python benchmarks/simulation.py --policy embedded --processes 2 --episodes 4
+python benchmarks/simulation.py --policy embedded --processes 2 --episodes 4 --black-images
 """
 
 from __future__ import annotations
@@ -19,18 +17,17 @@ from vla_adapter_hf.simulation.placement import PLACEMENTS
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", default="noop", help="oracle, noop, or a checkpoint")
+    parser.add_argument("--policy", default="noop", help="oracle, noop, embedded, or a checkpoint")
     parser.add_argument("--suite", default="libero_object")
     parser.add_argument("--placement", default="official", choices=PLACEMENTS)
     parser.add_argument("--tasks", type=int, nargs="+", default=[0])
     parser.add_argument("--episodes", type=int, default=2)
     parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument(
-        "--soft-reset", action="store_true", help="0.2 s instead of 2 to 4 s, bit for bit the same episode"
-    )
+    parser.add_argument("--black-images", action="store_true", help="nothing is rendered")
+    parser.add_argument("--hard-reset", action="store_true", help="2 to 4 s instead of 0.2 s, the same episode")
     parser.add_argument("--output", type=Path, default=None, help="keep the results here (resumes what is there)")
     arguments = parser.parse_args()
-    suite = LiberoSuite(arguments.suite, placement=arguments.placement, hard_reset=not arguments.soft_reset)
+    suite = LiberoSuite(arguments.suite, placement=arguments.placement, hard_reset=arguments.hard_reset)
     with tempfile.TemporaryDirectory() as scratch:
         output = arguments.output or Path(scratch)
         evaluate(
@@ -40,6 +37,7 @@ def main() -> None:
             tasks=arguments.tasks,
             episodes=arguments.episodes,
             processes=arguments.processes,
+            black_images=arguments.black_images,
         )
         print((output / "summary.md").read_text(encoding="utf-8"))
 

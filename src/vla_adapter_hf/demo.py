@@ -165,7 +165,11 @@ def predict(
 def embedded_results() -> str:
     """What the embedded checkpoint's model card says under "Results"; empty if it has not been evaluated."""
     with embedded_folder() as folder:
-        card = (folder / "checkpoint" / "README.md").read_text(encoding="utf-8")
+        return card_results((folder / "checkpoint" / "README.md").read_text(encoding="utf-8"))
+
+
+def card_results(card: str) -> str:
+    """The text under "Results" of a model card; empty if there is none or nothing was evaluated."""
     found = re.search(r"^## Results\n(.*?)(?=^## |\Z)", card, re.MULTILINE | re.DOTALL)
     text = found.group(1).strip() if found else ""
     return "" if text == NOT_EVALUATED else text

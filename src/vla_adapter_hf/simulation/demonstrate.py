@@ -57,7 +57,7 @@ class RecordingSettings:
     tail: int = 8
     image_size: int = 112
     image_format: str = "png"
-    disturbed: float = 0.5
+    disturbed: float = 0.0
     retargeted: float = 0.0
     alternatives: int = 0
     seed: int = 0

@@ -194,13 +194,16 @@ def _serve(connection: Connection, suite: Suite) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     runner = EpisodeRunner(suite)
     try:
-        while True:
+        failed = False
+        while not failed:
             message = connection.recv()
-            connection.send(runner.begin(message) if isinstance(message, Begin) else runner.execute(message))
-    except EOFError:
-        pass  # the parent is gone or has finished
-    except Exception:  # whatever it was, the parent must hear of it
-        connection.send(traceback.format_exc())
+            try:
+                report = runner.begin(message) if isinstance(message, Begin) else runner.execute(message)
+            except Exception:  # whatever it was, the parent must hear of it
+                report, failed = traceback.format_exc(), True
+            connection.send(report)
+    except (EOFError, ConnectionError):
+        pass  # the parent has finished, or was killed
     finally:
         runner.close()
 

@@ -1,0 +1,66 @@
+"""The commands `eval` and `demonstrate`: what they take, and what they refuse before anything is built."""
+
+import dataclasses
+import inspect
+
+import pytest
+from typer.testing import CliRunner
+
+from vla_adapter_hf import cli
+from vla_adapter_hf.simulation.demonstrate import RecordingSettings, demonstrate
+from vla_adapter_hf.simulation.evaluate import evaluate
+
+
+def defaults(function) -> dict:
+    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"), [("3", [3]), ("40-49", list(range(40, 50))), ("0, 2,5-7", [0, 2, 5, 6, 7]), ("7-7", [7])]
+)
+def test_numbers_and_ranges(text, numbers):
+    assert cli._numbers(text, "--tasks") == numbers
+
+
+@pytest.mark.parametrize("text", ["", "a", "1-", "-1", "9-7", "1;2", "1,,2"])
+def test_what_is_no_range_is_refused(text):
+    with pytest.raises(ValueError, match="--episodes must hold numbers and ranges"):
+        cli._numbers(text, "--episodes")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["eval"], "give either --checkpoint or --policy"),
+        (["eval", "--policy", "oracle", "--checkpoint", "x"], "give either --checkpoint or --policy"),
+        (["eval", "--policy", "orakel"], "--policy must be embedded, oracle or noop"),
+        (["eval", "--policy", "noop", "--episodes", "49-40"], "--episodes must hold numbers and ranges"),
+        (["eval", "--policy", "noop", "--suite", "libero_cubes"], "suite must be one of"),
+        (["eval", "--policy", "noop", "--suite", "libero_goal", "--placement", "shuffle"], "only has 'official'"),
+        (["demonstrate", "--output", "x", "--render-every", "3"], "render_every must divide 20"),
+        (["demonstrate", "--output", "x", "--suite", "libero_goal"], "has no scripted expert"),
+    ],
+)
+def test_commands_name_what_is_wrong(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(cli.app, arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_recording_setting_is_an_option_with_its_default():
+    options = defaults(cli.demonstrate)
+    settings = dataclasses.asdict(RecordingSettings())
+    settings["states"] = "0-39"
+    assert {name: options[name] for name in settings} == settings
+    assert {"tasks", "workers", "minutes", "batch"} <= set(options) & set(defaults(demonstrate))
+
+
+def test_every_argument_of_an_evaluation_is_an_option():
+    options = defaults(cli.evaluate)
+    arguments = {name: value for name, value in defaults(evaluate).items() if name != "report"}
+    assert set(arguments) <= set(options)
+    same = set(arguments) - {"policy", "suite", "output", "episodes"}
+    assert {name: options[name] for name in same} == {name: arguments[name] for name in same}
+    assert options["episodes"] == str(arguments["episodes"])
