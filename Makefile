@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # pip asks nobody and prints its errors only.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-loop simulator test lint conformance clean
+.PHONY: demo demo-loop policy simulator test lint conformance clean
 
 # One prediction on a recorded observation; an episode, once `make demo-loop` has brought the simulator.
 demo: $(VENV)/demo-installed
@@ -14,6 +14,10 @@ demo: $(VENV)/demo-installed
 # An episode in the LIBERO simulator: 2 GB, and two system libraries, which the command names if they are missing.
 demo-loop: $(VENV)/demo-installed $(VENV)/simulator-installed
 	$(BIN)/vla-adapter demo --loop --output outputs/demo.png
+
+# The policy that ships with this package, from nothing, in some hours: see examples/libero_object.
+policy: $(VENV)/demo-installed $(VENV)/simulator-installed
+	$(BIN)/python examples/libero_object/make_policy.py --output outputs/libero_object
 
 # The simulator in .venv, for the tests that need it.
 simulator: $(VENV)/simulator-installed
