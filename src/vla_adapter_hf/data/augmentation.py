@@ -25,6 +25,11 @@ DEFAULT_CROP_AREA = 0.9
 _TINY = np.finfo(np.float32).tiny
 _TWO, _FOUR, _SIX = np.float32(2), np.float32(4), np.float32(6)
 
+# Freed arrays of a frame's size go back to the system at once, and every page of the next one is a page fault: more than
+# half of the time an augmentation takes. The GNU C library learns from the largest array freed, up to 32 MiB, what to keep
+# (in every process that imports this, so in workers too). The array itself is never touched, and other libraries ignore it.
+np.empty((32 << 20) - (1 << 16), np.uint8)
+
 
 def _size(image_size: int | Sequence[int]) -> tuple[int, int]:
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -235,6 +240,5 @@ def adjust_saturation_and_hue(planes: np.ndarray, factor: float, delta: float) -
         share += np.float32(offset)
         np.clip(share, 0.0, 1.0, out=share)
         share *= chroma
-        share += value
-        np.clip(share, 0.0, 1.0, out=out[channel])
+        np.add(share, value, out=out[channel])
     return out
