@@ -9,7 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from data_fixtures import DEMOS, RLDS, TASKS, copy_of, edit_info
 
-from vla_adapter_hf.data import BadEpisodeError, VLAAdapterDataset, load_demonstrations
+from vla_adapter_hf.data import BadEpisodeError, VLAAdapterDataset, VLAAdapterStreamingDataset, load_demonstrations
+from vla_adapter_hf.data.episodes import BadEpisode
 from vla_adapter_hf.data.loading import detect_format
 from vla_adapter_hf.data.tfrecord import encode_example, write_records
 from vla_adapter_hf.data.windows import WindowIndex, action_chunk
@@ -378,6 +379,54 @@ def test_a_frame_that_is_missing_or_broken_is_named_when_it_is_read(tmp_path):
     with pytest.raises(BadEpisodeError, match="episode 1, frame 3: .*cannot be decoded"):
         dataset[23]
     assert dataset[24]["images"][0].shape == (128, 128, 3)
+
+
+def damage_parquet(path, column):
+    """Overwrite the header of the first page of a column in the second row group."""
+    pq.write_table(pq.read_table(path), path, row_group_size=22, use_dictionary=False)
+    metadata = pq.read_metadata(path)
+    start = next(
+        chunk.data_page_offset
+        for chunk in (metadata.row_group(1).column(index) for index in range(metadata.num_columns))
+        if chunk.path_in_schema.startswith(column)
+    )
+    content = bytearray(path.read_bytes())
+    content[start : start + 16] = bytes([255] * 16)
+    path.write_bytes(bytes(content))
+
+
+def test_a_parquet_file_with_damaged_frames_is_refused_with_the_first_of_them(tmp_path):
+    folder = copy_of("lerobot_v30_image", tmp_path)
+    path = folder / "data" / "chunk-000" / "file-000.parquet"
+    damage_parquet(path, "observation.images.wrist_image")
+    with pytest.raises(BadEpisodeError, match="episode 1, frame 2: file-000.parquet is damaged: .*record that file"):
+        VLAAdapterDataset.from_lerobot(folder, robot="libero")
+    path.write_bytes((DEMOS / "lerobot_v30_image" / "data" / "chunk-000" / "file-000.parquet").read_bytes())
+    VLAAdapterDataset.from_lerobot(folder, robot="libero")
+
+
+@pytest.mark.parametrize("column", ["action", None], ids=["a page", "the end"])
+def test_a_parquet_file_with_damaged_numbers_makes_its_episodes_bad_ones(tmp_path, column):
+    folder = copy_of("lerobot_v21_video", tmp_path)
+    path = folder / "data" / "chunk-000" / "episode_000001.parquet"
+    if column is None:
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        damage_parquet(path, column)
+    message = "episode 1: data/chunk-000/episode_000001.parquet cannot be read: "
+    for reader in (VLAAdapterDataset, VLAAdapterStreamingDataset):
+        with pytest.raises(BadEpisodeError, match=message):
+            list(reader.from_lerobot(folder, robot="libero"))
+        others = reader.from_lerobot(folder, robot="libero", on_bad_episode="skip")
+        assert {sample["episode_index"] for sample in others} == {0, 2, 3}
+        assert others.num_skipped_episodes == 1
+        assert next(iter(others.norm_stats.values()))["num_trajectories"] == 3
+
+
+def test_what_a_worker_finds_bad_is_named_by_the_same_error():
+    """A DataLoader makes an error of a worker anew from its text alone."""
+    error = BadEpisodeError("dataset d", BadEpisode(3, 7, "has no image"), "Mend it")
+    assert str(BadEpisodeError(str(error))) == str(error) == "dataset d: episode 3, frame 7: has no image. Mend it"
 
 
 def test_a_video_that_is_damaged_or_too_short_is_named_with_its_frame(tmp_path):

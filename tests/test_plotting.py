@@ -3,9 +3,14 @@
 import subprocess
 import sys
 
+import model_fixtures
+import numpy as np
 import pytest
 
-from vla_adapter_hf.plotting import plot_training, save_figure
+from vla_adapter_hf import VLAAdapterDataset, VLAAdapterProcessor
+from vla_adapter_hf.data import ImageResize
+from vla_adapter_hf.plotting import plot_chunks, plot_training, save_figure
+from vla_adapter_hf.simulation.lerobot_writer import LeRobotLayout, assemble, encode_image, save_episode
 
 
 pytest.importorskip("matplotlib")
@@ -28,3 +33,30 @@ def test_drawing_leaves_pyplot_and_its_backend_alone():
     program = f"import sys; from vla_adapter_hf.plotting import plot_training; plot_training({HISTORY})"
     program += "; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_chunks_are_drawn_at_the_control_steps_at_which_they_were_recorded(tmp_path, processor, monkeypatch):
+    """A recording with a row every fourth step, and a push in the middle after which no row was kept for a while."""
+    monkeypatch.setenv("VLA_ADAPTER_CACHE", str(tmp_path / "cache"))
+    layout = LeRobotLayout(("image",), 28, tuple("abcdefgh"), tuple("abcdefg"), fps=5, chunk_size=8)
+    steps = np.array([0, 4, 8, 12, 40, 44, 48])
+    executed = np.random.default_rng(0).uniform(-1, 1, (60, 7)).astype(np.float32)
+    chunks = np.stack([executed[step : step + 8] for step in steps])
+    frames = {"image": [encode_image(np.full((28, 28, 3), step, np.uint8)) for step in steps]}
+    states = np.random.default_rng(1).normal(size=(len(steps), 8)).astype(np.float32)
+    save_episode(tmp_path / "demos", "0", layout, "go", frames, states, executed[steps], chunks, steps)
+    assemble(tmp_path / "demos")
+    dataset = VLAAdapterDataset.from_lerobot(tmp_path / "demos", image_transform=ImageResize(28))
+    model = model_fixtures.tiny_model(cameras=["image"], chunk_size=8, norm_stats=dataset.norm_stats)
+    of_model = VLAAdapterProcessor.from_model_config(model.config, processor.tokenizer)
+
+    for axis, dimension in zip(plot_chunks(model, of_model, [dataset]).axes, range(7), strict=True):
+        lines = {line.get_label(): line.get_xydata() for line in axis.lines}
+        drawn = [*range(16), None, *range(40, 56)]  # the chunks of steps 0, 8, 40 and 48, a break between
+        for label in ("recorded", "predicted"):
+            assert [None if np.isnan(x) else int(x) for x in lines[label][:, 0]] == drawn
+        real = [step for step in drawn if step is not None]
+        of_recorded = lines["recorded"][:, 1]
+        np.testing.assert_array_equal(of_recorded[~np.isnan(of_recorded)], executed[real, dimension])
+        boundaries = [line.get_xdata()[0] for line in axis.lines if line.get_label().startswith("_")]
+        assert boundaries == [0, 8, 40, 48]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -88,6 +88,9 @@ def plot_training(log_history: list[dict[str, float]]) -> Figure:
 def plot_chunks(model: Any, processor: Any, datasets: list[Any], episodes: int = 3) -> Figure:
     """Predicted against recorded actions over whole episodes, one row each, chunk after chunk as a robot would run them.
 
+    The horizontal axis counts control steps. Where a dataset has no sample that begins where a chunk ends, the next one that
+    it has is drawn, and the lines are broken.
+
     Args:
         model ([`VLAAdapterForActionPrediction`]): with norm stats for the datasets.
         processor ([`VLAAdapterProcessor`]): of the model.
@@ -100,27 +103,42 @@ def plot_chunks(model: Any, processor: Any, datasets: list[Any], episodes: int =
     for row, (dataset, episode) in zip(
         np.atleast_1d(figure.subfigures(len(chosen), 1, squeeze=False)[:, 0]), chosen, strict=True
     ):
-        recorded, predicted, text = _replay(
-            model, processor, dataset.select_episodes([episode], dataset.image_transform)
-        )
-        row.suptitle(f"{dataset.unnorm_key}, episode {episode}: “{text}”", fontsize=10)
-        for axis, name, true, said in zip(
-            row.subplots(1, dims), action_names(dims), recorded.T, predicted.T, strict=True
-        ):
-            axis.plot(true, color="black", linewidth=1, label="recorded")
-            axis.plot(said, color="tab:orange", linewidth=1, label="predicted")
+        replay = _replay(model, processor, dataset.select_episodes([episode], dataset.image_transform))
+        row.suptitle(f"{dataset.unnorm_key}, episode {episode}: “{replay.text}”", fontsize=10)
+        gaps = np.flatnonzero(np.diff(replay.steps) > 1) + 1
+        steps = np.insert(replay.steps.astype(np.float64), gaps, np.nan)
+        for dim, (axis, name) in enumerate(zip(row.subplots(1, dims), action_names(dims), strict=True)):
+            for actions, color, label in (
+                (replay.recorded, "black", "recorded"),
+                (replay.predicted, "tab:orange", "predicted"),
+            ):
+                axis.plot(steps, np.insert(actions[:, dim], gaps, np.nan), color=color, linewidth=1, label=label)
             axis.set_title(name, fontsize=9)
             axis.tick_params(labelsize=7)
-            for boundary in range(0, len(true), model.config.chunk_size):
+            for boundary in replay.begins:
                 axis.axvline(boundary, color="gray", linewidth=0.4, alpha=0.5)
         axis.legend(fontsize=6)
     return figure
 
 
-def _replay(model: Any, processor: Any, episode: Any) -> tuple[np.ndarray, np.ndarray, str]:
-    """Recorded and predicted actions `(steps, action_dim)` of a dataset with a single episode."""
-    recorded, predicted = [], []
-    for index in range(0, len(episode), model.config.chunk_size):
+class _Replay(NamedTuple):
+    """One episode: control steps `(n,)`, recorded and predicted actions `(n, action_dim)`, where chunks begin."""
+
+    steps: np.ndarray
+    recorded: np.ndarray
+    predicted: np.ndarray
+    begins: list[int]
+    text: str
+
+
+def _replay(model: Any, processor: Any, episode: Any) -> _Replay:
+    """What a dataset with a single episode holds and what the model predicts for it, without overlap."""
+    steps, recorded, predicted, begins = [], [], [], []
+    end = 0
+    for index in range(len(episode)):
+        begin = episode.control_step(index)
+        if begin < end:
+            continue  # within the chunk before
         sample = episode[index]
         inputs = processor(
             images=sample["images"],
@@ -131,9 +149,13 @@ def _replay(model: Any, processor: Any, episode: Any) -> tuple[np.ndarray, np.nd
         )
         actions = model.predict_action(**inputs, unnorm_key=sample["unnorm_key"])[0]
         real = ~sample["action_is_pad"]
+        begins.append(begin)
+        end = begin + int(real.sum())
+        steps.append(np.arange(begin, end))
         recorded.append(sample["actions"][real])
         predicted.append(actions[real])
-    return np.concatenate(recorded), np.concatenate(predicted), sample["text"]
+    joined = (np.concatenate(parts) for parts in (steps, recorded, predicted))
+    return _Replay(*joined, begins, sample["text"])
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:

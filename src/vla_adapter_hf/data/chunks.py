@@ -18,6 +18,8 @@ from .columns import find_column, is_list, is_number, joined_array, numbers_of
 
 
 CHUNK_COLUMN = "action_chunk"
+# Beside stored chunks: the control step at which a row's chunk begins, counted within its episode.
+STEP_COLUMN = "step"
 DEFAULT_CHUNK_SIZE = 8
 
 

@@ -360,6 +360,15 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
             sample["images_are_prepared"] = self.image_transform is not None
         return sample
 
+    def control_step(self, index: int) -> int:
+        """The control step of its episode at which a sample's chunk begins: the recorded one where rows are farther apart
+        than steps and a column `step` beside the stored chunks says so, else the sample's `frame_index`."""
+        episode, frame = self._windows.locate(index)
+        table = self.source.table
+        if table.control_steps is None:
+            return frame
+        return int(table.control_steps[int(table.starts[self._positions[episode]]) + frame])
+
     @property
     def epoch(self) -> int:
         """The epoch that image transforms draw for."""

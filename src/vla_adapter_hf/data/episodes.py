@@ -27,14 +27,19 @@ class BadEpisode:
 
     def __str__(self) -> str:
         frame = "" if self.frame_index is None else f", frame {self.frame_index}"
-        return f"episode {self.episode_index}{frame}: {self.reason}"
+        # Arrow's reasons have line breaks.
+        return f"episode {self.episode_index}{frame}: {' '.join(self.reason.split())}"
 
 
 class BadEpisodeError(ValueError):
     """An episode that is empty, too short, has the wrong sizes or NaN, or whose frames cannot be read."""
 
-    def __init__(self, source: str, bad: BadEpisode | Sequence[BadEpisode], hint: str = "") -> None:
+    def __init__(self, source: str, bad: BadEpisode | Sequence[BadEpisode] = (), hint: str = "") -> None:
         self.bad_episodes = [bad] if isinstance(bad, BadEpisode) else list(bad)
+        if not self.bad_episodes:
+            # So a DataLoader makes anew, from its text alone, what a worker has raised.
+            super().__init__(source)
+            return
         more = f" (and {len(self.bad_episodes) - 1} more)" if len(self.bad_episodes) > 1 else ""
         super().__init__(f"{source}: {self.bad_episodes[0]}{more}.{' ' + hint if hint else ''}")
 
@@ -59,6 +64,8 @@ class EpisodeTable:
         problems: by position, the episodes whose numbers cannot be used.
         chunks: float32 (steps, K, A), the chunk stored with each step, in the units of `actions`; None where chunks are
             cut from `actions`.
+        control_steps: int64 (steps,), the control step of each row where the dataset stores it beside its chunks; None
+            where rows are consecutive.
     """
 
     states: np.ndarray
@@ -69,6 +76,7 @@ class EpisodeTable:
     starts: np.ndarray
     problems: dict[int, BadEpisode] = field(default_factory=dict)
     chunks: np.ndarray | None = None
+    control_steps: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.episode_indices)
@@ -141,6 +149,7 @@ class EpisodeTableBuilder:
         self._states: list[np.ndarray] = []
         self._actions: list[np.ndarray] = []
         self._chunks: list[np.ndarray] = []
+        self._control_steps: list[np.ndarray] = []
         self._text_ids: list[np.ndarray] = []
         self._indices: list[int] = []
         self._lengths: list[int] = []
@@ -160,10 +169,11 @@ class EpisodeTableBuilder:
         text_ids: np.ndarray | int,
         expected_length: int | None = None,
         chunks: np.ndarray | None = None,
+        control_steps: np.ndarray | None = None,
     ) -> int:
         """Take one episode: states (n, S) and actions (n, A) as recorded, text ids (n,) or one for all its frames.
 
-        Stored chunks (n, K, A), as recorded, come with every episode of a dataset or with none.
+        Stored chunks (n, K, A), as recorded, and control steps (n,) come with every episode of a dataset or with none.
 
         Returns:
             How many of its steps are in the table: all, none of a bad episode, fewer if the robot drops the last.
@@ -196,6 +206,8 @@ class EpisodeTableBuilder:
         self._actions.append(actions)
         if chunks is not None:
             self._chunks.append(chunks)
+        if control_steps is not None:
+            self._control_steps.append(np.asarray(control_steps, np.int64)[:length])
         self._text_ids.append(ids[:length])
         self._indices.append(episode_index)
         self._lengths.append(length)
@@ -218,4 +230,5 @@ class EpisodeTableBuilder:
             starts=np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)]).astype(np.int64),
             problems=dict(self._problems),
             chunks=join(self._chunks, np.zeros(0, np.float32)) if self._chunks else None,
+            control_steps=join(self._control_steps, np.zeros(0, np.int64)) if self._control_steps else None,
         )

@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
 from ..robots import RobotPreset
-from .chunks import CHUNK_COLUMN, column_to_chunks, find_chunk_column
+from .chunks import CHUNK_COLUMN, STEP_COLUMN, column_to_chunks, find_chunk_column
 from .columns import ACTION_NAMES, STATE_NAMES, column_to_matrix
-from .episodes import BadEpisode, EpisodeTable, EpisodeTableBuilder
+from .episodes import BadEpisode, BadEpisodeError, EpisodeTable, EpisodeTableBuilder
 from .frames import decode_frame, is_jpeg
 from .lerobot_metadata import LeRobotEpisode, LeRobotMetadata, read_lerobot_metadata
 from .source import DemonstrationSource
@@ -106,9 +106,10 @@ class LeRobotSource(DemonstrationSource):
             columns.append(self.chunk_column)
         for data_path, episodes in self._data_files().items():
             digest.update(repr([(episode.index, episode.length) for episode in episodes]).encode())
-            path = self.folder / data_path
-            if path.is_file():
-                _hash_columns(path, columns, digest)
+            try:
+                _hash_columns(self.folder / data_path, columns, digest)
+            except (pa.ArrowException, OSError) as error:  # its episodes are bad ones, see the table
+                digest.update(type(error).__name__.encode())
         return digest.hexdigest()
 
     def _load_table(self) -> EpisodeTable:
@@ -125,19 +126,29 @@ class LeRobotSource(DemonstrationSource):
         with bar:
             for data_path, episodes in files.items():
                 path = self.folder / data_path
-                if not path.is_file():
+                try:
+                    numbers = _read_numbers(
+                        path, self.state_column, self.action_column, self.chunk_column, self._chunk_shape
+                    )
+                except (pa.ArrowException, OSError) as error:
+                    problem = f"cannot be read: {error}" if path.is_file() else "does not exist"
                     for episode in episodes:
                         self._first_rows.append(-1)
-                        builder.add_bad(BadEpisode(episode.index, None, f"{data_path} does not exist"))
+                        builder.add_bad(BadEpisode(episode.index, None, f"{data_path} {problem}"))
                     continue
-                rows_before += self._read_file(path, episodes, builder, rows_before, bar)
+                rows_before += self._take_file(path, numbers, episodes, builder, rows_before, bar)
                 self._image_files.append(str(path))
         return builder.build()
 
-    def _read_file(
-        self, path: Path, episodes: list[LeRobotEpisode], builder: EpisodeTableBuilder, rows_before: int, bar: tqdm
+    def _take_file(
+        self,
+        path: Path,
+        numbers: _FileNumbers,
+        episodes: list[LeRobotEpisode],
+        builder: EpisodeTableBuilder,
+        rows_before: int,
+        bar: tqdm,
     ) -> int:
-        numbers = _read_numbers(path, self.state_column, self.action_column, self.chunk_column, self._chunk_shape)
         for column, values in ((self.state_column, numbers.states), (self.action_column, numbers.actions)):
             shape = self.metadata.features[column].get("shape")
             if len(values) and shape and values.shape[1] != shape[0]:
@@ -165,6 +176,7 @@ class LeRobotSource(DemonstrationSource):
                     text_ids,
                     episode.length,
                     numbers.chunks[start:stop] if numbers.chunks is not None else None,
+                    numbers.control_steps[start:stop] if numbers.control_steps is not None else None,
                 )
             bar.update(stop - start)
         for index in runs:
@@ -240,9 +252,29 @@ class LeRobotSource(DemonstrationSource):
         self.table  # noqa: B018 - finds the files
         if self._image_columns and self._image_table is None and self._image_files:
             cache = cache_directory(self.cache_dir) / "arrow"
-            self._image_table = datasets.Dataset.from_parquet(
-                self._image_files, columns=self._image_columns, cache_dir=str(cache)
-            )
+            try:
+                self._image_table = datasets.Dataset.from_parquet(
+                    self._image_files, columns=self._image_columns, cache_dir=str(cache)
+                )
+            except datasets.exceptions.DatasetGenerationError as error:
+                bad = self._first_unreadable_frame()
+                if bad is None:  # a full disk, for one
+                    raise
+                raise BadEpisodeError(self.where, bad, "Fetch or record that file again") from error
+
+    def _first_unreadable_frame(self) -> BadEpisode | None:
+        """Where in the parquet files the stored frames end that can be unpacked; None if all can be."""
+        row = 0
+        for path in self._image_files:
+            try:
+                for batch in pq.ParquetFile(path).iter_batches(1, columns=self._image_columns, use_threads=False):
+                    row += batch.num_rows
+            except (pa.ArrowException, OSError) as error:
+                first = np.array(self._first_rows)
+                position = int(np.flatnonzero((first >= 0) & (first <= row))[-1])
+                index = int(self.table.episode_indices[position])
+                return BadEpisode(index, row - int(first[position]), f"{Path(path).name} is damaged: {error}")
+        return None
 
     def read_images(self, position: int, frame: int) -> list[np.ndarray]:
         images = []
@@ -320,6 +352,7 @@ class _FileNumbers:
         self.states = np.zeros((rows, 0), np.float32)
         self.actions = np.zeros((rows, 0), np.float32)
         self.chunks: np.ndarray | None = None
+        self.control_steps: np.ndarray | None = None
         self.episode_index = np.zeros(rows, np.int64)
         self.frame_index: np.ndarray | None = None
         self.task_index: np.ndarray | None = None
@@ -350,14 +383,17 @@ def _read_numbers(
     file = pq.ParquetFile(path, memory_map=True)
     names = file.schema_arrow.names
     needed = [state_column, action_column, "episode_index", *([chunk_column] if chunk_column is not None else [])]
-    wanted = [*needed, "frame_index", "task_index"]
+    indices = {"episode_index": "episode_index", "frame_index": "frame_index", "task_index": "task_index"}
+    if chunk_column is not None:
+        indices[STEP_COLUMN] = "control_steps"
+    wanted = [*needed, *(name for name in indices if name not in needed)]
     missing = [name for name in needed if name not in names]
     if missing:
         raise ValueError(f"{path}: has no column {', '.join(missing)}; columns that exist: {', '.join(names)}")
     numbers = _FileNumbers(file.metadata.num_rows)
-    for name in ("frame_index", "task_index"):
+    for name, attribute in indices.items():
         if name in names:
-            setattr(numbers, name, np.zeros(file.metadata.num_rows, np.int64))
+            setattr(numbers, attribute, np.zeros(file.metadata.num_rows, np.int64))
     if chunk_column is not None:
         numbers.chunks = np.zeros((file.metadata.num_rows, *chunk_shape), np.float32)
     row = 0
@@ -375,9 +411,9 @@ def _read_numbers(
             numbers.chunks[row:stop], reasons = column_to_chunks(batch.column(chunk_column), chunk_column, chunk_shape)
             for line, reason in reasons.items():
                 numbers.wrong_lengths.setdefault(row + line, reason)
-        for name in ("episode_index", "frame_index", "task_index"):
-            if getattr(numbers, name) is not None:
-                getattr(numbers, name)[row:stop] = batch.column(name).to_numpy(zero_copy_only=False)
+        for name, attribute in indices.items():
+            if getattr(numbers, attribute) is not None:
+                getattr(numbers, attribute)[row:stop] = batch.column(name).to_numpy(zero_copy_only=False)
         row = stop
     return numbers
 

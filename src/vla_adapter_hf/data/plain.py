@@ -13,7 +13,7 @@ import pyarrow as pa
 from PIL import Image
 
 from ..robots import RobotPreset
-from .chunks import CHUNK_COLUMN, check_stored_shape, column_to_chunks, find_chunk_column
+from .chunks import CHUNK_COLUMN, STEP_COLUMN, check_stored_shape, column_to_chunks, find_chunk_column
 from .columns import ACTION_NAMES, STATE_NAMES, column_to_matrix, find_cameras, find_column
 from .episodes import BadEpisode, EpisodeTable, EpisodeTableBuilder
 from .frames import decode_frame, is_jpeg
@@ -151,6 +151,7 @@ class PlainSource(DemonstrationSource):
         chunks = np.zeros((rows, *self._chunk_shape), np.float32) if self._chunk_shape is not None else None
         episode_keys: list[np.ndarray] = []
         frames: list[np.ndarray] = []
+        control_steps: list[np.ndarray] = []
         text_ids: list[np.ndarray] = []
         wrong: dict[int, str] = {}
         builder = EpisodeTableBuilder(self.where, self.robot)
@@ -179,6 +180,8 @@ class PlainSource(DemonstrationSource):
             episode_keys.append(_keys(batch.column(columns.episode), columns.episode))
             if columns.frame is not None:
                 frames.append(batch.column(columns.frame).to_numpy())
+            if columns.step is not None:
+                control_steps.append(batch.column(columns.step).to_numpy())
             if columns.instruction is not None and self.instruction is None:
                 texts = batch.column(columns.instruction).to_pylist()
                 text_ids.append(np.array([builder.texts.id_of(text or "") for text in texts], np.int32))
@@ -193,6 +196,7 @@ class PlainSource(DemonstrationSource):
         keys, numbers = _number_episodes(np.concatenate(episode_keys))
         order = np.lexsort((np.concatenate(frames) if frames else np.arange(row), numbers))
         starts = np.searchsorted(numbers[order], np.arange(len(keys) + 1))
+        at_steps = np.concatenate(control_steps) if control_steps else None
         kept_rows = []
         for number, key in enumerate(keys):
             of_episode = order[starts[number] : starts[number + 1]]
@@ -208,7 +212,14 @@ class PlainSource(DemonstrationSource):
                 builder.add_bad(bad)
                 continue
             of_chunks = chunks[of_episode] if chunks is not None else None
-            kept = builder.add(key, states[of_episode], actions[of_episode], ids[of_episode], chunks=of_chunks)
+            kept = builder.add(
+                key,
+                states[of_episode],
+                actions[of_episode],
+                ids[of_episode],
+                chunks=of_chunks,
+                control_steps=at_steps[of_episode] if at_steps is not None else None,
+            )
             kept_rows.append(of_episode[:kept])
         self._rows = np.concatenate(kept_rows) if kept_rows else self._rows
         return builder.build()
@@ -250,10 +261,12 @@ class PlainColumns:
     frame: str | None
     instruction: str | None
     chunk: str | None = None
+    step: str | None = None
 
     def number_columns(self) -> tuple[str | None, ...]:
-        """Everything but the frames."""
-        return (self.state, self.action, self.episode, self.frame, self.instruction, self.chunk)
+        """Everything but the frames, each column once."""
+        columns = (self.state, self.action, self.episode, self.frame, self.instruction, self.chunk, self.step)
+        return tuple(dict.fromkeys(columns))
 
 
 def find_plain_columns(
@@ -285,6 +298,7 @@ def find_plain_columns(
     instruction = optional("instruction", "instruction_column", instruction_column, _INSTRUCTION_NAMES)
     if instruction is None and not has_instruction:
         find_column("instruction", "instruction_column", None, _INSTRUCTION_NAMES, others, where)
+    chunk = find_chunk_column(chunk_column, others, robot, where)
     return PlainColumns(
         cameras=tuple(find_cameras(cameras, preset, images, where)),
         state=find_column("state", "state_column", state_column, STATE_NAMES, others, where),
@@ -292,7 +306,8 @@ def find_plain_columns(
         episode=find_column("episode", "episode_column", episode_column, _EPISODE_NAMES, others, where),
         frame=optional("frame", "frame_column", frame_column, _FRAME_NAMES),
         instruction=instruction,
-        chunk=find_chunk_column(chunk_column, others, robot, where),
+        chunk=chunk,
+        step=STEP_COLUMN if chunk is not None and STEP_COLUMN in others else None,
     )
 
 

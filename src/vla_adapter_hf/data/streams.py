@@ -180,14 +180,17 @@ class LeRobotStream(EpisodeStream):
             for index in wanted:
                 yield BadEpisode(index, None, f"{data_path} does not exist")
             return
-        seen = set()
-        for index, table in self._tables(data_path, load_frames):
-            if index in wanted:
-                seen.add(index)
-                yield self._episode(wanted[index], table, load_frames)
+        seen, problem = set(), "is empty"
+        try:
+            for index, table in self._tables(data_path, load_frames):
+                if index in wanted:
+                    seen.add(index)
+                    yield self._episode(wanted[index], table, load_frames)
+        except (pa.ArrowException, OSError) as error:
+            problem = f"{data_path} cannot be read: {error}"
         for index in wanted:
             if index not in seen:
-                yield BadEpisode(index, None, "is empty")
+                yield BadEpisode(index, None, problem)
 
     def _tables(self, data_path: str, load_frames: bool) -> Iterator[tuple[int, pa.Table]]:
         """The rows of one episode after the other."""
