@@ -1,6 +1,5 @@
 """Fine-tuning: what trains, what a batch holds, what a checkpoint is, and that interruption changes nothing."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from training_fixtures import CHUNK, DEMOS, QUIET, command, losses, run_training, write_start
 from transformers import AutoModel, AutoProcessor, Trainer
 
 from vla_adapter_hf import (
@@ -35,24 +35,13 @@ from vla_adapter_hf.training.presets import (
     merge_lora,
     merged_state_dict,
 )
-from vla_adapter_hf.training.train import config_overrides, last_finished_checkpoint, load_data, train
-from vla_adapter_hf.training.trainer import CheckpointCallback, VLAAdapterTrainer
-
-
-DEMOS = data_fixtures.DEMOS / "lerobot_v30_image"
-CHUNK = 4
-# Fine-tuning on the CPU, one process, nothing but what a test is about.
-QUIET = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 4, "logging_steps": 1}
+from vla_adapter_hf.training.train import config_overrides, load_data
+from vla_adapter_hf.training.trainer import CheckpointCallback, VLAAdapterTrainer, last_finished_checkpoint
 
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory, processor) -> Path:
-    """A small checkpoint in our own layout to start from: 28-pixel images, two layers everywhere."""
-    folder = tmp_path_factory.mktemp("start")
-    model = model_fixtures.tiny_model(norm_stats=None, policy_rope_dtype="float32")
-    model.save_pretrained(folder)
-    VLAAdapterProcessor.from_model_config(model.config, processor.tokenizer).save_pretrained(folder)
-    return folder
+    return write_start(tmp_path_factory.mktemp("start"), processor)
 
 
 @pytest.fixture(scope="module")
@@ -70,41 +59,6 @@ def model(start, dataset):
 @pytest.fixture
 def collator(start, dataset, model):
     return VLAAdapterDataCollator(AutoProcessor.from_pretrained(start), model.config)
-
-
-def command(start, output, *more) -> list[str]:
-    """Words of `vla-adapter train` for a short training on recorded demonstrations."""
-    words = {
-        "checkpoint": start,
-        "dataset": DEMOS,
-        "robot": "libero",
-        "output_dir": output,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 1,
-        "max_steps": 4,
-        "save_steps": 2,
-        "report_to": "none",
-        "use_cpu": "true",
-        "disable_tqdm": "true",
-        "lora_rank": 4,
-        "picture_episodes": 1,
-    }
-    return [word for name, value in words.items() for word in (f"--{name}", str(value))] + [
-        "--cameras",
-        "image",
-        "wrist_image",
-        *map(str, more),
-    ]
-
-
-def run_training(start, output, *more) -> dict[str, float]:
-    return train(*parse_arguments(command(start, output, *more)), say=lambda line: None)
-
-
-def losses(output: Path) -> list[float]:
-    """The loss of every step, as the last finished checkpoint has it."""
-    history = json.loads((last_finished_checkpoint(output) / "trainer_state.json").read_text())["log_history"]
-    return [entry["loss"] for entry in history if "loss" in entry]
 
 
 # What trains

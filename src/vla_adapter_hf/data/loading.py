@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +73,29 @@ def load_demonstrations(
 
     Raises:
         ValueError: a format that is not known or not recognised, and what the reader refuses.
+        TypeError: an option that this format does not have.
     """
     kind = _format(path, format)
     dataset_class = VLAAdapterStreamingDataset if streaming else VLAAdapterDataset
-    if kind == "lerobot":
-        return dataset_class.from_lerobot(path, **options)
-    if kind == "rlds":
-        return dataset_class.from_rlds(path, **options)
+    make = {"lerobot": dataset_class.from_lerobot, "rlds": dataset_class.from_rlds}.get(
+        kind, dataset_class.from_dataset
+    )
+    _check_options(path, kind, options, make, dataset_class)
+    if kind != "dataset":
+        return make(path, **options)
     rows = datasets.load_from_disk(os.fspath(path))
     options.setdefault("unnorm_key", Path(path).name)
-    return dataset_class.from_dataset(rows.to_iterable_dataset() if streaming else rows, **options)
+    return make(rows.to_iterable_dataset() if streaming else rows, **options)
+
+
+def _check_options(path: str | os.PathLike, kind: str, options: dict[str, Any], *functions: Callable) -> None:
+    known = {name for function in functions for name in inspect.signature(function).parameters}
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        choices = sorted(known - {"path", "dataset", "source", "stream", "options"})
+        raise TypeError(
+            f"dataset {str(path)!r} has format {kind!r}, which has no {', '.join(unknown)}; it has {', '.join(choices)}"
+        )
 
 
 def open_source(

@@ -42,6 +42,29 @@ class DataArguments:
     chunk_size: int | None = field(default=None, metadata={"help": "Actions per chunk; by default the checkpoint's."})
     pad_chunks: bool = field(default=False, metadata={"help": "Also chunks that run past an episode's end."})
     on_bad_episode: str = field(default="error", metadata={"help": "error or skip."})
+    state_column: str | None = field(default=None, metadata={"help": "Column of the state, if not named as usual."})
+    action_column: str | None = field(default=None, metadata={"help": "Column of the action, if not named as usual."})
+    chunk_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of stored action chunks, by default action_chunk where there is one; none cuts chunks from "
+            "consecutive rows."
+        },
+    )
+    episode_column: str | None = field(default=None, metadata={"help": "Plain datasets: what tells episodes apart."})
+    frame_column: str | None = field(default=None, metadata={"help": "Plain datasets: what orders an episode's rows."})
+    instruction_column: str | None = field(
+        default=None, metadata={"help": "Plain datasets, RLDS: column of the instruction, if not named as usual."}
+    )
+    instruction: str | None = field(
+        default=None, metadata={"help": "One instruction for all episodes, instead of the recorded ones."}
+    )
+    name: str | None = field(default=None, metadata={"help": "RLDS: which dataset, where a folder holds several."})
+    split: str | None = field(
+        default=None, metadata={"help": "Only this split that the dataset declares; RLDS: train."}
+    )
+    episodes: list[int] | None = field(default=None, metadata={"help": "Only these episodes; all by default."})
+    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a dataset on the Hub."})
     validation: float = field(
         default=0.0, metadata={"help": "Share of episodes (below 1) or their number to hold out for evaluation."}
     )
@@ -55,6 +78,22 @@ class DataArguments:
     def __post_init__(self) -> None:
         # In YAML a bare yes or no is a boolean.
         self.jpeg_round_trip = {"True": "yes", "False": "no"}.get(self.jpeg_round_trip, self.jpeg_round_trip)
+
+    def reader_options(self) -> dict[str, Any]:
+        """Those arguments of the datasets' constructors that were given; a reader refuses the ones it does not know."""
+        names = (
+            "state_column",
+            "action_column",
+            "chunk_column",
+            "episode_column",
+            "frame_column",
+            "instruction_column",
+        )
+        names += ("instruction", "name", "split", "episodes", "revision")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if given.get("chunk_column") == "none":
+            given["chunk_column"] = None
+        return given
 
 
 def parse_arguments(

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import DistributedType
+from huggingface_hub import HfApi
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -37,6 +38,8 @@ from vla_adapter_hf.training.trainer import (
     CheckpointCallback,
     VLAAdapterTrainer,
     VLAAdapterTrainingArguments,
+    is_finished,
+    last_finished_checkpoint,
 )
 
 
@@ -61,7 +64,8 @@ def train(
 
     The output folder ends up holding the trained model (merged, with processor and model card), `training.png` with the
     loss, `chunks.png` with predicted beside recorded actions, and `metrics.json`. A run that was interrupted goes on where
-    it was with `resume_from_checkpoint=True`.
+    it was with `resume_from_checkpoint=True`. With `push_to_hub` all but the checkpoints is uploaded at the end; whether these
+    are as well, and when, is up to `hub_strategy`.
 
     Returns:
         `dict[str, float]`: the metrics of training and of the last evaluation.
@@ -128,6 +132,9 @@ def train(
         save_figure(plot_training(trainer.state.log_history), output / "training.png")
         figure = plot_chunks(final, processor, demonstrations.parts, data_arguments.picture_episodes)
         save_figure(figure, output / "chunks.png")
+        if training_arguments.push_to_hub:
+            upload(output, trainer.hub_model_id, training_arguments)
+            say(f"Uploaded to {trainer.hub_model_id}")
         say(f"Done: {output} (model, metrics.json, training.png, chunks.png)")
     return metrics
 
@@ -148,6 +155,7 @@ def load_data(arguments: DataArguments, config: VLAAdapterConfig, seed: int) -> 
         "pad_chunks": arguments.pad_chunks,
         "on_bad_episode": arguments.on_bad_episode,
         "image_transform": transform,
+        **arguments.reader_options(),
     }
     datasets = [load_demonstrations(path, **options) for path in arguments.dataset]
     trains, validations = datasets, []
@@ -204,26 +212,24 @@ def save_trained(model: nn.Module, processor: VLAAdapterProcessor, output: Path,
         model.save_pretrained(partial)
         processor.save_pretrained(partial)
         (Path(partial) / CARD).write_text(fill_model_card(model.config, **card), encoding="utf-8")
-        for path in Path(partial).iterdir():
+        written = list(Path(partial).iterdir())
+        for path in written:
             path.replace(output / path.name)
+    # Weights that `push_to_hub` put here out of a checkpoint, in other files than the merged ones.
+    for path in set(output.glob("model*.safetensors*")) - {output / path.name for path in written}:
+        path.unlink()
 
 
-def last_finished_checkpoint(output: Path) -> Path | None:
-    """The newest checkpoint that was written to its end; one that a kill or a full disk cut short is passed over."""
-    checkpoints = sorted(
-        (path for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rsplit("-", 1)[1].isdigit()),
-        key=lambda path: int(path.name.rsplit("-", 1)[1]),
+def upload(output: Path, repo_id: str, arguments: VLAAdapterTrainingArguments) -> None:
+    """The output folder to the Hub, without its checkpoints, by the `hub_` arguments."""
+    HfApi().upload_folder(
+        repo_id=repo_id,
+        folder_path=output,
+        commit_message="End of training",
+        token=arguments.hub_token,
+        revision=getattr(arguments, "hub_revision", None),
+        ignore_patterns=["_*", f"{PREFIX_CHECKPOINT_DIR}-*"],
     )
-    return next((path for path in reversed(checkpoints) if _is_finished(path)), None)
-
-
-def _is_finished(checkpoint: Path) -> bool:
-    # The Trainer writes its state last, and the card comes after weights and processor.
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return (checkpoint / CARD).is_file()
 
 
 def _checkpoint_to_resume(arguments: VLAAdapterTrainingArguments, say: Callable[[str], None]) -> Path | None:
@@ -238,7 +244,7 @@ def _checkpoint_to_resume(arguments: VLAAdapterTrainingArguments, say: Callable[
         return None
     if wanted.lower() != "true":
         return Path(wanted)
-    unfinished = [path.name for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if not _is_finished(path)]
+    unfinished = [path.name for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if not is_finished(path)]
     if unfinished:
         say(f"Passing over what was cut short: {', '.join(sorted(unfinished))}")
     say(f"Resuming from {found.name}" if found else "No finished checkpoint to resume from, starting anew")

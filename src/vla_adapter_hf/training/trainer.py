@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from vla_adapter_hf.model_card import fill_model_card
 from vla_adapter_hf.training.presets import ADAPTER_NAME, merged_state_dict
@@ -17,11 +26,18 @@ from vla_adapter_hf.training.presets import ADAPTER_NAME, merged_state_dict
 
 LABEL_NAMES = ["actions", "action_is_pad", "action_scale", "action_mask"]
 CARD = "README.md"
+TRAINER_STATE = "trainer_state.json"
 
 
 @dataclass
 class VLAAdapterTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the two defaults that the Trainer needs to leave samples whole and to compute metrics."""
+    """`TrainingArguments` with the two defaults that the Trainer needs to leave samples whole and to compute metrics.
+
+    Of the metrics, errors (`l1_...`) are better when they are smaller; `greater_is_better` need not be given.
+
+    Raises:
+        ValueError: for `early_stopping_patience` without evaluations.
+    """
 
     remove_unused_columns: bool | None = field(
         default=False, metadata={"help": "Leave images, text and state in the samples for the collator."}
@@ -29,6 +45,31 @@ class VLAAdapterTrainingArguments(TrainingArguments):
     label_names: list[str] | None = field(
         default_factory=lambda: list(LABEL_NAMES), metadata={"help": "What evaluation compares predictions with."}
     )
+    early_stopping_patience: int | None = field(
+        default=None,
+        metadata={
+            "help": "Stop after so many evaluations in a row without a better metric_for_best_model (the loss, if not "
+            "given). VLAAdapterTrainer and the command line only."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.early_stopping_patience is not None:
+            if self.early_stopping_patience < 1:
+                raise ValueError(
+                    f"early_stopping_patience={self.early_stopping_patience}; expected a number of evaluations, at least 1."
+                )
+            if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+                raise ValueError(
+                    f"early_stopping_patience={self.early_stopping_patience} counts evaluations and there are none; give "
+                    "eval_strategy=steps (or epoch) and held-out episodes."
+                )
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
+        if self.greater_is_better is None and (self.metric_for_best_model or "").removeprefix("eval_").startswith(
+            "l1_"
+        ):
+            self.greater_is_better = False
+        super().__post_init__()
 
 
 class EpochCallback(TrainerCallback):
@@ -58,6 +99,9 @@ class CheckpointCallback(TrainerCallback):
 
     A plain Trainer calls this after it has removed older checkpoints (`save_total_limit`); [`VLAAdapterTrainer`] before.
 
+    With `push_to_hub` what is uploaded is complete too: beside the weights, which the Trainer itself takes out of the newest
+    checkpoint, the output folder gets its processor, code and model card.
+
     Args:
         processor: is saved with the model.
         describe (`Callable`): gives title and summary for the model card at a step.
@@ -83,6 +127,17 @@ class CheckpointCallback(TrainerCallback):
         if state.is_world_process_zero and not (folder / CARD).is_file():
             self.complete(folder, model, state.global_step)
 
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        output = Path(args.output_dir)
+        checkpoint = output / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        if not checkpoint.is_dir():
+            return  # the Trainer saves the whole model where it is pushed from
+        self.processor.save_pretrained(output)
+        for path in [*checkpoint.glob("*.py"), checkpoint / CARD]:
+            shutil.copy(path, output / path.name)
+
     def complete(self, folder: Path, model: nn.Module, step: int) -> None:
         """Put beside what the Trainer saved whatever is missing to load and understand it."""
         if hasattr(model, "get_base_model"):
@@ -96,11 +151,13 @@ class CheckpointCallback(TrainerCallback):
 
 
 class VLAAdapterTrainer(Trainer):
-    """What a plain `Trainer` does, and four things more.
+    """What a plain `Trainer` does, and six things more.
 
     - Checkpoints are completed (by a [`CheckpointCallback`]) before older ones are removed or anything is pushed: a full disk
       or a kill never costs the last finished one.
+    - `train(resume_from_checkpoint=True)` takes the last finished checkpoint, not one that was cut short.
     - The best model can be loaded at the end when a LoRA adapter is trained.
+    - `early_stopping_patience` of [`VLAAdapterTrainingArguments`] stops it.
     - Every epoch has its own augmentation in several processes too.
     - Weight decay acts on everything that trains, as published; a plain Trainer leaves out biases and norms.
     """
@@ -108,15 +165,44 @@ class VLAAdapterTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.add_callback(EpochCallback)
+        patience = getattr(self.args, "early_stopping_patience", None)
+        if patience is not None:
+            self.add_callback(EarlyStoppingCallback(patience))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As `Trainer.train`.
+
+        Raises:
+            ValueError: for `resume_from_checkpoint=True` without a finished checkpoint in `output_dir`.
+        """
+        if resume_from_checkpoint is True:
+            output = Path(self.args.output_dir)
+            found = last_finished_checkpoint(output, with_card=bool(self._checkpoint_callbacks()))
+            if found is None:
+                there = ", ".join(sorted(path.name for path in _checkpoints(output))) or "none"
+                raise ValueError(
+                    f"resume_from_checkpoint=True: output_dir={output} holds no finished checkpoint (cut short: {there}). "
+                    "Leave the argument out to start anew."
+                )
+            resume_from_checkpoint = str(found)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, CheckpointCallback) and self.args.should_save:
+        for callback in self._checkpoint_callbacks():
+            if self.args.should_save:
                 callback.complete(Path(output_dir or self.args.output_dir), self.model, self.state.global_step)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        # `save_model` has written a better one, which must not be replaced before it is pushed.
+        if not self._checkpoint_callbacks():
+            super().create_model_card(*args, **kwargs)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [name for name, _ in model.named_parameters()]
+
+    def _checkpoint_callbacks(self) -> list[CheckpointCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, CheckpointCallback)]
 
     def _load_best_model(self) -> None:
         if not hasattr(self.model, "get_base_model"):
@@ -124,3 +210,28 @@ class VLAAdapterTrainer(Trainer):
             return
         adapter = self.model.active_adapter
         self.model.load_adapter(str(Path(self.state.best_model_checkpoint) / adapter), adapter, is_trainable=True)
+
+
+def last_finished_checkpoint(output: Path, with_card: bool = True) -> Path | None:
+    """The newest checkpoint that was written to its end; one that a kill or a full disk cut short is passed over.
+
+    Args:
+        output: the folder with the `checkpoint-<step>` folders.
+        with_card: whether a [`CheckpointCallback`] completes checkpoints, which then are not finished without a model card.
+    """
+    checkpoints = sorted(_checkpoints(output), key=lambda path: int(path.name.rsplit("-", 1)[1]))
+    return next((path for path in reversed(checkpoints) if is_finished(path, with_card)), None)
+
+
+def is_finished(checkpoint: Path, with_card: bool = True) -> bool:
+    """Whether a checkpoint was written to its end; see [`last_finished_checkpoint`]."""
+    # The Trainer writes its state last, and the card comes after weights and processor.
+    try:
+        json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return not with_card or (checkpoint / CARD).is_file()
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    return [path for path in output.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.rsplit("-", 1)[1].isdigit()]
