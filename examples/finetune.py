@@ -29,15 +29,16 @@ set_seed(0)
 
 # 1. Demonstrations, augmented. One episode is held out; it sees the centre crop that inference sees.
 config = AutoConfig.from_pretrained(args.checkpoint)
-augment, steady = vla.ImageAugmentation(config.image_size), vla.ImageResize(config.image_size, crop_area=0.9)
-options = {"robot": args.robot, "chunk_size": config.chunk_size, "image_transform": augment}
-dataset = vla.VLAAdapterDataset.from_lerobot(args.dataset, args.cameras, **options)
-train, held_out = dataset.split_by_episode(1, validation_transform=steady)
+dataset = vla.VLAAdapterDataset.from_lerobot(args.dataset, args.cameras, config.chunk_size, args.robot)
+dataset.image_transform = vla.ImageAugmentation(config.image_size)
+train, held_out = dataset.split_by_episode(1, validation_transform=vla.ImageResize(config.image_size, crop_area=0.9))
 
 # 2. The start, told this robot's cameras, sizes and statistics. Layers for other sizes start anew, with a warning.
 fields = {"cameras": args.cameras, "action_dim": dataset.action_dim, "proprio_dim": dataset.state_dim}
 fields |= {"norm_stats": dataset.norm_stats, "constant_dims": "zero", "image_center_crop": 0.9}
 fields |= {"image_jpeg_round_trip": dataset.source.frames_are_jpeg()}
+fields["norm_type"] = vla.get_robot(args.robot).norm_type if args.robot else config.norm_type
+fields["policy_task_tokens"] = config.policy_task_tokens if len(args.cameras) == config.num_cameras else None
 model = AutoModel.from_pretrained(args.checkpoint, dtype="float32", ignore_mismatched_sizes=True, **fields)
 start = AutoProcessor.from_pretrained(args.checkpoint)
 processor = vla.VLAAdapterProcessor.from_model_config(model.config, start.tokenizer, start.prompt_style)
@@ -45,8 +46,7 @@ processor = vla.VLAAdapterProcessor.from_model_config(model.config, start.tokeni
 # 3. Training: LoRA on towers and language model, the policy in full. Every checkpoint loads with AutoModel.
 every = {"logging_steps": 5, "eval_strategy": "steps", "eval_steps": 0.25, "save_steps": 0.25}
 settings = vla.VLAAdapterTrainingArguments(args.output, max_steps=args.steps, **every, **PRESETS["lora"])
-collator = vla.VLAAdapterDataCollator(processor, model.config)
-metrics = vla.make_compute_metrics(model.config)
+collator, metrics = vla.VLAAdapterDataCollator(processor, model.config), vla.make_compute_metrics(model.config)
 card = vla.CheckpointCallback(processor, lambda step: {"title": "Fine-tuned", "summary": f"LoRA, {step} steps."})
 lora = vla.apply_preset(model, "lora")
 trainer = vla.VLAAdapterTrainer(lora, settings, collator, train, held_out, compute_metrics=metrics, callbacks=[card])
