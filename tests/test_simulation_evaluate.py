@@ -147,8 +147,10 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path):
     process = multiprocessing.get_context("spawn").Process(target=_run_until_killed, args=(str(tmp_path / "killed"),))
     process.start()
     lines = tmp_path / "killed" / "episodes.jsonl"
-    deadline = time.monotonic() + 120
-    while (not lines.exists() or lines.read_bytes().count(b"\n") < 5) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 400
+    while process.is_alive() and time.monotonic() < deadline:
+        if lines.exists() and lines.read_bytes().count(b"\n") >= 5:
+            break
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.join()

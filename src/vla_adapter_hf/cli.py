@@ -140,6 +140,44 @@ def demo(
 
 
 @app.command()
+def bench(
+    checkpoint: Annotated[str | None, typer.Argument(help="Folder or Hub id; by default the embedded one.")] = None,
+    size: Annotated[str | None, typer.Option(help="Random weights instead of a checkpoint: full or small.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Precision: float32, bfloat16 or float16.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="Of the CPU; by default torch's choice.")] = None,
+    batch: Annotated[str, typer.Option(help="Observations at once, as in 1,2,4,8.")] = "1",
+    runs: Annotated[int, typer.Option(help="Predictions that count, for every figure.")] = 10,
+    warmup: Annotated[int, typer.Option(help="Predictions before them that do not.")] = 2,
+    compiled: Annotated[bool, typer.Option("--compile", help="Predict after compile_for_inference.")] = False,
+    quantize: Annotated[str | None, typer.Option(help="Weights in int8 or int4.")] = None,
+    against: Annotated[str | None, typer.Option(help="Command of a program to predict in turn with.")] = None,
+    turns: Annotated[bool, typer.Option(help="Be that program: a prediction per line of input.")] = False,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the report to.")] = None,
+) -> None:
+    """Time predictions by stage, set them against the machine's matrix products, and measure memory and loading."""
+    with readable_errors():
+        from vla_adapter_hf.bench import bench as run
+
+        run(
+            checkpoint,
+            size=size,
+            dtype=_dtype(dtype),
+            device=device,
+            threads=threads,
+            batch_sizes=_batch_sizes(batch),
+            runs=runs,
+            warmup=warmup,
+            compiled=compiled,
+            quantize=quantize,
+            against=against,
+            turns=turns,
+            output=output,
+            say=lambda line: typer.echo(line, err=turns),
+        )
+
+
+@app.command()
 def stats(
     dataset: Annotated[str, typer.Argument(help="Folder or Hub id of demonstrations.")],
     output: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
@@ -259,6 +297,7 @@ def evaluate(
             dtype=dtype,
             report=typer.echo,
         )
+        typer.echo(f"\n{(output / 'summary.md').read_text(encoding='utf-8')}\nwritten to {output}")
 
 
 @app.command()
@@ -335,6 +374,13 @@ def _numbers(text: str, option: str) -> list[int]:
             raise ValueError(f"{option} must hold numbers and ranges such as 0,2,5-7, got {text!r}.")
         numbers += range(int(first), int(last if dash else first) + 1)
     return sorted(set(numbers))
+
+
+def _batch_sizes(text: str) -> list[int]:
+    """`"1,2,4"` is three sizes."""
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise ValueError(f"--batch must be numbers such as 1,2,4,8, got {text!r}.")
+    return [int(part) for part in text.split(",")]
 
 
 def _dtype(name: str | None):
