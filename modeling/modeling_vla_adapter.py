@@ -1,5 +1,6 @@
 """VLA-Adapter as a transformers model (arXiv 2509.09372): camera frames, an instruction and a state to a chunk of actions."""
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import ModelOutput, can_return_tuple
 
@@ -64,6 +66,10 @@ class VLAAdapterOutput(ModelOutput):
 # Arguments of forward that it has no use for: the collator's, for metrics, and what the Trainer, PEFT and generic code
 # of transformers hand to every model.
 PASSED_OVER = {"action_scale", "action_mask", "num_items_in_batch", "return_dict", "use_cache", "task_ids"}
+
+
+# A compiled model keeps one graph per shape; torch's own limit of eight is soon used up by batches of several sizes.
+MAX_COMPILED_SHAPES = 64
 
 
 class VisionProjector(nn.Module):
@@ -138,6 +144,7 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
         self.proprio_projector = ProprioProjector(config)
         self.policy = BridgeAttentionPolicy(config)
         self.register_load_state_dict_pre_hook(_rename_to_installed)
+        self._prompt_multiple: int | None = None  # of tokens, once compiled for inference
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -269,6 +276,7 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
         embeddings, first_query = self.embed_inputs(input_ids, attention_mask, patches)
         states = self.language_model(
             inputs_embeds=embeddings,
+            attention_mask=self._causal_masks(embeddings),
             use_cache=False,
             output_hidden_states=True,
             output_attentions=output_attentions,
@@ -291,6 +299,17 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
             policy_hidden_states=_select(latents, output_hidden_states),
             policy_attentions=policy_attentions if output_attentions else None,
         )
+
+    def _causal_masks(self, embeddings: torch.Tensor) -> dict[str, Any]:
+        """By the types of the language model's layers, what their attention needs: mostly `None`, being causal anyway.
+
+        Left to itself the language model looks at the positions for sequences packed into one. That waits for the
+        device in every pass, and under `torch.compile`, where it cannot look, leaves a mask that faster kernels refuse.
+        """
+        config = self.language_model.config
+        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
+        arguments = {"config": config, "inputs_embeds": embeddings, "attention_mask": None, "past_key_values": None}
+        return {layer_type: makers[layer_type](**arguments) for layer_type in set(config.layer_types)}
 
     def _policy_inputs(
         self, hidden_states: tuple[torch.Tensor, ...], num_patches: int, first_query: torch.Tensor
@@ -386,18 +405,21 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
         def to_model(values, dtype=None):
             return None if values is None else torch.as_tensor(values).to(self.device, dtype)
 
+        if pixel_values is not None and not torch.as_tensor(pixel_values).isfinite().all():
+            raise ValueError("pixel_values holds values that are not finite.")
+        if self._prompt_multiple is not None:
+            input_ids, attention_mask = _pad_prompts(input_ids, attention_mask, self._prompt_multiple)
         inputs = {
             "input_ids": to_model(input_ids),
             "attention_mask": to_model(attention_mask),
             "pixel_values": to_model(pixel_values, self.dtype),
             "proprio": to_model(proprio, self.dtype),
         }
-        if pixel_values is not None and not inputs["pixel_values"].isfinite().all():
-            raise ValueError("pixel_values holds values that are not finite.")
 
         # 3. Predict, without the noise that training adds.
         in_training = [module for module in self.modules() if module.training]
-        self.eval()
+        for module in in_training:
+            module.training = False
         try:
             normalized = self(**inputs, return_dict=True).actions
         finally:
@@ -406,6 +428,36 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
 
         # 4. Normalised space to physical units.
         return unnormalize(normalized.double().cpu().numpy(), stats["action"], config.norm_type, config.constant_dims)
+
+    def compile_for_inference(self, prompt_multiple: int = 64, **options: Any) -> "VLAAdapterForActionPrediction":
+        """Compile the forward pass for [`predict_action`], which then returns the same actions sooner.
+
+        The whole pass becomes one graph of fixed shapes, on CUDA one CUDA graph. [`predict_action`] pads prompts to
+        a multiple of `prompt_multiple` tokens, behind everything else, where they change no action; instructions of
+        other lengths thus need no compiling. What is new is compiled at its first prediction, which takes minutes at
+        the published size: the first observation, another batch size, a prompt beyond the multiple. Changed weights
+        are seen; they are no constants of the graph.
+
+        Args:
+            prompt_multiple (`int`, *optional*, defaults to 64): of tokens; the prompts of LIBERO all fit 64.
+            options: for `torch.compile`, in place of what is chosen here, e.g. `mode`, `backend`.
+
+        Returns:
+            `VLAAdapterForActionPrediction`: the model itself.
+
+        Raises:
+            ValueError: when `prompt_multiple` is not a positive int.
+        """
+        if isinstance(prompt_multiple, bool) or not isinstance(prompt_multiple, int) or prompt_multiple < 1:
+            raise ValueError(f"prompt_multiple must be an int of at least 1, got {prompt_multiple!r}.")
+        self._prompt_multiple = prompt_multiple
+        chosen: dict[str, Any] = {"fullgraph": True, "dynamic": False}
+        if self.device.type == "cuda":
+            chosen["mode"] = "reduce-overhead"
+        if "recompile_limit" in inspect.signature(torch.compile).parameters:  # not in older releases of torch
+            chosen |= {"recompile_limit": MAX_COMPILED_SHAPES, "isolate_recompiles": True}
+        self.compile(**{**chosen, **options})
+        return self
 
     @classmethod
     def from_pretrained(
@@ -488,6 +540,13 @@ def _select(states: tuple[torch.Tensor, ...], wanted: bool | int | list[int] | N
         return states if wanted else None
     kept = {range(len(states))[index] for index in ([wanted] if isinstance(wanted, int) else wanted)}
     return tuple(state if index in kept else None for index, state in enumerate(states))
+
+
+def _pad_prompts(input_ids: torch.Tensor, attention_mask: Any, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Padding up to a multiple of tokens, and a mask that is always there: one graph then serves every prompt."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else torch.as_tensor(attention_mask).long()
+    padding = (0, -input_ids.shape[1] % multiple)
+    return nn.functional.pad(input_ids, padding), nn.functional.pad(mask, padding)
 
 
 def _check_state(state: Any, batch_size: int, proprio_dim: int) -> np.ndarray:

@@ -46,6 +46,7 @@ _ON_FIRST_USE = {
     "VLAAdapterMixture": "vla_adapter_hf.data",
     "VLAAdapterStreamingDataset": "vla_adapter_hf.data",
     "VLAAdapterDataCollator": "vla_adapter_hf.training.collator",
+    "quantization_config": "vla_adapter_hf.quantization",
     "CheckpointCallback": "vla_adapter_hf.training.trainer",
     "VLAAdapterTrainer": "vla_adapter_hf.training.trainer",
     "VLAAdapterTrainingArguments": "vla_adapter_hf.training.trainer",

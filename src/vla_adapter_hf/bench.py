@@ -1,0 +1,329 @@
+"""`vla-adapter bench`: how long a prediction takes, stage by stage, what it needs, and how near that is to the limit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import AutoConfig, AutoModel, AutoProcessor
+
+from vla_adapter_hf.bench_measures import (
+    STAGES,
+    StageClock,
+    count_flops,
+    matmul_rate,
+    memory_in_use,
+    peak_memory,
+    seconds_to_read,
+    time_calls,
+    weight_bytes,
+)
+from vla_adapter_hf.bench_turns import Rival, answer_turns
+from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
+from vla_adapter_hf.quantization import quantization_config
+from vla_adapter_hf.untrained import init_from_config
+from vla_adapter_hf.writing import synthetic_observation
+
+
+# Models with random weights, by what differs from the published size.
+SMALL_TOWER = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 14}
+SIZES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "small": {
+        "dinov2_config": SMALL_TOWER,
+        "siglip_config": {**SMALL_TOWER, "intermediate_size": 256, "vision_use_head": False},
+        "text_config": {
+            "hidden_size": 128,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 256,
+        },
+        "policy_num_layers": 4,
+    },
+}
+# Turns with another program are taken for one batch size only.
+SINGLE = 1
+
+
+def bench(
+    checkpoint: str | None = None,
+    *,
+    size: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
+    threads: int | None = None,
+    batch_sizes: Sequence[int] = (SINGLE,),
+    runs: int = 10,
+    warmup: int = 2,
+    compiled: bool = False,
+    quantize: str | None = None,
+    against: str | None = None,
+    turns: bool = False,
+    output: str | Path | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any] | None:
+    """Measure predictions on a made-up observation.
+
+    Args:
+        checkpoint (`str`, *optional*): folder or Hub id; by default the small one that ships with the package.
+        size (`str`, *optional*): instead of a checkpoint random weights, written to a temporary folder first: `"full"`,
+            the published size, or `"small"`.
+        dtype (`torch.dtype`, *optional*): precision; by default the checkpoint's, for random weights bfloat16.
+        device (`str`): `"cpu"`, `"cuda"`, `"cuda:1"`, ...
+        threads (`int`, *optional*): of the CPU; by default torch's choice.
+        batch_sizes (`Sequence[int]`): how many observations are predicted at once.
+        runs (`int`): predictions that count, for every figure.
+        warmup (`int`): predictions before them that do not.
+        compiled (`bool`): measure whole predictions after `compile_for_inference` (stages are always without).
+        quantize (`str`, *optional*): `"int8"` or `"int4"`, see [`quantization_config`].
+        against (`str`, *optional*): command of another program that predicts in turn, see `bench_turns.py`.
+        turns (`bool`): be that other program: answer lines of input instead of measuring.
+        output (`str` or `Path`, *optional*): JSON file to write the report to.
+        say (`Callable`): receives the lines to print.
+
+    Returns:
+        `dict`: the report, times in seconds, sizes in bytes; `None` after `turns`.
+
+    Raises:
+        ValueError: for contradicting arguments, or a device that is not there.
+    """
+    place = _check_arguments(checkpoint, size, device, batch_sizes, runs, warmup)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with ExitStack() as stack:
+        if size is None:
+            embedded = files("vla_adapter_hf").joinpath("embedded", "checkpoint")
+            source = checkpoint or str(stack.enter_context(as_file(embedded)))
+        else:
+            say(f"Writing random weights, {size} size")
+            source = str(stack.enter_context(random_checkpoint(size, dtype or torch.bfloat16)))
+        if turns:
+            model, processor, _ = _load(source, dtype, place, quantize)
+            inputs = _prepare(model, processor, SINGLE)
+            if compiled:
+                model.compile_for_inference()
+            time_calls(lambda: model.predict_action(**inputs), place, warmup, 0)
+            answer_turns(lambda: time_calls(lambda: model.predict_action(**inputs), place, 0, 1)[0])
+            return None
+        report = _measure(source, dtype, place, batch_sizes, runs, warmup, compiled, quantize, against, say)
+    report = {"checkpoint": checkpoint or (f"random weights, {size}" if size else "embedded"), **report}
+    for line in table(report):
+        say(line)
+    if output is not None:
+        Path(output).parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(output).with_name(f".{Path(output).name}.partial")
+        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        partial.rename(output)
+    return report
+
+
+@contextmanager
+def random_checkpoint(size: str, dtype: torch.dtype) -> Iterator[Path]:
+    """A temporary folder with a checkpoint of random weights, `"full"` or `"small"`, for as long as the context lasts."""
+    with tempfile.TemporaryDirectory(prefix="vla-adapter-bench-") as folder:
+        # In a process of its own: what making the weights takes must not count as the prediction's memory.
+        writer = multiprocessing.get_context("spawn").Process(target=_write_random, args=(folder, size, dtype))
+        writer.start()
+        writer.join()
+        if writer.exitcode:
+            raise RuntimeError(f"writing random weights ended with exit code {writer.exitcode}.")
+        yield Path(folder)
+
+
+def _write_random(folder: str, size: str, dtype: torch.dtype) -> None:
+    with as_file(files("vla_adapter_hf").joinpath("embedded", "checkpoint")) as embedded:
+        tokenizer = AutoProcessor.from_pretrained(embedded).tokenizer
+        norm_stats = AutoConfig.from_pretrained(embedded).norm_stats
+    config = VLAAdapterConfig(**SIZES[size], norm_stats=norm_stats, dtype=dtype)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model, processor = init_from_config(config, tokenizer)
+    finally:
+        torch.set_default_dtype(before)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _check_arguments(
+    checkpoint: str | None, size: str | None, device: str, batch_sizes: Sequence[int], runs: int, warmup: int
+) -> torch.device:
+    if checkpoint is not None and size is not None:
+        raise ValueError(f"give either a checkpoint ({checkpoint}) or --size {size}, not both.")
+    if size is not None and size not in SIZES:
+        raise ValueError(f"--size must be one of {', '.join(SIZES)}, got {size!r}.")
+    for name, value, least in (
+        ("runs", runs, 1),
+        ("warmup", warmup, 0),
+        *(("batch", size, 1) for size in batch_sizes),
+    ):
+        if value < least:
+            raise ValueError(f"--{name} must be at least {least}, got {value}.")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be cpu, cuda or the like, got {device!r}.") from error
+    if place.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {device!r}.")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no CUDA device here.")
+    return place
+
+
+def _load(
+    source: str, dtype: torch.dtype | None, device: torch.device, quantize: str | None
+) -> tuple[Any, Any, float]:
+    """Model, processor, and the seconds that the model took."""
+    options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    if quantize is not None:
+        options["quantization_config"] = quantization_config(quantize, device.type)
+    loaded: list[Any] = []
+    (seconds,) = time_calls(
+        lambda: loaded.append(AutoModel.from_pretrained(source, **options).to(device)), device, 0, 1
+    )
+    return loaded[0], AutoProcessor.from_pretrained(source), seconds
+
+
+def _observations(config: VLAAdapterConfig, batch_size: int) -> dict[str, Any]:
+    one = synthetic_observation(config)
+    return {
+        "images": [one["images"]] * batch_size,
+        "text": [one["text"]] * batch_size,
+        "state": np.stack([one["state"]] * batch_size),
+    }
+
+
+def _prepare(model: Any, processor: Any, batch_size: int) -> dict[str, Any]:
+    """Arguments of `predict_action`."""
+    key = next(iter(model.config.norm_stats or {}), None)
+    return {**processor(**_observations(model.config, batch_size)), "unnorm_key": key}
+
+
+def _measure(source, dtype, device, batch_sizes, runs, warmup, compiled, quantize, against, say) -> dict[str, Any]:
+    # 1. Loading, and memory up to the first prediction, before anything else uses any.
+    weight_files = sorted(Path(source).glob("*.safetensors"))
+    for file in weight_files:  # so that loading and reading both find them in the system's cache
+        with file.open("rb") as stream:
+            while stream.read(1 << 24):
+                pass
+    at_start = memory_in_use(device)
+    model, processor, load_seconds = _load(source, dtype, device, quantize)
+    inputs = _prepare(model, processor, SINGLE)
+    (first_seconds,) = time_calls(lambda: model.predict_action(**inputs), device, 0, 1)
+    peak = peak_memory(device)
+    weights = weight_bytes(model)
+    config = model.config
+    report: dict[str, Any] = {
+        "precision": quantize or str(model.dtype).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "compiled": compiled,
+        "load": {"seconds": load_seconds, "read_seconds": None, "first_prediction_seconds": first_seconds},
+        "memory": {"weights": weights, "peak": None if peak is None else peak - at_start},
+    }
+    rates = [matmul_rate(model.dtype, device)]
+
+    # 2. Stages, one observation.
+    stages: dict[str, list[float]] = {
+        "image preparation": time_calls(
+            lambda: processor.image_processor(_observations(config, SINGLE)["images"]), device, warmup, runs
+        )
+    }
+    with StageClock(model) as clock:
+        for run in range(-warmup, runs):
+            seconds = clock.predict(inputs)
+            for stage in STAGES if run >= 0 else ():
+                stages.setdefault(stage, []).append(seconds[stage])
+    report["stages"] = {stage: _percentiles(seconds) for stage, seconds in stages.items()}
+    rates.append(matmul_rate(model.dtype, device))
+
+    # 3. Whole predictions, for every batch size.
+    if compiled:
+        say("Compiling")
+        model.compile_for_inference()
+    report["predictions"] = {}
+    for batch_size in batch_sizes:
+        inputs = _prepare(model, processor, batch_size)
+        seconds = time_calls(lambda inputs=inputs: model.predict_action(**inputs), device, max(warmup, 1), runs)
+        flops = count_flops(config, batch_size, inputs["input_ids"].shape[1])
+        result = {**_percentiles(seconds), "flops": flops, "flops_per_second": flops / np.median(seconds)}
+        report["predictions"][str(batch_size)] = {**result, "per_second": batch_size / np.median(seconds)}
+        rates.append(matmul_rate(model.dtype, device))
+    report["matmul_flops_per_second"] = {"fastest": max(rates), "all": rates}
+
+    # 4. In turn with another program.
+    if against is not None:
+        say(f"In turn with {against}")
+        report["against"] = {"command": against, **_take_turns(model, processor, against, warmup, runs)}
+
+    # 5. At the end, as it takes as much memory as the files are large.
+    if weight_files:
+        report["load"]["read_seconds"] = seconds_to_read(weight_files)
+    return report
+
+
+def _take_turns(model: Any, processor: Any, command: str, warmup: int, runs: int) -> dict[str, Any]:
+    inputs = _prepare(model, processor, SINGLE)
+    with Rival(command) as rival:
+        for _ in range(max(warmup, 1)):
+            rival.predict()
+        ours, theirs = [], []
+        for _ in range(runs):
+            ours += time_calls(lambda: model.predict_action(**inputs), model.device, 0, 1)
+            theirs.append(rival.predict())
+    ratios = np.divide(theirs, ours)
+    return {"ours": _percentiles(ours), "theirs": _percentiles(theirs), "ratio": float(np.median(ratios))}
+
+
+def _percentiles(seconds: list[float]) -> dict[str, float]:
+    return {"fastest": min(seconds), "p50": float(np.median(seconds)), "p95": float(np.percentile(seconds, 95))}
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    """A report as lines of text, times in milliseconds."""
+    precision = f"{report['precision']}{', compiled' if report['compiled'] else ''}"
+    rate = report["matmul_flops_per_second"]["fastest"]
+    lines = [
+        f"{report['checkpoint']}, {precision}, {report['device']}, {report['threads']} threads",
+        "",
+        f"{'ms':<24}{'fastest':>10}{'p50':>10}{'p95':>10}",
+    ]
+    lines += [_row(stage, times) for stage, times in report["stages"].items()]
+    for batch_size, times in report["predictions"].items():
+        share = f"{times['per_second']:.2f}/s, {times['flops'] / 1e9:.0f} GFLOP, "
+        share += f"{times['flops_per_second'] / rate:.0%} of the matrix product's rate"
+        lines.append(f"{_row(f'prediction of {batch_size}', times)}   {share}")
+    load, memory = report["load"], report["memory"]
+    lines += ["", f"matrix product  {rate / 1e9:.0f} GFLOP/s"]
+    loading = f"load            {load['seconds']:.2f} s"
+    if load["read_seconds"]:
+        loading += f", {load['seconds'] / load['read_seconds']:.2f} x reading the files once"
+    lines.append(f"{loading}; first prediction {load['first_prediction_seconds']:.2f} s")
+    if memory["peak"] is not None:
+        lines.append(
+            f"peak memory     {memory['peak'] / 2**30:.2f} GiB above the start, "
+            f"{memory['peak'] / memory['weights']:.2f} x the weights ({memory['weights'] / 2**30:.2f} GiB)"
+        )
+    if "against" in report:
+        other = report["against"]
+        lines.append(
+            f"in turn         ours {other['ours']['p50'] * 1e3:.1f} ms, theirs {other['theirs']['p50'] * 1e3:.1f} ms: "
+            f"{other['ratio']:.2f} x as fast"
+        )
+    return lines
+
+
+def _row(name: str, times: dict[str, float]) -> str:
+    return f"{name:<24}" + "".join(f"{times[part] * 1e3:>10.2f}" for part in ("fastest", "p50", "p95"))

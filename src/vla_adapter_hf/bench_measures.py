@@ -1,0 +1,163 @@
+"""What `vla-adapter bench` measures with: a clock for the stages, memory, floating-point operations, matrix products."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
+from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction
+
+
+# The stages of a prediction, and the modules whose time they are.
+STAGE_MODULES = {
+    "vision": ("dinov2", "siglip"),
+    "projector": ("vision_projector",),
+    "language model": ("language_model",),
+    "policy": ("proprio_projector", "policy"),
+}
+BEFORE, BETWEEN, AFTER = "checks, normalising", "embedding, gathering", "un-normalising"
+STAGES = (BEFORE, *STAGE_MODULES, BETWEEN, AFTER)
+# Large enough for the full rate, and done in an instant.
+MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class StageClock:
+    """Seconds of every stage of a prediction, by hooks on the model's modules; a context manager.
+
+    At each boundary it waits for the device, so the sum is more than the prediction takes without a clock.
+    """
+
+    def __init__(self, model: VLAAdapterForActionPrediction):
+        self.model = model
+        self.handles: list[Any] = []
+        self.started: dict[str, float] = {}
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def __enter__(self) -> StageClock:
+        for stage, modules in [*STAGE_MODULES.items(), ("forward", ("",))]:
+            for name in modules:
+                module = self.model.get_submodule(name)
+                self.handles.append(module.register_forward_pre_hook(lambda *_, stage=stage: self._start(stage)))
+                self.handles.append(module.register_forward_hook(lambda *_, stage=stage: self._stop(stage)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def predict(self, inputs: dict[str, Any]) -> dict[str, float]:
+        """Seconds by stage (`STAGES`) of one prediction."""
+        self.seconds.clear()
+        start = self._now()
+        self.model.predict_action(**inputs)
+        end = time.perf_counter()
+        parts = {stage: self.seconds[stage] for stage in STAGE_MODULES}
+        return {
+            BEFORE: self.started["forward"] - start,
+            **parts,
+            BETWEEN: self.seconds["forward"] - sum(parts.values()),
+            AFTER: end - self.started["forward"] - self.seconds["forward"],
+        }
+
+    def _now(self) -> float:
+        synchronize(self.model.device)
+        return time.perf_counter()
+
+    def _start(self, stage: str) -> None:
+        self.started[stage] = self._now()
+
+    def _stop(self, stage: str) -> None:
+        self.seconds[stage] += self._now() - self.started[stage]
+
+
+def time_calls(run: Callable[[], Any], device: torch.device, warmup: int, runs: int) -> list[float]:
+    """Seconds of every one of `runs` calls, after some that do not count."""
+    for _ in range(warmup):
+        run()
+    seconds = []
+    for _ in range(runs):
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device, runs: int = 5) -> float:
+    """Floating-point operations per second of a product of two square matrices: the fastest of some."""
+    size = MATMUL_SIZE.get(device.type, MATMUL_SIZE["cpu"])
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    return 2 * size**3 / min(time_calls(lambda: left @ right, device, 1, runs))
+
+
+def count_flops(config: VLAAdapterConfig, batch_size: int, prompt_length: int) -> int:
+    """Floating-point operations of the products in one forward pass, a multiplication and an addition being two.
+
+    Counted on a model without values. Causal attention counts in full, as its kernels are counted everywhere.
+    """
+    with torch.device("meta"), torch.no_grad():
+        model = VLAAdapterForActionPrediction(config).eval()
+        inputs = {
+            "input_ids": torch.zeros(batch_size, prompt_length, dtype=torch.long),
+            "pixel_values": torch.zeros(batch_size, 6 * config.num_cameras, config.image_size, config.image_size),
+            "proprio": torch.zeros(batch_size, config.proprio_dim),
+        }
+        with FlopCounterMode(display=False) as counter:
+            model(**inputs)
+    return counter.get_total_flops()
+
+
+def weight_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all parameters as they are kept; for quantised ones, of their parts."""
+    return sum(part.numel() * part.element_size() for weight in model.parameters() for part in _parts(weight))
+
+
+def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in _parts(getattr(tensor, name))]
+
+
+def memory_in_use(device: torch.device) -> int | None:
+    """Bytes that the process holds (on CUDA: tensors of the device), or `None` where the system does not say."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _own_status("VmRSS")
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most that [`memory_in_use`] has been since the process started."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _own_status("VmHWM")
+
+
+def _own_status(field: str) -> int | None:
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines() if ":" in line)
+    return int(lines[field].split()[0]) * 1024
+
+
+def seconds_to_read(files: list[Path]) -> float:
+    """Seconds to read files into memory once, from the system's cache as far as they are in it."""
+    start = time.perf_counter()
+    contents = [file.read_bytes() for file in files]
+    seconds = time.perf_counter() - start
+    del contents
+    return seconds

@@ -1,0 +1,86 @@
+"""Two implementations in turn: one asks for a prediction with a line of text, the other says how long it took.
+
+A program that is compared loads its model, warms up, and for every line that it reads from its input makes one prediction
+and prints one line, `{"seconds": 1.25}`. What else it prints is passed over. `vla-adapter bench --turns` is such a program.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import TextIO
+
+
+class Rival:
+    """A program that predicts when it is asked to; a context manager that ends it.
+
+    Args:
+        command (`str`): how to start it, without a shell.
+
+    Raises:
+        ValueError: when there is no such program, or it ends or answers with something else than seconds.
+    """
+
+    def __init__(self, command: str):
+        self.command = command
+        try:
+            self.process = subprocess.Popen(
+                shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            )
+        except (OSError, IndexError) as error:
+            raise ValueError(f"--against {command!r} cannot be started: {error}") from error
+
+    def __enter__(self) -> Rival:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def predict(self) -> float:
+        """Seconds of one prediction."""
+        try:
+            self.process.stdin.write("predict\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the loop below finds that it has ended
+        for line in self.process.stdout:
+            seconds = _seconds_in(line)
+            if seconds is not None:
+                return seconds
+        raise ValueError(
+            f"--against {self.command!r} ended with exit code {self.process.wait()} without answering; for every line of "
+            'input it must print one line such as {"seconds": 1.25}.'
+        )
+
+
+def _seconds_in(line: str) -> float | None:
+    try:
+        answer = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    seconds = answer.get("seconds") if isinstance(answer, dict) else None
+    is_time = isinstance(seconds, (int, float)) and not isinstance(seconds, bool)
+    return float(seconds) if is_time and math.isfinite(seconds) and seconds > 0 else None
+
+
+def answer_turns(predict: Callable[[], float], lines: TextIO | None = None, out: TextIO | None = None) -> None:
+    """Make one prediction per line of input and print its seconds, until the input ends.
+
+    Args:
+        predict (`Callable`): returns the seconds of one prediction.
+        lines, out (`TextIO`, *optional*): by default the standard input and output.
+    """
+    for _ in sys.stdin if lines is None else lines:
+        print(json.dumps({"seconds": predict()}), file=sys.stdout if out is None else out, flush=True)
