@@ -1,6 +1,7 @@
 """What the Trainer brings along, with our model in it: early stopping, compiling, loggers, the Hub; and resuming."""
 
 import json
+from concurrent.futures import Future
 from pathlib import Path
 
 import data_fixtures
@@ -9,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
+from torch._dynamo.utils import counters
 from training_fixtures import CHUNK, DEMOS, QUIET, losses, run_training, write_start
 from transformers import AutoModel, AutoProcessor, EarlyStoppingCallback, Trainer
 
@@ -114,8 +116,11 @@ def test_patience_without_evaluations_is_refused(tmp_path):
 
 
 @pytest.fixture
-def fresh_compiler():
+def fresh_compiler(monkeypatch):
+    """`torch_compile=True` reaches accelerate through the environment, where it would stay for the next Trainer."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
     torch.compiler.reset()
+    counters.clear()
     yield
     torch.compiler.reset()
 
@@ -138,19 +143,18 @@ def test_a_compiled_training_has_the_losses_of_a_plain_one(make_trainer, tmp_pat
     """And checkpoints under the plain model's names. The policy's noise is drawn in other ways by other compilers."""
     common = {"preset": preset, "learning_rate": 1e-3}
     common |= {"save_strategy": "steps", "save_steps": 4, "eval_strategy": "steps", "eval_steps": 4}
-    plain = make_trainer(**common, output_dir=str(tmp_path / "plain"))
-    compiled = make_trainer(
-        **common, output_dir=str(tmp_path / "compiled"), torch_compile=True, torch_compile_backend=backend
-    )
-    for trainer in (plain, compiled):
+    losses_of, metric_of, names_of = {}, {}, {}
+    for name, more in (("plain", {}), ("compiled", {"torch_compile": True, "torch_compile_backend": backend})):
+        assert not counters["frames"]["ok"]
+        trainer = make_trainer(**common, **more, output_dir=str(tmp_path / name))
         trainer.model.base_model.config.policy_noise_std = 0.0
-    expected = trained_losses(plain)
-    assert trained_losses(compiled) == pytest.approx(expected, abs=1e-4)
-    assert compiled.evaluate()["eval_l1_first"] == pytest.approx(plain.evaluate()["eval_l1_first"], abs=1e-4)
-    wanted, found = (
-        AutoModel.from_pretrained(tmp_path / name / "checkpoint-4").state_dict() for name in ("plain", "compiled")
-    )
-    assert wanted.keys() == found.keys()
+        losses_of[name] = trained_losses(trainer)
+        metric_of[name] = trainer.evaluate()["eval_l1_first"]
+        names_of[name] = set(AutoModel.from_pretrained(tmp_path / name / "checkpoint-4").state_dict())
+    assert counters["frames"]["ok"]
+    assert losses_of["compiled"] == pytest.approx(losses_of["plain"], abs=1e-4)
+    assert metric_of["compiled"] == pytest.approx(metric_of["plain"], abs=1e-4)
+    assert names_of["compiled"] == names_of["plain"]
 
 
 # Loggers
@@ -160,7 +164,7 @@ def test_tensorboard_gets_the_loss_and_every_metric(start, tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     more = ("--preset", "frozen", "--validation", 1, "--eval_strategy", "steps", "--eval_steps", 2)
     metrics = run_training(start, tmp_path / "out", *more, "--report_to", "tensorboard")
-    (events,) = (path.parent for path in tmp_path.rglob("events.out.tfevents.*") if path.stat().st_size)
+    (events,) = {path.parent for path in tmp_path.rglob("events.out.tfevents.*")}
     log = event_accumulator.EventAccumulator(str(events)).Reload()
     state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
     logged = {
@@ -190,11 +194,10 @@ def commits(monkeypatch):
             with operation.as_file() as file:
                 files[operation.path_in_repo] = file.read()
         uploaded.append((repo_id, commit_message, files))
+        return CommitInfo(f"https://huggingface.co/{repo_id}/commit/0", commit_message, commit_description="", oid="0")
 
     def run_as_future(self, function, *args, **kwargs):
         """At once: what a later step writes into the folder must not be in it yet."""
-        from concurrent.futures import Future
-
         done = Future()
         done.set_result(function(*args, **kwargs))
         return done
@@ -203,12 +206,15 @@ def commits(monkeypatch):
         self.hub_model_id, self.push_in_progress = self.args.hub_model_id, None
 
     monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    # The Hub would look at the head of the model card first.
+    monkeypatch.setattr(HfApi, "_validate_yaml", lambda self, content, **options: None, raising=False)
     monkeypatch.setattr(HfApi, "run_as_future", run_as_future)
     monkeypatch.setattr(Trainer, "init_hf_repo", init_hf_repo)
     return uploaded
 
 
-def assert_predicts(files: dict[str, bytes], folder: Path, sample) -> np.ndarray:
+def predictions_of(files: dict[str, bytes], folder: Path, sample) -> np.ndarray:
+    """What a model of uploaded files predicts, loaded from a folder of its own."""
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
@@ -240,13 +246,22 @@ def test_what_is_pushed_during_and_after_training_loads_and_predicts(start, tmp_
             assert not any("checkpoint-" in name for name in files)
         assert f"{step or 4} steps." in files["README.md"].decode()
         assert any(name.endswith(".py") for name in files)  # for machines without this package
-        predictions[number] = assert_predicts(files, tmp_path / str(number), dataset[3])
+        predictions[number] = predictions_of(files, tmp_path / str(number), dataset[3])
     for same in ((0, 1), (2, 3), (3, 4)):
         np.testing.assert_allclose(*(predictions[number] for number in same), atol=1e-5)
     assert np.abs(predictions[0] - predictions[2]).max() > 1e-4
     weights = [name for name in commits[-1][2] if name.endswith(".safetensors") and "/" not in name]
     assert weights == ["model.safetensors"]  # none left of what was pushed before
     assert {"training.png", "chunks.png", "metrics.json"} <= set(commits[-1][2])
+
+
+def test_a_plain_trainer_pushes_complete_lora_models(make_trainer, tmp_path, dataset, commits):
+    pushing = {"push_to_hub": True, "hub_model_id": "me/policy", "save_strategy": "steps", "save_steps": 4}
+    make_trainer(Trainer, preset="lora", **pushing).train()
+    ((_, message, files),) = commits
+    assert message == "Training in progress, step 4"
+    assert "4 steps." in files["README.md"].decode()
+    assert predictions_of(files, tmp_path / "pushed", dataset[3]).shape == (1, CHUNK, 7)
 
 
 def test_pushing_in_code_keeps_the_model_card(make_trainer, commits):

@@ -128,12 +128,14 @@ class CheckpointCallback(TrainerCallback):
             self.complete(folder, model, state.global_step)
 
     def on_push_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         output = Path(args.output_dir)
         checkpoint = output / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if not checkpoint.is_dir():
             return  # the Trainer saves the whole model where it is pushed from
+        if not (checkpoint / CARD).is_file():
+            self.complete(checkpoint, model, state.global_step)
         self.processor.save_pretrained(output)
         for path in [*checkpoint.glob("*.py"), checkpoint / CARD]:
             shutil.copy(path, output / path.name)
