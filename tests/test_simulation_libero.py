@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import multiprocessing
-import os
 import signal
 import time
 from pathlib import Path
@@ -184,36 +183,61 @@ def oracle_run(tmp_path_factory):
     return folder
 
 
-def test_oracle_solves_replay_repeats_it_and_noop_does_not(oracle_run, tmp_path):
+@pytest.fixture(scope="module")
+def replay_run(oracle_run, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("replay")
     replay = ReplayPolicy.from_folder(oracle_run / "actions", "libero")
-    replayed = evaluate(replay, OBJECT, tmp_path / "replay", processes=0, report=silent, **ORACLE)
+    evaluate(replay, OBJECT, folder, processes=0, report=silent, **ORACLE)
+    return folder
+
+
+def test_oracle_solves_replay_repeats_it_and_noop_does_not(oracle_run, replay_run, tmp_path):
     noop = evaluate("noop", OBJECT, tmp_path / "noop", tasks=[3], episodes=1, processes=0, report=silent)
-    oracle = read_results(oracle_run / "episodes.jsonl")
+    oracle, replayed = (read_results(folder / "episodes.jsonl") for folder in (oracle_run, replay_run))
     assert [result.success for result in oracle] == [True] * 3
-    assert (replayed["success_rate"], noop["success_rate"]) == (1.0, 0.0)
-    assert [r.steps for r in oracle] == [r.steps for r in read_results(tmp_path / "replay" / "episodes.jsonl")]
+    assert [(r.steps, r.success) for r in oracle] == [(r.steps, r.success) for r in replayed]
+    assert noop["success_rate"] == 0.0
 
 
-def _play_oracle(folder: str) -> None:
-    evaluate("oracle", OBJECT, folder, processes=1, report=silent, **ORACLE)
+class HaltingReplay(ReplayPolicy):
+    """Stops for ever in the middle of the second episode."""
+
+    def predict(self, requests):
+        if requests[0].episode == 1 and requests[0].step >= 40:
+            self.halted.touch()
+            time.sleep(3600)
+        return super().predict(requests)
 
 
-def test_killed_and_resumed_gives_the_file_of_the_uninterrupted_run(oracle_run, tmp_path):
-    process = multiprocessing.get_context("spawn").Process(target=_play_oracle, args=(str(tmp_path),))
+def _replay_until_killed(actions: Path, output: Path, halted: Path) -> None:
+    replay = HaltingReplay.from_folder(actions, "libero")
+    replay.halted = halted
+    evaluate(replay, OBJECT, output, processes=1, report=silent, **ORACLE)
+
+
+def lines_without_seconds(folder: Path) -> list[dict]:
+    """The lines of the results, with the number of queries instead of how long each took."""
+    lines = [json.loads(line) for line in (folder / "episodes.jsonl").read_text().splitlines()]
+    return [{**line, "latency": len(line["latency"])} for line in lines]
+
+
+def test_killed_in_an_episode_and_resumed_gives_the_file_of_the_uninterrupted_run(oracle_run, replay_run, tmp_path):
+    actions, output, halted = oracle_run / "actions", tmp_path / "run", tmp_path / "halted"
+    spawn = multiprocessing.get_context("spawn")
+    process = spawn.Process(target=_replay_until_killed, args=(actions, output, halted))
     process.start()
-    lines = tmp_path / "episodes.jsonl"
-    deadline = time.monotonic() + 400
-    while process.is_alive() and not (lines.exists() and lines.read_bytes()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + 500
+    while process.is_alive() and not halted.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
     process.join()
-    killed = lines.read_bytes()
+    assert process.exitcode == -signal.SIGKILL
+    assert [line["episode"] for line in lines_without_seconds(output)] == [0]
     told: list[str] = []
-    evaluate("oracle", OBJECT, tmp_path, processes=1, report=told.append, **ORACLE)
-    whole = (oracle_run / "episodes.jsonl").read_bytes()
-    assert 0 < len(killed) < len(whole)
-    assert len(told) == 3 - killed.count(b"\n")
-    assert lines.read_bytes() == whole
+    replay = ReplayPolicy.from_folder(actions, "libero")
+    evaluate(replay, OBJECT, output, processes=1, report=told.append, **ORACLE)
+    assert len(told) == 2
+    assert lines_without_seconds(output) == lines_without_seconds(replay_run)
 
 
 def test_parallel_processes_give_the_serial_results(tmp_path):

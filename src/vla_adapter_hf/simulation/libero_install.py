@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import io
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -51,6 +52,7 @@ def import_libero() -> Libero:
     if sys.platform.startswith("linux"):
         os.environ.setdefault("MUJOCO_GL", "osmesa")
     _provide_config()
+    logging.getLogger("robosuite_logs").addFilter(_is_no_advice_on_macros)
     try:
         # Both distributions print at import; an evaluation's output is for its results.
         with contextlib.redirect_stdout(io.StringIO()):
@@ -63,6 +65,11 @@ def import_libero() -> Libero:
             f"MUJOCO_GL={os.environ.get('MUJOCO_GL')!r} it needs system libraries; install them with: {INSTALL_LIBRARIES}"
         ) from error
     return Libero(benchmark, environments)
+
+
+def _is_no_advice_on_macros(record: logging.LogRecord) -> bool:
+    """robosuite asks every process for a private file of macros, which nothing here needs."""
+    return "macro" not in record.getMessage()
 
 
 def _provide_config() -> None:
