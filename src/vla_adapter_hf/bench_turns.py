@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
 
@@ -41,7 +42,8 @@ class Rival:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):  # when it has ended by itself
+            self.process.stdin.close()
         try:
             self.process.wait(timeout=30)
         except subprocess.TimeoutExpired:
@@ -50,11 +52,9 @@ class Rival:
 
     def predict(self) -> float:
         """Seconds of one prediction."""
-        try:
+        with suppress(BrokenPipeError):  # the loop finds that it has ended
             self.process.stdin.write("predict\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the loop below finds that it has ended
         for line in self.process.stdout:
             seconds = _seconds_in(line)
             if seconds is not None:

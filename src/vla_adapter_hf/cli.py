@@ -142,7 +142,9 @@ def demo(
 @app.command()
 def bench(
     checkpoint: Annotated[str | None, typer.Argument(help="Folder or Hub id; by default the embedded one.")] = None,
-    size: Annotated[str | None, typer.Option(help="Random weights instead of a checkpoint: full or small.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Random weights instead of a checkpoint: full, shallow or small.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="Precision: float32, bfloat16 or float16.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="Of the CPU; by default torch's choice.")] = None,

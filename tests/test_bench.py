@@ -1,0 +1,222 @@
+"""`vla-adapter bench` measures what it says: the stages of a prediction, its operations, memory, and another program."""
+
+import io
+import json
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from model_fixtures import tiny_config, tiny_inputs, tiny_model
+from transformers import AutoModel, AutoProcessor
+
+from vla_adapter_hf.bench import SIZES, bench, random_checkpoint
+from vla_adapter_hf.bench_measures import (
+    STAGES,
+    StageClock,
+    count_flops,
+    matmul_rate,
+    memory_in_use,
+    peak_memory,
+    weight_bytes,
+)
+from vla_adapter_hf.bench_turns import Rival, answer_turns
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, published_pro) -> str:
+    folder = tmp_path_factory.mktemp("bench") / "checkpoint"
+    tiny_model().save_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(published_pro)
+    type(processor).from_model_config(tiny_config(), processor.tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def inputs():
+    values = tiny_inputs(tiny_config(), batch_size=1)
+    state = values.pop("proprio").double().numpy()
+    return {**values, "state": state}
+
+
+def program(tmp_path: Path, text: str) -> str:
+    """The command of a Python program with this text."""
+    file = tmp_path / "program.py"
+    file.write_text(text, encoding="utf-8")
+    return shlex.join([sys.executable, str(file)])
+
+
+ANSWERING = """
+import json, sys
+print("loading ...")
+for line in sys.stdin:
+    print("predicting")
+    print(json.dumps({"seconds": 12.5}), flush=True)
+"""
+
+
+class TestReport:
+    @pytest.fixture(scope="class")
+    def report(self, checkpoint, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("report")
+        lines = []
+        report = bench(
+            checkpoint,
+            batch_sizes=(1, 3),
+            runs=3,
+            warmup=1,
+            against=program(folder, ANSWERING),
+            output=folder / "new" / "bench.json",
+            say=lines.append,
+        )
+        return report, lines, folder / "new" / "bench.json"
+
+    def test_every_stage_has_ordered_times(self, report):
+        stages = report[0]["stages"]
+        assert list(stages) == ["image preparation", *STAGES]
+        assert all(0 < times["fastest"] <= times["p50"] <= times["p95"] for times in stages.values())
+
+    def test_batches_have_their_own_operations_and_throughput(self, report):
+        one, three = (report[0]["predictions"][size] for size in ("1", "3"))
+        # The first latent and the rotary tables are the same for all rows.
+        assert 2.5 * one["flops"] < three["flops"] < 3 * one["flops"]
+        assert three["per_second"] == pytest.approx(3 / three["p50"])
+        assert one["flops_per_second"] == pytest.approx(one["flops"] / one["p50"])
+
+    def test_ratios_are_those_of_the_other_program_to_ours(self, report):
+        against = report[0]["against"]
+        assert against["theirs"]["p50"] == 12.5
+        assert against["ratio"] == pytest.approx(12.5 / against["ours"]["p50"])
+
+    def test_loading_is_set_against_reading_the_files(self, report):
+        load = report[0]["load"]
+        assert load["seconds"] > 0 and load["read_seconds"] > 0 and load["first_prediction_seconds"] > 0
+
+    def test_the_file_holds_the_report(self, report):
+        assert json.loads(report[2].read_text(encoding="utf-8")) == report[0]
+        assert [path.name for path in report[2].parent.iterdir()] == ["bench.json"]
+
+    def test_the_table_names_every_stage_and_batch(self, report):
+        text = "\n".join(report[1])
+        for word in ("image preparation", *STAGES, "prediction of 1", "prediction of 3", "matrix product", "in turn"):
+            assert word in text
+
+
+class TestMeasures:
+    def test_stages_add_up_and_leave_no_hooks(self, inputs):
+        model = tiny_model()
+        expected = model.predict_action(**inputs)
+        with StageClock(model) as clock:
+            stages = clock.predict(inputs)
+            again = clock.predict(inputs)
+        assert set(stages) == set(STAGES) and min(*stages.values(), *again.values()) > 0
+        np.testing.assert_array_equal(model.predict_action(**inputs), expected)
+        assert not any(
+            module._forward_hooks or module._forward_pre_hooks for module in map(model.get_submodule, ("", "policy"))
+        )
+
+    def test_a_stage_that_takes_longer_is_the_one_that_grows(self, inputs):
+        model = tiny_model()
+        policy = model.policy.norm_out.forward
+        model.policy.norm_out.forward = lambda states: [policy(states) for _ in range(3000)][-1]
+        with StageClock(model) as clock:
+            clock.predict(inputs)
+            stages = clock.predict(inputs)
+        assert max(stages, key=stages.get) == "policy"
+
+    def test_operations_are_those_of_the_layers_and_of_attention(self, inputs):
+        config = tiny_config()
+        model = tiny_model(config)
+        counted = []
+
+        def count(module, arguments, output):
+            inner = module.weight[0].numel()  # of every number that comes out, products and additions
+            counted.append(2 * inner * output.numel())
+
+        for module in model.modules():
+            if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
+                module.register_forward_hook(count)
+        model.predict_action(**inputs)
+        length = 9 + config.num_patch_tokens + config.num_action_queries
+        towers = 2 * 2 * (4 * 9 * 9 * 32 + 4 * 4 * 4 * 48)  # two cameras, two blocks; 9 and 4 tokens
+        language = 2 * 4 * length * length * 32
+        sources = config.chunk_size + config.num_action_queries + 1 + config.num_task_tokens
+        policy = 2 * 4 * config.chunk_size * sources * 32
+        expected = sum(counted) + towers + language + policy
+        assert count_flops(config, 1, 9) == pytest.approx(expected, rel=0.01)
+
+    def test_the_rate_is_below_what_any_processor_can(self):
+        assert 1e8 < matmul_rate(torch.float32, CPU, runs=1) < 1e14
+
+    def test_memory_that_is_taken_shows(self):
+        before = memory_in_use(CPU)
+        if before is None:
+            pytest.skip("this system does not tell a process's memory")
+        taken = np.ones(1 << 24)  # 128 MiB
+        assert memory_in_use(CPU) - before > 0.9 * taken.nbytes
+        assert peak_memory(CPU) >= memory_in_use(CPU) - 2**20
+
+    def test_bytes_of_the_weights(self):
+        model = tiny_model()
+        assert weight_bytes(model) == 4 * sum(weight.numel() for weight in model.parameters())
+        assert weight_bytes(model.bfloat16()) == 2 * sum(weight.numel() for weight in model.parameters())
+
+
+class TestTurns:
+    def test_every_line_of_input_is_answered(self):
+        out = io.StringIO()
+        seconds = iter([0.5, 0.25])
+        answer_turns(lambda: next(seconds), io.StringIO("predict\npredict\n"), out)
+        assert [json.loads(line) for line in out.getvalue().splitlines()] == [{"seconds": 0.5}, {"seconds": 0.25}]
+
+    def test_other_output_is_passed_over(self, tmp_path):
+        with Rival(program(tmp_path, ANSWERING)) as rival:
+            assert [rival.predict(), rival.predict()] == [12.5, 12.5]
+        assert rival.process.returncode == 0
+
+    @pytest.mark.parametrize("answer", ['{"seconds": true}', '{"seconds": -1}', '{"seconds": NaN}', "[1]", "1.5"])
+    def test_an_answer_without_seconds_is_none(self, tmp_path, answer):
+        text = f"import sys\nfor line in sys.stdin:\n    print({answer!r}, flush=True)\n    raise SystemExit(3)\n"
+        with Rival(program(tmp_path, text)) as rival, pytest.raises(ValueError, match="exit code 3"):
+            rival.predict()
+
+    def test_a_program_that_is_not_there_is_named(self):
+        with pytest.raises(ValueError, match="no-such-program"):
+            Rival("no-such-program --fast")
+
+
+class TestRandomWeights:
+    def test_a_checkpoint_of_the_size_asked_for_is_there_and_then_gone(self):
+        with random_checkpoint("small", torch.bfloat16) as folder:
+            model = AutoModel.from_pretrained(folder)
+            assert model.dtype == torch.bfloat16 and model.config.text_config.hidden_size == 128
+            AutoProcessor.from_pretrained(folder)
+        assert not folder.exists()
+        assert folder.parent == Path(tempfile.gettempdir())
+
+    def test_the_full_size_is_the_published_one(self):
+        assert SIZES["full"] == {}
+
+
+@pytest.mark.parametrize(
+    "message, arguments",
+    [
+        ("not both", {"checkpoint": "folder", "size": "full"}),
+        ("--size must be one of full, shallow, small", {"size": "huge"}),
+        ("--runs", {"runs": 0}),
+        ("--warmup", {"warmup": -1}),
+        ("--batch", {"batch_sizes": (1, 0)}),
+        ("--device", {"device": "warp drive"}),
+        ("--device must be cpu or cuda", {"device": "meta"}),
+        ("kind must be one of int8, int4", {"quantize": "int3"}),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(message, arguments):
+    with pytest.raises(ValueError, match=message):
+        bench(**arguments, say=lambda line: None)

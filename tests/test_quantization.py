@@ -1,0 +1,93 @@
+"""Weights in eight and four bits: they load through our own strict from_pretrained, and the actions stay near."""
+
+import numpy as np
+import pytest
+import torch
+from model_fixtures import learner_config, tiny_inputs, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from vla_adapter_hf import quantization_config
+from vla_adapter_hf.bench_measures import weight_bytes
+
+
+pytest.importorskip("torchao")
+
+# Of normalised actions; random weights amplify every rounding.
+TOLERANCE = {"int8": 0.15, "int4": 1.0}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("quantization") / "checkpoint"
+    tiny_model(learner_config()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    values = tiny_inputs(learner_config())
+    state = values.pop("proprio").double().numpy()
+    return {**values, "state": state}
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint, kind):
+    return AutoModel.from_pretrained(checkpoint, dtype=torch.bfloat16, quantization_config=quantization_config(kind))
+
+
+class TestLoaded:
+    def test_the_actions_stay_near_but_are_not_the_same(self, model, kind, checkpoint, inputs):
+        expected = AutoModel.from_pretrained(checkpoint, dtype=torch.bfloat16).predict_action(**inputs)
+        error = np.abs(model.predict_action(**inputs) - expected)
+        assert 0 < error.max() < TOLERANCE[kind]
+
+    def test_what_is_kept_is_in_the_models_precision_and_the_rest_is_not(self, model):
+        kinds = {name: type(weight.data) for name, weight in model.named_parameters() if name.endswith("proj.weight")}
+        assert kinds and all(kind is not torch.Tensor for kind in kinds.values())
+        for name in ("policy.fc_out", "proprio_projector.fc1", "proprio_projector.fc2"):
+            assert type(model.get_submodule(name).weight.data) is torch.Tensor
+
+    def test_it_takes_less_memory(self, model, kind, checkpoint):
+        whole = weight_bytes(AutoModel.from_pretrained(checkpoint, dtype=torch.bfloat16))
+        assert weight_bytes(model) < {"int8": 0.7, "int4": 0.5}[kind] * whole
+
+    def test_it_compiles_without_graph_breaks(self, model, inputs):
+        torch.compiler.reset()
+        expected = model.predict_action(**inputs)
+        compiled = model.compile_for_inference(prompt_multiple=9, backend="eager").predict_action(**inputs)
+        np.testing.assert_allclose(compiled, expected, rtol=0, atol=1e-2)
+
+
+def test_eight_bits_are_saved_and_read_back(checkpoint, inputs, tmp_path):
+    model = AutoModel.from_pretrained(checkpoint, quantization_config=quantization_config("int8"))
+    model.save_pretrained(tmp_path)
+    again = AutoModel.from_pretrained(tmp_path)
+    np.testing.assert_array_equal(again.predict_action(**inputs), model.predict_action(**inputs))
+
+
+def test_a_file_that_lacks_a_weight_is_refused_all_the_same(checkpoint, tmp_path):
+    AutoModel.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["policy.blocks.1.attention.q_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing keys policy.blocks.1.attention.q_proj.weight"):
+        AutoModel.from_pretrained(tmp_path, quantization_config=quantization_config("int8"))
+
+
+def test_what_to_keep_can_be_chosen(checkpoint):
+    config = quantization_config("int8", keep=["language_model"])
+    model = AutoModel.from_pretrained(checkpoint, quantization_config=config)
+    assert type(model.language_model.layers[0].mlp.up_proj.weight.data) is torch.Tensor
+    assert type(model.proprio_projector.fc2.weight.data) is not torch.Tensor
+
+
+@pytest.mark.parametrize("message, arguments", [("kind", {"kind": "int3"}), ("device", {"device": "tpu"})])
+def test_arguments_that_make_no_sense_are_refused(message, arguments):
+    with pytest.raises(ValueError, match=message):
+        quantization_config(**arguments)
