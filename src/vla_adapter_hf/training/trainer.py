@@ -124,7 +124,7 @@ class CheckpointCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if state.is_world_process_zero and not (folder / CARD).is_file():
+        if state.is_world_process_zero and not _has_card(folder):
             self.complete(folder, model, state.global_step)
 
     def on_push_begin(
@@ -134,7 +134,7 @@ class CheckpointCallback(TrainerCallback):
         checkpoint = output / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if not checkpoint.is_dir():
             return  # the Trainer saves the whole model where it is pushed from
-        if not (checkpoint / CARD).is_file():
+        if not _has_card(checkpoint):
             self.complete(checkpoint, model, state.global_step)
         self.processor.save_pretrained(output)
         for path in [*checkpoint.glob("*.py"), checkpoint / CARD]:
@@ -232,7 +232,13 @@ def is_finished(checkpoint: Path, with_card: bool = True) -> bool:
         json.loads((checkpoint / TRAINER_STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return not with_card or (checkpoint / CARD).is_file()
+    return not with_card or _has_card(checkpoint)
+
+
+def _has_card(checkpoint: Path) -> bool:
+    """Whether a [`CheckpointCallback`] has been here: it writes the model card last. PEFT writes another one first."""
+    card = checkpoint / CARD
+    return card.is_file() and "library_name: peft" not in card.read_text(encoding="utf-8")
 
 
 def _checkpoints(output: Path) -> list[Path]:
