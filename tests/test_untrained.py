@@ -9,9 +9,10 @@ from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner
 
 from vla_adapter_hf.cli import app
+from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.pretrained_parts import load_tokenizer
 from vla_adapter_hf.processing.processing_vla_adapter import PROMPTS
-from vla_adapter_hf.untrained import cut_down_tokenizer, init_untrained
+from vla_adapter_hf.untrained import cut_down_tokenizer, init_from_config, init_untrained
 
 
 TOKENIZER = str(files("vla_adapter_hf").joinpath("embedded", "checkpoint"))
@@ -114,3 +115,16 @@ def test_what_a_model_from_nothing_has_no_use_for_is_refused(tmp_path, config_fi
         assert result.exit_code == 1
         assert expected in result.output
     assert not (tmp_path / "model").exists()
+
+
+def test_words_pictures_and_queries_enter_a_new_language_model_alike():
+    config = VLAAdapterConfig(**FIELDS)
+    model, _ = init_from_config(config, cut_down_tokenizer(load_tokenizer(TOKENIZER), INSTRUCTIONS, 400))
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        patches = model.get_image_features(torch.randn(16, 12, 28, 28)).pooler_output.detach()
+    words, queries = model.get_input_embeddings().weight, model.action_queries.weight
+    for states in (patches.flatten(0, 1), words, queries):
+        assert 0.3 < states.std() < 2.0
+    # What does not depend on the picture is small beside what does.
+    assert patches.mean(dim=(0, 1)).abs().mean() < 0.5 * patches.std(dim=0).mean()

@@ -75,7 +75,33 @@ def init_from_config(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = VLAAdapterForActionPrediction(config).eval()
+        let_inputs_count(model)
     return model, VLAAdapterProcessor.from_model_config(config, tokenizer, prompt_style)
+
+
+@torch.no_grad()
+def let_inputs_count(model: VLAAdapterForActionPrediction, frames: int = 32) -> None:
+    """Bring everything that enters a new language model to mean 0 and variance 1, in place.
+
+    As libraries initialise them, the patches of untrained towers are one large constant with a little picture on it,
+    sixty times as long as the embedding of a word. What the language model makes of that hardly depends on picture or
+    words, and training settles for the state alone. Pretrained parts need nothing of the kind. The projector's last
+    layer is set by the data, as Salimans and Kingma (arXiv 1602.07868) do, from frames of random blocks.
+
+    Args:
+        model ([`VLAAdapterForActionPrediction`]): with random weights.
+        frames (`int`): random frames per camera. They come from torch's generator, as the embeddings do.
+    """
+    config = model.config
+    model.get_input_embeddings().weight.normal_()
+    model.action_queries.weight.normal_()
+    blocks = torch.randn(frames, 6 * config.num_cameras, 8, 8)
+    pixels = torch.nn.functional.interpolate(blocks, size=(config.image_size, config.image_size))
+    patches = model.get_image_features(pixels).pooler_output.flatten(0, 1)
+    std, mean = torch.std_mean(patches, dim=0)
+    last = model.vision_projector.fc3
+    last.weight.div_(std[:, None])
+    last.bias.sub_(mean).div_(std)
 
 
 def init_untrained(
