@@ -55,7 +55,7 @@ class TestLoaded:
 
     def test_it_takes_less_memory(self, model, kind, checkpoint):
         whole = weight_bytes(AutoModel.from_pretrained(checkpoint, dtype=torch.bfloat16))
-        assert weight_bytes(model) < {"int8": 0.75, "int4": 0.6}[kind] * whole
+        assert weight_bytes(model) < {"int8": 0.75, "int4": 0.65}[kind] * whole
 
     def test_it_compiles_without_graph_breaks(self, model, inputs):
         torch.compiler.reset()
