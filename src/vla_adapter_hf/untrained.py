@@ -22,6 +22,9 @@ from vla_adapter_hf.processing.processing_vla_adapter import PROMPTS, VLAAdapter
 from vla_adapter_hf.writing import check_destination, write_checkpoint
 
 
+SMALL_HEAD = 0.02  # of PyTorch's initialisation
+
+
 def cut_down_tokenizer(
     tokenizer: PreTrainedTokenizerBase, instructions: Iterable[str], vocab_size: int, prompt_style: str = "chat"
 ) -> PreTrainedTokenizerBase:
@@ -81,12 +84,13 @@ def init_from_config(
 
 @torch.no_grad()
 def let_inputs_count(model: VLAAdapterForActionPrediction, frames: int = 32) -> None:
-    """Bring everything that enters a new language model to mean 0 and variance 1, in place.
+    """Bring everything that enters a new language model to mean 0 and variance 1, and its actions near 0, in place.
 
     As libraries initialise them, the patches of untrained towers are one large constant with a little picture on it,
     sixty times as long as the embedding of a word. What the language model makes of that hardly depends on picture or
     words, and training settles for the state alone. Pretrained parts need nothing of the kind. The projector's last
-    layer is set by the data, as Salimans and Kingma (arXiv 1602.07868) do, from frames of random blocks.
+    layer is set by the data, as Salimans and Kingma (arXiv 1602.07868) do, from frames of random blocks. The action head
+    starts small: answering to untrained features, it would first teach them to be silent.
 
     Args:
         model ([`VLAAdapterForActionPrediction`]): with random weights.
@@ -102,6 +106,8 @@ def let_inputs_count(model: VLAAdapterForActionPrediction, frames: int = 32) -> 
     last = model.vision_projector.fc3
     last.weight.div_(std[:, None])
     last.bias.sub_(mean).div_(std)
+    model.policy.fc_out.weight.mul_(SMALL_HEAD)
+    model.policy.fc_out.bias.zero_()
 
 
 def init_untrained(
