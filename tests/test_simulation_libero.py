@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from simulator import need_simulator
 
-from vla_adapter_hf.simulation.demonstrate import RecordingSettings, demonstrate
+from vla_adapter_hf.simulation.demonstrate import RecordingSettings, demonstrate, plan_episode, record_episode
 from vla_adapter_hf.simulation.evaluate import evaluate
 from vla_adapter_hf.simulation.libero import LiberoSuite
 from vla_adapter_hf.simulation.policies import ReplayPolicy
@@ -277,3 +277,25 @@ def test_demonstrations_hold_the_actions_that_were_executed(tmp_path):
         assert row["step"] < episode["steps"]
     assert all(row["action"][6] in (-1.0, 1.0) for row in rows)
     assert dataclasses.asdict(settings) == summary["settings"]
+
+
+def test_asking_for_other_objects_leaves_the_episode_as_it_is(soup):
+    """The simulator goes back bit for bit, and each alternative begins towards its own object."""
+    plain = RecordingSettings(render_every=20, image_size=16)
+    plan = plan_episode("both", 0, 2, soup.movable_objects, plain)
+    (alone,) = record_episode(soup, plan, plain)
+    *others, itself = record_episode(soup, plan, dataclasses.replace(plain, alternatives=2))
+    for name in ("chunks", "states", "actions", "steps"):
+        np.testing.assert_array_equal(alone[name], itself[name])
+    assert alone["images"] == itself["images"]
+    assert len(others) == 2
+    assert len({episode["instruction"] for episode in (*others, itself)}) == 3
+    for episode in others:
+        target = np.array(episode["extra"]["positions"][episode["extra"]["target"]])
+        # LIBERO's end effector and its world share the axes of the action.
+        towards = target - episode["states"][0, :2]
+        far = np.abs(towards) > 0.05
+        assert far.any()
+        np.testing.assert_array_equal(np.sign(episode["chunks"][0, 0, :2])[far], np.sign(towards)[far])
+        first = list(itself["steps"]).index(episode["steps"][0])
+        assert episode["images"]["image"][0] == itself["images"]["image"][first]
