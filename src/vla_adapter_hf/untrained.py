@@ -23,6 +23,7 @@ from vla_adapter_hf.writing import check_destination, write_checkpoint
 
 
 SMALL_HEAD = 0.02  # of PyTorch's initialisation
+SHARPNESS = 3.0  # times transformers' initialisation
 
 
 def cut_down_tokenizer(
@@ -89,8 +90,9 @@ def let_inputs_count(model: VLAAdapterForActionPrediction, frames: int = 32) -> 
     As libraries initialise them, the patches of untrained towers are one large constant with a little picture on it,
     sixty times as long as the embedding of a word. What the language model makes of that hardly depends on picture or
     words, and training settles for the state alone. Pretrained parts need nothing of the kind. The projector's last
-    layer is set by the data, as Salimans and Kingma (arXiv 1602.07868) do, from frames of random blocks. The action head
-    starts small: answering to untrained features, it would first teach them to be silent.
+    layer is set by the data, as Salimans and Kingma (arXiv 1602.07868) do, from frames of random blocks. Attention starts
+    sharp, so that some queries look at some words and patches and not at the mean of all. The action head starts small:
+    answering to untrained features, it would first teach them to be silent.
 
     Args:
         model ([`VLAAdapterForActionPrediction`]): with random weights.
@@ -106,6 +108,9 @@ def let_inputs_count(model: VLAAdapterForActionPrediction, frames: int = 32) -> 
     last = model.vision_projector.fc3
     last.weight.div_(std[:, None])
     last.bias.sub_(mean).div_(std)
+    for layer in model.language_model.layers:
+        layer.self_attn.q_proj.weight.mul_(SHARPNESS)
+        layer.self_attn.k_proj.weight.mul_(SHARPNESS)
     model.policy.fc_out.weight.mul_(SMALL_HEAD)
     model.policy.fc_out.bias.zero_()
 
