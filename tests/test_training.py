@@ -574,6 +574,7 @@ def test_a_short_training_learns_something(processor, four_episodes, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("way", ["python", "command"])
 def test_four_episodes_are_learned_by_heart(processor, four_episodes, tmp_path, way):
     """Mean error below 0.02 in normalised space, over all 226 steps of the four episodes."""
