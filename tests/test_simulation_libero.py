@@ -279,6 +279,24 @@ def test_demonstrations_hold_the_actions_that_were_executed(tmp_path):
     assert dataclasses.asdict(settings) == summary["settings"]
 
 
+def test_environments_of_one_process_do_not_draw_into_each_other(soup):
+    soup.reset(1)
+    alone = soup.observe().images
+    other = OBJECT.make(3)
+    try:
+        for _ in range(2):
+            other.reset(0)
+            seen = other.observe().images
+            soup.reset(1)
+            np.testing.assert_array_equal(soup.observe().images, alone)
+            other.reset(0)
+            np.testing.assert_array_equal(other.observe().images, seen)
+    finally:
+        other.close()
+    soup.reset(1)
+    np.testing.assert_array_equal(soup.observe().images, alone)
+
+
 def test_asking_for_other_objects_leaves_the_episode_as_it_is(soup):
     """The simulator goes back bit for bit, and each alternative begins towards its own object."""
     plain = RecordingSettings(render_every=20, image_size=16)

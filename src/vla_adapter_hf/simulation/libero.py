@@ -7,6 +7,7 @@ Per episode: reset, the task's fixed initial state, ten no-op steps, then the po
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import math
 from collections.abc import Sequence
@@ -234,7 +235,13 @@ class LiberoEnvironment:
         return bool(done) if self._goal is self._official_goal else self._is_solved()
 
     def close(self) -> None:
+        if self._wrapper is None:
+            return
+        # What is freed is looked up by number in the current context, where another environment may have the same numbers.
+        self._use_own_renderer()
         self._wrapper.close()
+        self._wrapper = self._env = None
+        gc.collect()
 
     # -- going back in time, to see what another choice would lead to ------------------------------------------------
 
@@ -361,6 +368,8 @@ class LiberoEnvironment:
         robosuite samples an observable once per control step, on a clock of the observable's own that stands still while
         it is off. Setting the camera's clock by one that always runs gives the frames that an uninterrupted camera gives.
         """
+        if enabled:
+            self._use_own_renderer()
         observables = self._env._observables
         clock = observables["robot0_eef_pos"]
         for camera in CAMERAS:
@@ -371,6 +380,12 @@ class LiberoEnvironment:
             if enabled:
                 observable._time_since_last_sample = clock._time_since_last_sample
                 observable._sampled = clock._sampled
+
+    def _use_own_renderer(self) -> None:
+        """robosuite draws into whatever OpenGL context is current: that of the environment made last in this process."""
+        context = self._env.sim._render_context_offscreen
+        if context is not None:
+            context.gl_ctx.make_current()
 
     def _seed_like_published(self, episode: int) -> None:
         """Brings the simulator's random numbers to where the published loop has them in this episode.
