@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from vla_adapter_hf.simulation.chunks import ActionChunkQueue
+from vla_adapter_hf.simulation.policies import camera_order
 
 
 def chunk(first: float, size: int = 8) -> np.ndarray:
@@ -97,3 +98,22 @@ def test_settings_that_cannot_work_are_named(arguments, message):
 def test_chunks_that_cannot_be_executed_are_refused(actions, message):
     with pytest.raises(ValueError, match=message):
         ActionChunkQueue(execute=3).add(actions)
+
+
+@pytest.mark.parametrize(
+    "wanted, present, order",
+    [
+        (["image", "wrist_image"], ["image", "wrist_image"], [0, 1]),
+        (["wrist_image", "image"], ["image", "wrist_image"], [1, 0]),
+        (["wrist_image"], ["image", "wrist_image"], [1]),
+        (["front", "hand"], ["image", "wrist_image"], [0, 1]),
+    ],
+)
+def test_a_model_gets_the_frames_of_its_own_cameras(wanted, present, order):
+    assert camera_order(wanted, present) == order
+
+
+@pytest.mark.parametrize("wanted", [["image", "hand"], ["front"], ["image", "wrist_image", "left"]])
+def test_cameras_that_the_environment_lacks_are_refused(wanted):
+    with pytest.raises(ValueError, match=f"cameras are {', '.join(wanted)}; the environment has image, wrist_image"):
+        camera_order(wanted, ["image", "wrist_image"])

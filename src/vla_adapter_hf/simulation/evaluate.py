@@ -132,8 +132,8 @@ def evaluate(
         rollouts: how many episodes of each task to keep as films, each with a contact sheet (PNG) beside it.
         rollout_format: `gif` or `mp4`.
         save_actions: keep the executed actions of every episode, for `ReplayPolicy`.
-        unnorm_key, device, dtype: for checkpoints. The statistics of a suite are found by the suite's name, and taken
-            whatever they are called where a checkpoint has one set only.
+        unnorm_key, device, dtype: for checkpoints. The statistics of a suite are found by the suite's name; others, such as those
+            of a dataset of your own, are named with `unnorm_key`.
         report: receives lines of progress.
 
     Returns:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -137,14 +138,15 @@ class CheckpointPolicy:
 
     Args:
         checkpoint: folder or Hub id, in transformers' layout or as published.
-        unnorm_key: statistics to use; may be left out if the checkpoint has one set, or one of the suite's name.
-        suite: name of the suite that is played.
+        robot: preset of the suite, whose camera names say what the environment's frames are.
+        unnorm_key: statistics to use; by default those of the suite's name.
+        suite: name of the suite that is played; without one, a checkpoint's only statistics are taken.
         device: such as `cuda`; None is the CPU.
         dtype: such as `bfloat16`; None is the checkpoint's own on a GPU and float32 on the CPU.
         name: what results call the policy; the last part of `checkpoint` by default.
 
     Raises:
-        ValueError: the checkpoint has no statistics of that name, or several and none of the suite's name.
+        ValueError: the checkpoint has no statistics of that name, or wants other cameras than there are.
     """
 
     needs_observation = True
@@ -152,6 +154,7 @@ class CheckpointPolicy:
     def __init__(
         self,
         checkpoint: str | Path,
+        robot: str,
         unnorm_key: str | None = None,
         suite: str | None = None,
         device: str | None = None,
@@ -165,11 +168,10 @@ class CheckpointPolicy:
         self.name = name or Path(checkpoint).name
         self.processor = AutoProcessor.from_pretrained(checkpoint)
         self.model = AutoModel.from_pretrained(checkpoint, dtype=dtype).eval().to(device)
-        norm_stats = self.model.config.norm_stats
-        # Checked before an environment is built.
-        self.unnorm_key, _ = select_norm_stats(
-            norm_stats, unnorm_key or (suite if len(norm_stats or ()) > 1 else None)
-        )
+        # Both are checked before an environment is built. Statistics of another suite would give actions of another size,
+        # and frames in another order than the model's are a silent error.
+        self.unnorm_key, _ = select_norm_stats(self.model.config.norm_stats, unnorm_key or suite)
+        self.camera_order = camera_order(self.model.config.cameras, get_robot(robot).cameras)
 
     def describe(self) -> dict[str, Any]:
         """What decides its actions besides the name (JSON values): a retrained checkpoint does not resume the old one's run."""
@@ -178,14 +180,43 @@ class CheckpointPolicy:
         checksum = 0
         for tensor in self.model.state_dict().values():
             checksum = zlib.crc32(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy(), checksum)
-        return {"weights": f"crc32 {checksum:08x}", "unnorm_key": self.unnorm_key}
+        config = self.model.config.to_dict()
+        rest = [
+            {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+        ]
+        rest += [self.processor.image_processor.to_dict(), self.processor.prompt_style]
+        rest += [self.processor.tokenizer.get_vocab()]
+        settings = zlib.crc32(json.dumps(rest, sort_keys=True, default=str).encode())
+        return {
+            "weights": f"crc32 {checksum:08x}",
+            "configuration": f"crc32 {settings:08x}",
+            "unnorm_key": self.unnorm_key,
+        }
 
     def predict(self, requests: Sequence[Request]) -> list[np.ndarray]:
-        images = [list(request.observation.images) for request in requests]
+        images = [[request.observation.images[index] for index in self.camera_order] for request in requests]
         state = np.stack([request.observation.state for request in requests])
         # One instruction may be shorter than another: the processor pads.
         inputs = self.processor(images=images, text=[request.instruction for request in requests], state=state)
         return list(self.model.predict_action(**inputs, unnorm_key=self.unnorm_key))
+
+
+def camera_order(wanted: Sequence[str], present: Sequence[str]) -> list[int]:
+    """For every camera of a model, the place of its frame among the environment's.
+
+    Cameras are told apart by name. A model that has names of its own for all of them takes the frames in the order they come.
+
+    Raises:
+        ValueError: some names are known and others are not, or there are other numbers of cameras and no known names.
+    """
+    if set(wanted) <= set(present):
+        return [list(present).index(name) for name in wanted]
+    if len(wanted) == len(present) and not set(wanted) & set(present):
+        return list(range(len(present)))
+    raise ValueError(
+        f"the checkpoint's cameras are {', '.join(wanted)}; the environment has {', '.join(present)}. Name them alike, by "
+        "loading the checkpoint with cameras=[...] and saving it."
+    )
 
 
 def blackened(observation: Observation | None) -> Observation | None:
@@ -210,5 +241,5 @@ def make_policy(name: str, robot: str, **options: Any) -> Policy | ResidentPolic
         return NoopPolicy(robot)
     if name == "embedded":
         with embedded_folder() as folder:
-            return CheckpointPolicy(folder / "checkpoint", name=name, **options)
-    return CheckpointPolicy(name, **options)
+            return CheckpointPolicy(folder / "checkpoint", robot, name=name, **options)
+    return CheckpointPolicy(name, robot, **options)
