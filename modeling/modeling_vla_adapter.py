@@ -427,7 +427,13 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
                 module.training = True
 
         # 4. Normalised space to physical units.
-        return unnormalize(normalized.double().cpu().numpy(), stats["action"], config.norm_type, config.constant_dims)
+        normalized = normalized.double().cpu().numpy()
+        if not np.isfinite(normalized).all():
+            raise ValueError(
+                f"the model predicted actions that are not finite in {self.dtype}. In float16 that is an overflow: use "
+                "bfloat16 or float32; otherwise the weights are broken."
+            )
+        return unnormalize(normalized, stats["action"], config.norm_type, config.constant_dims)
 
     def compile_for_inference(self, prompt_multiple: int = 64, **options: Any) -> "VLAAdapterForActionPrediction":
         """Compile the forward pass for [`predict_action`], which then returns the same actions sooner.

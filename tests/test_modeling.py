@@ -203,6 +203,19 @@ class TestForwardRefuses:
             model(**{**inputs, field: wrong})
 
 
+def test_actions_that_are_not_finite_are_refused(model):
+    """Broken weights, or an overflow in float16, must not reach a robot."""
+    inputs = physical(tiny_inputs(model.config))
+    with torch.no_grad():
+        kept = model.policy.fc_out.bias.clone()
+        model.policy.fc_out.bias[1] = float("nan")
+        try:
+            with pytest.raises(ValueError, match=r"actions that are not finite in torch.float32"):
+                model.predict_action(**inputs)
+        finally:
+            model.policy.fc_out.bias.copy_(kept)
+
+
 class TestPredictAction:
     @pytest.mark.parametrize("batch_size", [1, 3])
     def test_the_result_is_always_batch_chunk_action(self, model, batch_size):
