@@ -7,6 +7,7 @@ full rate in the extra column `action_chunk`. The column `action` holds the row'
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 from .expert import LiberoObjectExpert
-from .lerobot_writer import LeRobotLayout, assemble, encode_image, save_episode, saved_episodes
+from .lerobot_writer import PARTS, LeRobotLayout, assemble, encode_image, save_episode, saved_episodes
 from .libero import LiberoEnvironment, LiberoSuite, object_instruction
 from .placement import HAND, PALM_OVER_TOP, PLACEMENTS, STREAMS
 
@@ -298,8 +299,8 @@ def _record_job(job: _Job) -> dict[str, Any]:
                 _mark_failed(Path(job.output), plan)
             else:
                 # The episode itself is saved last: where it is, the others are.
-                for episode in recorded:
-                    save_episode(Path(job.output), **episode)
+                for part in recorded:
+                    save_episode(Path(job.output), **part)
                 saved += 1
     finally:
         environment.close()
@@ -349,7 +350,8 @@ def demonstrate(
         Numbers: episodes, rows, failed, seconds.
 
     Raises:
-        ValueError: a suite without an expert, an unknown placement or task, numbers out of range.
+        ValueError: a suite without an expert, an unknown placement or task, numbers out of range, or an output that was begun
+            with other settings.
         ImportError: LIBERO is not installed.
     """
     if suite != "libero_object":
@@ -369,6 +371,7 @@ def demonstrate(
         raise ValueError(f"tasks must be in 0...{len(known) - 1}, got {chosen}")
 
     output = Path(output)
+    _check_settings(output, suite, settings)
     began = time.perf_counter()
     jobs = _plan_jobs(str(output), suite, chosen, wanted, settings, batch)
     done = failed = 0
@@ -398,6 +401,26 @@ def demonstrate(
         "seconds": time.perf_counter() - began,
         "settings": asdict(settings),
     }
+
+
+def _check_settings(output: Path, suite: str, settings: RecordingSettings) -> None:
+    """A folder holds episodes of one kind: extending it with other settings would mix them, or record nothing."""
+    path = output / PARTS / "settings.json"
+    # Through JSON, as tuples come back as lists.
+    wanted = json.loads(json.dumps({"suite": suite, **asdict(settings)}))
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        differing = [name for name in wanted if found.get(name) != wanted[name]]
+        if differing:
+            was = ", ".join(f"{name}={found.get(name)!r} and not {wanted[name]!r}" for name in differing)
+            raise ValueError(
+                f"output={output} was begun with {was}; name another folder, or record with the same settings."
+            )
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
 def _plan_jobs(
