@@ -108,6 +108,7 @@ def test_what_a_model_from_nothing_has_no_use_for_is_refused(tmp_path, config_fi
     base = ["init", str(tmp_path / "model"), "--config", str(config_file)]
     for words, expected in (
         ([*base, "--tokenizer", TOKENIZER, "--siglip", "somewhere"], "leave --siglip out"),
+        ([*base, "--tokenizer", TOKENIZER, "--robot", "calvin"], "leave --robot out"),
         (base, "--config needs --tokenizer"),
         (["init", str(tmp_path / "model"), "--instructions", str(config_file)], "it needs --config"),
     ):
@@ -128,3 +129,20 @@ def test_words_pictures_and_queries_enter_a_new_language_model_alike():
         assert 0.3 < states.std() < 2.0
     # What does not depend on the picture is small beside what does.
     assert patches.mean(dim=(0, 1)).abs().mean() < 0.5 * patches.std(dim=0).mean()
+
+
+def test_unknown_prompts_and_broken_files_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match="prompt_style must be one of chat, in_out, got 'inout'"):
+        cut_down_tokenizer(load_tokenizer(TOKENIZER), INSTRUCTIONS, 400, "inout")
+    (tmp_path / "broken.json").write_text("{", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"broken.json is not JSON"):
+        init_untrained(tmp_path / "model", tmp_path / "broken.json", tokenizer=TOKENIZER)
+
+
+def test_weights_are_stored_in_the_precision_asked_for(tmp_path, config_file):
+    words = ["init", str(tmp_path / "model"), "--config", str(config_file), "--tokenizer", big_tokenizer(tmp_path)]
+    fields = {**FIELDS, "text_config": {**FIELDS["text_config"], "vocab_size": 2000}}
+    config_file.write_text(json.dumps(fields), encoding="utf-8")
+    result = CliRunner().invoke(app, [*words, "--dtype", "bfloat16"])
+    assert result.exit_code == 0, result.output
+    assert AutoModel.from_pretrained(tmp_path / "model").dtype == torch.bfloat16

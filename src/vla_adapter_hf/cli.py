@@ -76,7 +76,9 @@ def init(
     siglip: Annotated[str | None, typer.Option(help="SigLIP: folder or Hub id.")] = None,
     language_model: Annotated[str | None, typer.Option(help="Qwen2.5: folder or Hub id.")] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Where it is, if not with the language model.")] = None,
-    robot: Annotated[str, typer.Option(help="Robot preset for sizes, cameras and normalisation.")] = "libero",
+    robot: Annotated[
+        str | None, typer.Option(help="Robot preset for sizes, cameras and normalisation; libero by default.")
+    ] = None,
     cameras: Annotated[str | None, typer.Option(help="Camera names in order, as in front,wrist.")] = None,
     chunk_size: Annotated[int | None, typer.Option(help="Actions per chunk.")] = None,
     action_dim: Annotated[int | None, typer.Option(help="Size of an action.")] = None,
@@ -103,12 +105,14 @@ def init(
         given = {name: value for name, value in fields.items() if value is not None}
         if config is not None:
             others = {"base": base, "dinov2": dinov2, "siglip": siglip, "language_model": language_model, "step": step}
+            others |= {"robot": robot, "norm_stats": norm_stats}
             surplus = [f"--{name.replace('_', '-')}" for name, value in others.items() if value is not None]
             if surplus:
                 raise ValueError(f"--config starts from nothing; leave {', '.join(surplus)} out.")
             if tokenizer is None:
                 raise ValueError("--config needs --tokenizer: the folder or Hub id of a Qwen2 tokenizer.")
             about = {"tokenizer": tokenizer, "instructions": instructions, "prompt_style": prompt_style, "seed": seed}
+            given |= {"dtype": _dtype(dtype)}
             init_untrained(destination, config, **about, say=typer.echo, **given)
             return
         if instructions is not None:

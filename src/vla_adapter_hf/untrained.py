@@ -40,8 +40,11 @@ def cut_down_tokenizer(
         `PreTrainedTokenizerBase`: any text survives encoding and decoding; the instructions take the fewest tokens.
 
     Raises:
-        ValueError: without instructions, or with a size that the bytes and control tokens fill alone.
+        ValueError: without instructions, with a size that the bytes and control tokens fill alone, or with an unknown prompt
+            style.
     """
+    if prompt_style not in PROMPTS:
+        raise ValueError(f"prompt_style must be one of {', '.join(PROMPTS)}, got {prompt_style!r}.")
     instructions = [instruction.strip().lower() for instruction in instructions if instruction.strip()]
     if not instructions:
         raise ValueError("instructions is empty: the vocabulary is made from them.")
@@ -80,6 +83,7 @@ def init_from_config(
         torch.manual_seed(seed)
         model = VLAAdapterForActionPrediction(config).eval()
         let_inputs_count(model)
+        model.to(config.dtype or torch.float32)
     return model, VLAAdapterProcessor.from_model_config(config, tokenizer, prompt_style)
 
 
@@ -142,7 +146,10 @@ def init_untrained(
             nothing is written.
     """
     destination = check_destination(destination)
-    fields = json.loads(Path(config).read_text(encoding="utf-8"))
+    try:
+        fields = json.loads(Path(config).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{config} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{config} must hold an object of fields of VLAAdapterConfig, got {type(fields).__name__}.")
     model_config = VLAAdapterConfig(**{**fields, **config_fields})
