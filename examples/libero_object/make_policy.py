@@ -120,13 +120,15 @@ def pack(name: str, folder: Path, scores: dict[str, dict]) -> None:
     table = score_table(scores)
     model = AutoModel.from_pretrained(folder / "trained", dtype=torch.bfloat16)
     processor = AutoProcessor.from_pretrained(folder / "trained")
-    state = json.loads((folder / "trained" / "trainer_state.json").read_text(encoding="utf-8"))
+    last = last_finished_checkpoint(folder / "trained")
+    steps = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    batch_size = yaml.safe_load((folder / "train.yaml").read_text(encoding="utf-8"))["per_device_train_batch_size"]
     card = fill_model_card(
         model.config,
         title=f"A small VLA-Adapter for libero_object ({name})",
         summary=(
-            f"{model.num_parameters() / 1e6:.1f} million parameters, trained from nothing on a CPU ({state['global_step']} "
-            "steps of 64) on demonstrations that this package's scripted expert recorded in the LIBERO simulator. Redo it "
+            f"{model.num_parameters() / 1e6:.1f} million parameters, trained from nothing on a CPU ({steps} "
+            f"steps of {batch_size}) on demonstrations that this package's scripted expert recorded in the LIBERO simulator. Redo it "
             "with `make policy`; its parts are in `examples/libero_object/`."
         ),
         results=table,
