@@ -265,6 +265,9 @@ def test_demonstrations_hold_the_actions_that_were_executed(tmp_path):
     assert summary["episodes"] + summary["failed"] == 2
     again = demonstrate("libero_object", tmp_path, {"jitter": 2}, tasks=[3], settings=settings, report=silent)
     assert again["recorded_now"] == 0
+    other = dataclasses.replace(settings, seed=1)
+    with pytest.raises(ValueError, match="was begun with seed=0 and not 1"):
+        demonstrate("libero_object", tmp_path, {"jitter": 3}, tasks=[3], settings=other, report=silent)
     import pyarrow.parquet as pq
 
     rows = pq.read_table(sorted((tmp_path / "data").rglob("*.parquet"))[0]).to_pylist()
