@@ -110,7 +110,7 @@ def bench(
     Raises:
         ValueError: for contradicting arguments, or a device that is not there.
     """
-    place = _check_arguments(checkpoint, size, device, batch_sizes, runs, warmup)
+    place = _check_arguments(checkpoint, size, device, threads, batch_sizes, runs, warmup)
     if threads is not None:
         torch.set_num_threads(threads)
     with ExitStack() as stack:
@@ -169,7 +169,13 @@ def _write_random(folder: str, size: str, dtype: torch.dtype) -> None:
 
 
 def _check_arguments(
-    checkpoint: str | None, size: str | None, device: str, batch_sizes: Sequence[int], runs: int, warmup: int
+    checkpoint: str | None,
+    size: str | None,
+    device: str,
+    threads: int | None,
+    batch_sizes: Sequence[int],
+    runs: int,
+    warmup: int,
 ) -> torch.device:
     if checkpoint is not None and size is not None:
         raise ValueError(f"give either a checkpoint ({checkpoint}) or --size {size}, not both.")
@@ -178,6 +184,7 @@ def _check_arguments(
     for name, value, least in (
         ("runs", runs, 1),
         ("warmup", warmup, 0),
+        *(("threads", count, 1) for count in (threads,) if count is not None),
         *(("batch", size, 1) for size in batch_sizes),
     ):
         if value < least:
