@@ -166,6 +166,37 @@ def test_chunks_of_a_plain_dataset_follow_its_rows_into_their_order(recording):
         assert np.array_equal(sample["actions"], chunks[first[sample["episode_index"]] + sample["frame_index"]])
 
 
+def steps_of(dataset):
+    return [int(dataset.control_step(index)) for index in range(len(dataset))]
+
+
+@pytest.mark.parametrize(
+    "cells",
+    [
+        pa.array([f"step {row}" for row in range(7)]),
+        pa.array([[row] for row in range(7)], pa.list_(pa.int64())),
+        pa.array([row + 0.5 for row in range(7)]),
+        pa.array([0, 4, 8, None, 16, 0, 4], pa.int64()),
+        pa.nulls(7),
+    ],
+    ids=["texts", "lists", "fractions", "one missing", "all missing"],
+)
+def test_a_column_that_is_called_step_but_holds_no_control_steps_is_not_used(recording, cells):
+    folder, chunks = recording
+    dataset = VLAAdapterDataset.from_lerobot(folder, cameras=CAMERAS)
+    assert steps_of(dataset) == [STRIDE * sample["frame_index"] for sample in dataset]
+    path = data_files(folder)[0]  # the other files keep theirs
+    table = pq.read_table(path)
+    pq.write_table(table.set_column(table.schema.get_field_index("step"), "step", cells), path)
+    rows = datasets.load_dataset("parquet", data_files=path, split="train")
+    for changed in (
+        VLAAdapterDataset.from_lerobot(folder, cameras=CAMERAS),
+        VLAAdapterDataset.from_dataset(rows, cameras=CAMERAS, instruction="go", chunk_size=K),
+    ):
+        assert steps_of(changed) == [sample["frame_index"] for sample in changed]
+        assert np.array_equal([sample["actions"] for sample in changed], chunks[: len(changed)])
+
+
 def test_a_smaller_chunk_is_the_beginning_of_the_stored_one(recording):
     folder, chunks = recording
     dataset = VLAAdapterDataset.from_lerobot(folder, robot="libero", chunk_size=3)

@@ -1,17 +1,23 @@
 """Windows, splits, columns and bad episodes of `VLAAdapterDataset`."""
 
+import errno
 import json
+from contextlib import contextmanager
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_fixtures import DEMOS, RLDS, TASKS, copy_of, edit_info
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from vla_adapter_hf.data import BadEpisodeError, VLAAdapterDataset, VLAAdapterStreamingDataset, load_demonstrations
 from vla_adapter_hf.data.episodes import BadEpisode
+from vla_adapter_hf.data.lerobot import LeRobotSource
 from vla_adapter_hf.data.loading import detect_format
+from vla_adapter_hf.data.streams import LeRobotStream
 from vla_adapter_hf.data.tfrecord import encode_example, write_records
 from vla_adapter_hf.data.windows import WindowIndex, action_chunk
 
@@ -421,6 +427,43 @@ def test_a_parquet_file_with_damaged_numbers_makes_its_episodes_bad_ones(tmp_pat
         assert {sample["episode_index"] for sample in others} == {0, 2, 3}
         assert others.num_skipped_episodes == 1
         assert next(iter(others.norm_stats.values()))["num_trajectories"] == 3
+
+
+@contextmanager
+def no_more_open_files():
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_no_episode_is_given_up_when_the_system_opens_no_more_files():
+    folder = DEMOS / "lerobot_v30_image"
+    cameras = ["image", "wrist_image"]
+    stream, source = LeRobotStream(folder, cameras), LeRobotSource(folder, cameras)
+    whole = len(list(stream.episodes(0)))  # and everything that is imported late is there
+    for read in (lambda: list(stream.episodes(0)), source.content_digest, lambda: source.table):
+        with no_more_open_files(), pytest.raises(OSError) as raised:
+            read()
+        assert raised.value.errno == errno.EMFILE
+    assert whole == len(list(stream.episodes(0))) == len(source.table)
+
+
+def test_a_hub_that_does_not_answer_makes_no_episode_a_bad_one(monkeypatch):
+    """The Hub's client has nothing to reach: it raises its own error, one without a number."""
+    folder = DEMOS / "lerobot_v30_video"
+    dataset = VLAAdapterStreamingDataset.from_lerobot(folder, robot="libero", on_bad_episode="skip")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    dataset.stream.repo_id, dataset.stream.revision = "somebody/something", "0" * 40
+    with pytest.raises(OSError, match="offline|Hub"):
+        list(dataset)
+    assert dataset.num_skipped_episodes == 0
+    monkeypatch.setattr(dataset.stream, "_url", lambda path: str(folder / path))  # the numbers come, the videos do not
+    with pytest.raises(LocalEntryNotFoundError):
+        list(dataset)
 
 
 def test_what_a_worker_finds_bad_is_named_by_the_same_error():

@@ -13,7 +13,7 @@ import torch
 
 from ..robots import RobotPreset, get_robot
 from .chunks import CHUNK_COLUMN, choose_chunk_size
-from .episodes import BadEpisode, BadEpisodeError, check_on_bad_episode
+from .episodes import BadEpisode, BadEpisodeError, check_on_bad_episode, is_damage
 from .lerobot import LeRobotSource, lerobot_folder
 from .plain import PlainSource
 from .rlds import RLDSSource
@@ -351,6 +351,8 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
             try:
                 images = self.source.read_images(position, frame)
             except (ValueError, OSError) as error:
+                if not is_damage(error):
+                    raise
                 raise BadEpisodeError(self.source.where, BadEpisode(episode_index, frame, str(error))) from error
             if self.image_transform is not None:
                 images = self.image_transform(

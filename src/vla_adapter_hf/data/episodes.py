@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import pyarrow as pa
 
 from ..robots import RobotPreset
 
@@ -42,6 +43,19 @@ class BadEpisodeError(ValueError):
             return
         more = f" (and {len(self.bad_episodes) - 1} more)" if len(self.bad_episodes) > 1 else ""
         super().__init__(f"{source}: {self.bad_episodes[0]}{more}.{' ' + hint if hint else ''}")
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether an error met while reading says that the data are damaged or missing.
+
+    Other errors are the machine's or the network's (too many open files, a disk that fails, a Hub that does not
+    answer): the same file may be read well a moment later, so no episode must be given up for them.
+    """
+    if isinstance(error, OSError):
+        # Arrow raises a plain OSError without a number for damage. The network's errors are subclasses, often without
+        # a number too; one of them, a file that is not in the Hub's cache, derives from FileNotFoundError.
+        return type(error) is FileNotFoundError or (type(error) is OSError and error.errno is None)
+    return isinstance(error, (ValueError, pa.ArrowException))
 
 
 def check_on_bad_episode(value: str) -> None:
@@ -221,6 +235,8 @@ class EpisodeTableBuilder:
             parts.clear()
             return np.ascontiguousarray(joined)
 
+        # Files may differ in whether they have them.
+        has_control_steps = bool(self._lengths) and len(self._control_steps) == len(self._lengths)
         return EpisodeTable(
             states=join(self._states, np.zeros((0, 0), np.float32)),
             actions=join(self._actions, np.zeros((0, 0), np.float32)),
@@ -230,5 +246,5 @@ class EpisodeTableBuilder:
             starts=np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)]).astype(np.int64),
             problems=dict(self._problems),
             chunks=join(self._chunks, np.zeros(0, np.float32)) if self._chunks else None,
-            control_steps=join(self._control_steps, np.zeros(0, np.int64)) if self._control_steps else None,
+            control_steps=join(self._control_steps, np.zeros(0, np.int64)) if has_control_steps else None,
         )

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from ..robots import RobotPreset
 from .chunks import CHUNK_COLUMN, STEP_COLUMN, column_to_chunks, find_chunk_column
 from .columns import ACTION_NAMES, STATE_NAMES, column_to_matrix
-from .episodes import BadEpisode, BadEpisodeError, EpisodeTable, EpisodeTableBuilder
+from .episodes import BadEpisode, BadEpisodeError, EpisodeTable, EpisodeTableBuilder, is_damage
 from .frames import decode_frame, is_jpeg
 from .lerobot_metadata import LeRobotEpisode, LeRobotMetadata, read_lerobot_metadata
 from .source import DemonstrationSource
@@ -108,7 +108,10 @@ class LeRobotSource(DemonstrationSource):
             digest.update(repr([(episode.index, episode.length) for episode in episodes]).encode())
             try:
                 _hash_columns(self.folder / data_path, columns, digest)
-            except (pa.ArrowException, OSError) as error:  # its episodes are bad ones, see the table
+            except (pa.ArrowException, OSError) as error:
+                if not is_damage(error):
+                    raise
+                # Its episodes are bad ones, see the table.
                 digest.update(type(error).__name__.encode())
         return digest.hexdigest()
 
@@ -131,6 +134,8 @@ class LeRobotSource(DemonstrationSource):
                         path, self.state_column, self.action_column, self.chunk_column, self._chunk_shape
                     )
                 except (pa.ArrowException, OSError) as error:
+                    if not is_damage(error):
+                        raise
                     problem = f"cannot be read: {error}" if path.is_file() else "does not exist"
                     for episode in episodes:
                         self._first_rows.append(-1)
@@ -270,6 +275,8 @@ class LeRobotSource(DemonstrationSource):
                 for batch in pq.ParquetFile(path).iter_batches(1, columns=self._image_columns, use_threads=False):
                     row += batch.num_rows
             except (pa.ArrowException, OSError) as error:
+                if not is_damage(error):
+                    raise
                 first = np.array(self._first_rows)
                 position = int(np.flatnonzero((first >= 0) & (first <= row))[-1])
                 index = int(self.table.episode_indices[position])
@@ -331,7 +338,7 @@ def _disable(progress: bool | None) -> bool | None:
 def _has_content(path: Path) -> bool:
     try:
         return path.stat().st_size > 0
-    except OSError:
+    except FileNotFoundError:
         return False
 
 
@@ -384,7 +391,8 @@ def _read_numbers(
     names = file.schema_arrow.names
     needed = [state_column, action_column, "episode_index", *([chunk_column] if chunk_column is not None else [])]
     indices = {"episode_index": "episode_index", "frame_index": "frame_index", "task_index": "task_index"}
-    if chunk_column is not None:
+    has_steps = STEP_COLUMN in names and pa.types.is_integer(file.schema_arrow.field(STEP_COLUMN).type)
+    if chunk_column is not None and has_steps:
         indices[STEP_COLUMN] = "control_steps"
     wanted = [*needed, *(name for name in indices if name not in needed)]
     missing = [name for name in needed if name not in names]
@@ -411,6 +419,8 @@ def _read_numbers(
             numbers.chunks[row:stop], reasons = column_to_chunks(batch.column(chunk_column), chunk_column, chunk_shape)
             for line, reason in reasons.items():
                 numbers.wrong_lengths.setdefault(row + line, reason)
+        if numbers.control_steps is not None and batch.column(STEP_COLUMN).null_count:
+            numbers.control_steps = None  # they only serve plots: rows without one make no episode bad
         for name, attribute in indices.items():
             if getattr(numbers, attribute) is not None:
                 getattr(numbers, attribute)[row:stop] = batch.column(name).to_numpy(zero_copy_only=False)

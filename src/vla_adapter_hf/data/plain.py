@@ -15,7 +15,7 @@ from PIL import Image
 from ..robots import RobotPreset
 from .chunks import CHUNK_COLUMN, STEP_COLUMN, check_stored_shape, column_to_chunks, find_chunk_column
 from .columns import ACTION_NAMES, STATE_NAMES, column_to_matrix, find_cameras, find_column
-from .episodes import BadEpisode, EpisodeTable, EpisodeTableBuilder
+from .episodes import BadEpisode, EpisodeTable, EpisodeTableBuilder, is_damage
 from .frames import decode_frame, is_jpeg
 from .source import DemonstrationSource
 
@@ -180,7 +180,7 @@ class PlainSource(DemonstrationSource):
             episode_keys.append(_keys(batch.column(columns.episode), columns.episode))
             if columns.frame is not None:
                 frames.append(batch.column(columns.frame).to_numpy())
-            if columns.step is not None:
+            if columns.step is not None and not batch.column(columns.step).null_count:
                 control_steps.append(batch.column(columns.step).to_numpy())
             if columns.instruction is not None and self.instruction is None:
                 texts = batch.column(columns.instruction).to_pylist()
@@ -197,6 +197,8 @@ class PlainSource(DemonstrationSource):
         order = np.lexsort((np.concatenate(frames) if frames else np.arange(row), numbers))
         starts = np.searchsorted(numbers[order], np.arange(len(keys) + 1))
         at_steps = np.concatenate(control_steps) if control_steps else None
+        if at_steps is not None and len(at_steps) < row:
+            at_steps = None  # they only serve plots: rows without one make no episode bad
         kept_rows = []
         for number, key in enumerate(keys):
             of_episode = order[starts[number] : starts[number + 1]]
@@ -241,6 +243,8 @@ class PlainSource(DemonstrationSource):
             try:
                 images.append(frame_from_cell(row[camera]))
             except (ValueError, OSError) as error:
+                if not is_damage(error):
+                    raise
                 raise ValueError(f"camera {camera!r}: {error}") from error
         return images
 
@@ -307,8 +311,12 @@ def find_plain_columns(
         frame=optional("frame", "frame_column", frame_column, _FRAME_NAMES),
         instruction=instruction,
         chunk=chunk,
-        step=STEP_COLUMN if chunk is not None and STEP_COLUMN in others else None,
+        step=STEP_COLUMN if chunk is not None and _is_integer(features.get(STEP_COLUMN)) else None,
     )
+
+
+def _is_integer(feature: Any) -> bool:
+    return isinstance(feature, datasets.Value) and pa.types.is_integer(feature.pa_type)
 
 
 def stored_chunk_shape(

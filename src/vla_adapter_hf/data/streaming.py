@@ -14,7 +14,7 @@ import torch
 from ..robots import RobotPreset, get_robot
 from .chunks import CHUNK_COLUMN, choose_chunk_size
 from .dataset import ImageTransform
-from .episodes import BadEpisode, BadEpisodeError, check_on_bad_episode
+from .episodes import BadEpisode, BadEpisodeError, check_on_bad_episode, is_damage
 from .statistics import check_action_mask, column_statistics, compute_norm_stats
 from .streams import EpisodeStream, FrameReader, LeRobotStream, PlainStream, RLDSStream, StreamedEpisode
 from .windows import action_chunk, whole_chunk
@@ -192,6 +192,8 @@ class VLAAdapterStreamingDataset(torch.utils.data.IterableDataset):
             try:
                 images = [read() for read in readers]
             except (ValueError, OSError) as error:
+                if not is_damage(error):
+                    raise
                 bad = BadEpisode(sample["episode_index"], sample["frame_index"], str(error))
                 raise BadEpisodeError(self.stream.where, bad) from error
             if self.image_transform is not None:

@@ -18,7 +18,7 @@ from huggingface_hub import hf_hub_download
 from ..robots import RobotPreset
 from .chunks import CHUNK_COLUMN, column_to_chunks, find_chunk_column
 from .columns import ACTION_NAMES, STATE_NAMES, column_to_matrix
-from .episodes import BadEpisode, check_episode
+from .episodes import BadEpisode, check_episode, is_damage
 from .frames import decode_frame
 from .lerobot import LeRobotSource
 from .lerobot_metadata import LeRobotEpisode, read_lerobot_metadata
@@ -187,6 +187,8 @@ class LeRobotStream(EpisodeStream):
                     seen.add(index)
                     yield self._episode(wanted[index], table, load_frames)
         except (pa.ArrowException, OSError) as error:
+            if not is_damage(error):
+                raise
             problem = f"{data_path} cannot be read: {error}"
         for index in wanted:
             if index not in seen:
