@@ -2,6 +2,7 @@
 
 import json
 from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,3 +147,29 @@ def test_weights_are_stored_in_the_precision_asked_for(tmp_path, config_file):
     result = CliRunner().invoke(app, [*words, "--dtype", "bfloat16"])
     assert result.exit_code == 0, result.output
     assert AutoModel.from_pretrained(tmp_path / "model").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        ({"chunk_sise": 4}, r"chunk_sise is not a field of VLAAdapterConfig; did you mean chunk_size\?"),
+        (
+            {"text_config": {"hiden_size": 32}},
+            r"text_config.hiden_size is not a field of Qwen2Config; did you mean hidden_size\?",
+        ),
+        ({"siglip_config": None}, "siglip_config missing"),
+    ],
+)
+def test_a_misspelt_or_missing_size_does_not_become_the_published_one(tmp_path, config_file, change, expected):
+    config_file.write_text(json.dumps({**FIELDS, **change}), encoding="utf-8")
+    with pytest.raises(ValueError, match=expected):
+        init_untrained(tmp_path / "model", config_file, tokenizer=TOKENIZER)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_saved_configuration_can_be_started_from(tmp_path):
+    saved = Path(TOKENIZER) / "config.json"
+    init_untrained(tmp_path / "model", saved, tokenizer=TOKENIZER)
+    model, original = (AutoModel.from_pretrained(folder) for folder in (tmp_path / "model", TOKENIZER))
+    assert model.dtype == original.dtype == torch.bfloat16
+    assert model.num_parameters() == original.num_parameters()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ def init_from_config(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = VLAAdapterForActionPrediction(config).eval()
+        # In float32, whatever precision the parts' own configurations name.
+        model = VLAAdapterForActionPrediction(config).float().eval()
         let_inputs_count(model)
         model.to(config.dtype or torch.float32)
     return model, VLAAdapterProcessor.from_model_config(config, tokenizer, prompt_style)
@@ -146,12 +148,13 @@ def init_untrained(
             nothing is written.
     """
     destination = check_destination(destination)
+    if not Path(config).is_file():
+        raise ValueError(f"config={config}: there is no such file.")
     try:
         fields = json.loads(Path(config).read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{config} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{config} must hold an object of fields of VLAAdapterConfig, got {type(fields).__name__}.")
+    _check_fields(fields, str(config))
     model_config = VLAAdapterConfig(**{**fields, **config_fields})
     loaded = load_tokenizer(tokenizer)
     if instructions is not None:
@@ -169,3 +172,27 @@ def init_untrained(
     write_checkpoint(destination, model, processor, card, say)
     say(f"Done: {destination}, an untrained model")
     return destination
+
+
+def _check_fields(fields: Any, source: str) -> None:
+    """Refuse what the configurations would pass over: a misspelt size would silently become the published one."""
+    if not isinstance(fields, dict):
+        raise ValueError(f"{source} must hold an object of fields of VLAAdapterConfig, got {type(fields).__name__}.")
+    missing = [name for name in VLAAdapterConfig.sub_configs if not isinstance(fields.get(name), dict)]
+    if missing:
+        raise ValueError(
+            f"{source} must say how large each part is: {', '.join(missing)} missing, an object of fields."
+        )
+    parts = {"": (fields, VLAAdapterConfig)}
+    parts |= {f"{name}.": (fields[name], sub_config) for name, sub_config in VLAAdapterConfig.sub_configs.items()}
+    # What a saved config.json holds besides: where it came from, and what is for loading.
+    written_beside = {"architectures", "auto_map", "transformers_version", "model_type", "dtype", "_name_or_path"}
+    for prefix, (given, config_class) in parts.items():
+        known = set(config_class().to_dict()) | written_beside | set(getattr(config_class, "sub_configs", {}))
+        for name in given:
+            # Names that are like none are extra entries of some checkpoint, which configurations carry along.
+            near = [] if name in known else get_close_matches(name, known, n=1, cutoff=0.75)
+            if near:
+                raise ValueError(
+                    f"{source}: {prefix}{name} is not a field of {config_class.__name__}; did you mean {near[0]}?"
+                )

@@ -110,7 +110,9 @@ def parse_arguments(
     from_file: list[str] = []
     if words and words[0].endswith((".yaml", ".yml")):
         from_file = _as_words(_read_yaml(Path(words.pop(0))))
-    parser = HfArgumentParser((ModelArguments, DataArguments, VLAAdapterTrainingArguments), prog="vla-adapter train")
+    # Whole names only: what is nearly an argument is a mistake.
+    types = (ModelArguments, DataArguments, VLAAdapterTrainingArguments)
+    parser = HfArgumentParser(types, prog="vla-adapter train", allow_abbrev=False)
     chosen = _value_after("--preset", words) or _value_after("--preset", from_file) or "lora"
     if chosen not in PRESETS:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {chosen!r}.")
