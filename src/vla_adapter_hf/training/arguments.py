@@ -137,6 +137,8 @@ def _check_processes(training: VLAAdapterTrainingArguments) -> None:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"the file of arguments {path} does not exist.")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of argument names to values, got {type(content).__name__}.")
