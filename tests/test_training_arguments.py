@@ -156,3 +156,9 @@ def test_the_revision_of_a_hub_dataset_is_passed_on(read, tmp_path, monkeypatch)
 def test_an_argument_of_another_format_is_refused_with_those_that_there_are(read):
     with pytest.raises(TypeError, match="has format 'lerobot', which has no episode_column; it has action_column, "):
         read(LEROBOT, "--robot", "libero", "--episode_column", "run")
+
+
+def test_an_argument_that_is_nearly_one_is_not_taken_for_it():
+    words = ["--checkpoint", "c", "--dataset", "d", "--output_dir", "o", "--use_cpu", "true", "--camera", "image"]
+    with pytest.raises(ValueError, match="unknown arguments: --camera image"):
+        parse_arguments(words)
