@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from vla_adapter_hf.simulation.chunks import ActionChunkQueue
-from vla_adapter_hf.simulation.policies import camera_order
+from vla_adapter_hf.simulation.policies import camera_order, make_policy
 
 
 def chunk(first: float, size: int = 8) -> np.ndarray:
@@ -117,3 +117,11 @@ def test_a_model_gets_the_frames_of_its_own_cameras(wanted, present, order):
 def test_cameras_that_the_environment_lacks_are_refused(wanted):
     with pytest.raises(ValueError, match=f"cameras are {', '.join(wanted)}; the environment has image, wrist_image"):
         camera_order(wanted, ["image", "wrist_image"])
+
+
+def test_statistics_of_another_suite_are_refused_unless_they_are_named():
+    with pytest.raises(ValueError, match="unnorm_key='libero_spatial' is not in the model's norm_stats"):
+        make_policy("embedded", "libero", suite="libero_spatial")
+    policy = make_policy("embedded", "libero", suite="libero_spatial", unnorm_key="libero_object")
+    assert policy.unnorm_key == "libero_object_no_noops"
+    assert make_policy("embedded", "libero", suite="libero_object").unnorm_key == "libero_object_no_noops"
