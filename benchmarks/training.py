@@ -16,35 +16,16 @@ import time
 import torch
 
 from vla_adapter_hf import VLAAdapterConfig, VLAAdapterForActionPrediction, apply_preset
+from vla_adapter_hf.bench import SIZES
 
 
-SMALL = {
-    "dinov2_config": {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 14},
-    "siglip_config": {
-        "hidden_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "intermediate_size": 256,
-        "patch_size": 14,
-        "vision_use_head": False,
-    },
-    "text_config": {
-        "hidden_size": 128,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 256,
-        "vocab_size": 1024,
-    },
-    "policy_num_layers": 4,
-}
 CASES = [(preset, checkpointing) for preset in ("frozen", "lora") for checkpointing in (False, True)]
 
 
 def measure(preset: str, checkpointing: bool, size: str, steps: int, batch_size: int, bf16: bool) -> dict[str, float]:
     """Seconds per step (the shortest, the first left out) and peak memory in GiB."""
     torch.manual_seed(0)
-    config = VLAAdapterConfig(**(SMALL if size == "small" else {}))
+    config = VLAAdapterConfig(**SIZES[size])
     model = apply_preset(VLAAdapterForActionPrediction(config), preset).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
