@@ -12,11 +12,13 @@ import pytest
 from PIL import Image
 from simulator import need_simulator
 
+from vla_adapter_hf.simulation import scenes
 from vla_adapter_hf.simulation.demonstrate import RecordingSettings, demonstrate, plan_episode, record_episode
 from vla_adapter_hf.simulation.evaluate import evaluate
 from vla_adapter_hf.simulation.libero import LiberoSuite
 from vla_adapter_hf.simulation.policies import ReplayPolicy
 from vla_adapter_hf.simulation.results import read_results
+from vla_adapter_hf.simulation.scenes import record_scenes
 
 
 pytestmark = pytest.mark.simulator
@@ -320,3 +322,47 @@ def test_asking_for_other_objects_leaves_the_episode_as_it_is(soup):
         np.testing.assert_array_equal(np.sign(episode["chunks"][0, 0, :2])[far], np.sign(towards)[far])
         first = list(itself["steps"]).index(episode["steps"][0])
         assert episode["images"]["image"][0] == itself["images"]["image"][first]
+
+
+def test_a_thing_is_in_the_frames_where_it_is_projected_to(soup):
+    """Taking an object away changes the pixels round its projection, and hardly any others."""
+    soup.reset(0)
+    name = soup.target
+    before = soup.look()
+    centre = np.mean(soup.object_box(name), axis=0)[None]
+    joint = soup._env.objects_dict[name].joints[-1]
+    first, _ = soup._env.sim.model.get_joint_qpos_addr(joint)
+    soup._env.sim.data.qpos[first] += 5.0
+    soup._env.sim.forward()
+    after = soup.look()
+    for index, camera in enumerate(("agentview", "robot0_eye_in_hand")):
+        changed = np.abs(before.images[index].astype(int) - after.images[index]).max(-1) > 40
+        place = soup.project(centre, camera)[0]
+        rows, columns = np.nonzero(changed)
+        assert len(rows) > 30, f"{camera} does not see {name}"
+        size = changed.shape[0]
+        assert abs(np.median(columns) / size - place[0]) < 0.06 and abs(np.median(rows) / size - place[1]) < 0.06
+
+
+def test_scenes_hold_what_the_simulator_says_and_are_recorded_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(scenes, "SCENES_PER_FILE", 3)
+    monkeypatch.setattr(scenes, "POSES_PER_FILE", 4)
+    environment = LiberoSuite("libero_object", placement="both", stream="demonstration", states=(0, 1)).make(2)
+    job = scenes._Job(str(tmp_path), task=2, block=0, seed=0, states=(0, 1), image_size=48)
+    rows, again = scenes._scenes(environment, job), scenes._scenes(environment, job)
+    environment.close()
+    assert len(rows) == 3 and rows[0]["image"] != rows[1]["image"]
+    assert [row["image"] for row in rows] == [row["image"] for row in again]
+    for row in rows:
+        assert len(row["objects"]) == len(row["places"]) > 4
+        places = np.array(row["places"])
+        assert ((places[:, 0] > 0) & (places[:, 0] < 1)).all()  # the third person's camera sees the whole floor
+
+
+def test_scene_files_that_are_there_are_kept(tmp_path):
+    for task in range(10):
+        (tmp_path / f"0000-{task:02d}.parquet").write_bytes(b"")
+    assert record_scenes(tmp_path, 1, report=silent) == 10 * scenes.SCENES_PER_FILE
+    assert all(path.stat().st_size == 0 for path in tmp_path.iterdir())
+    with pytest.raises(ValueError, match="must be at least 1, got 0"):
+        record_scenes(tmp_path, 0)

@@ -187,9 +187,7 @@ class LiberoEnvironment:
         self._forget_last_episode()
         self._set_target(target)
 
-        states = self.suite.states or tuple(range(len(self._initial_states)))
-        state_index = states[episode % len(states)]
-        state = self._initial_states[state_index].copy()
+        state_index, state = self._initial_state(episode)
         info: dict[str, Any] = {"initial_state": state_index, "placement": self.suite.placement}
         if self.suite.placement != "official":
             # The footprints are read from the simulation, so it must stand in the official state first.
@@ -287,6 +285,48 @@ class LiberoEnvironment:
         """Asks for another object from now on; see `reset`. `restore_state` takes it back."""
         self._set_target(target)
 
+    # -- scenes without a story: things are put somewhere and looked at, nothing moves ---------------------------------
+
+    def place_objects(self, episode: int) -> None:
+        """Puts the objects where `reset(episode)` would, at once and without the steps that follow there."""
+        state = self._initial_state(episode)[1]
+        self._wrapper.set_init_state(state)
+        if self.suite.placement != "official":
+            self._move_objects(state, episode)
+            self._wrapper.set_init_state(state)
+
+    @property
+    def arm_pose(self) -> np.ndarray:
+        """Angles of the arm's joints (7,), radians, and of the fingers' (2,), metres."""
+        return self._env.sim.data.qpos[self._arm_joints].copy()
+
+    def pose_arm(self, pose: np.ndarray) -> None:
+        """Puts arm and fingers into an `arm_pose`, through whatever is in the way, and at rest."""
+        self._env.sim.data.qpos[self._arm_joints] = pose
+        self._env.sim.data.qvel[:] = 0.0
+        self._env.sim.forward()
+
+    def look(self) -> Observation:
+        """As `observe`, but of things as they are now, whatever was last rendered."""
+        self._set_cameras(self.render)
+        self._latest = self._env._get_observations(force_update=True)
+        return self.observe()
+
+    def project(self, points: np.ndarray, camera: str) -> np.ndarray:
+        """Where points (N, 3) of the world are in the frames of one of `CAMERAS`.
+
+        Returns:
+            (N, 2): fractions of the frame's width from the left and of its height from the top, below 0 or over 1 outside of
+            it; not a number behind the camera.
+        """
+        model, data = self._env.sim.model._model, self._env.sim.data._data
+        index = self._env.sim.model.camera_name2id(camera)
+        seen = (points - data.cam_xpos[index]) @ data.cam_xmat[index].reshape(3, 3)
+        focal_length = 0.5 / math.tan(math.radians(model.cam_fovy[index]) / 2)
+        depth = np.where(seen[:, 2] < 0, -seen[:, 2], np.nan)  # the camera looks along its negative z
+        # y points up and a frame's rows go down; frames are mirrored, as in the training data.
+        return 0.5 - focal_length * seen[:, :2] / depth[:, None]
+
     # -- the true state, for scripted experts ------------------------------------------------------------------------
 
     @property
@@ -361,6 +401,17 @@ class LiberoEnvironment:
         return bool(self._env._check_grasp(gripper=sides, object_geoms=self._env.objects_dict[name]))
 
     # -- inside ------------------------------------------------------------------------------------------------------
+
+    def _initial_state(self, episode: int) -> tuple[int, np.ndarray]:
+        """Number and copy of the flattened state from which an episode starts, before anything is moved."""
+        states = self.suite.states or tuple(range(len(self._initial_states)))
+        index = states[episode % len(states)]
+        return index, self._initial_states[index].copy()
+
+    @cached_property
+    def _arm_joints(self) -> list[int]:
+        robot = self._env.robots[0]
+        return [*robot._ref_joint_pos_indexes, *robot._ref_gripper_joint_pos_indexes]
 
     def _set_cameras(self, enabled: bool) -> None:
         """Switches rendering on or off for the next step.
