@@ -117,6 +117,12 @@ def let_inputs_count(model: VLAAdapterForActionPrediction, frames: int = 32) -> 
     for layer in model.language_model.layers:
         layer.self_attn.q_proj.weight.mul_(SHARPNESS)
         layer.self_attn.k_proj.weight.mul_(SHARPNESS)
+    for block in model.policy.blocks:
+        for name, layer in block.attention.named_children():
+            if name.startswith(("q_", "k_")):
+                layer.weight.mul_(SHARPNESS)
+    # The first latent is this bias, and without it every query of the first block is nearly the same.
+    model.policy.fc_in.bias.normal_()
     model.policy.fc_out.weight.mul_(SMALL_HEAD)
     model.policy.fc_out.bias.zero_()
 
