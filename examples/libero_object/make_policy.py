@@ -1,10 +1,9 @@
-"""Make the policy that ships with this package, from nothing: record, train, evaluate, pack. Run by `make policy`.
+"""Make the policy that ships with this package, from nothing: record, pretrain, train, evaluate, pack. Run by `make policy`.
 
     python examples/libero_object/make_policy.py [--output outputs/libero_object] [--variants pro original one_camera]
 
 Needs the simulator (`pip install -e '.[libero,plot]'`, docs/evaluation.md). Every step can be interrupted: run the same
-command again and it goes on. What was drawn is decided by the seeds below. On two cores of a CPU recording takes about an
-hour, training one more, and the evaluation half of one.
+command again and it goes on. What was drawn is decided by the seeds below.
 """
 
 import argparse
@@ -15,14 +14,18 @@ from pathlib import Path
 
 import torch
 import yaml
+from pretrain import pretrain
 from transformers import AutoModel, AutoProcessor
 
+from vla_adapter_hf import VLAAdapterConfig
 from vla_adapter_hf.model_card import fill_model_card
+from vla_adapter_hf.pretrained_parts import load_tokenizer
 from vla_adapter_hf.simulation.demonstrate import RecordingSettings, demonstrate
 from vla_adapter_hf.simulation.evaluate import evaluate
+from vla_adapter_hf.simulation.scenes import record_scenes
 from vla_adapter_hf.training.arguments import parse_arguments
 from vla_adapter_hf.training.train import last_finished_checkpoint, train
-from vla_adapter_hf.untrained import init_untrained
+from vla_adapter_hf.untrained import cut_down_tokenizer, init_from_config
 from vla_adapter_hf.writing import write_checkpoint
 
 
@@ -33,7 +36,15 @@ SUITE = "libero_object"
 EPISODES = {"official": 10, "jitter": 20, "shuffle": 20, "both": 60}  # per task, at most
 SETTINGS = RecordingSettings(render_every=5, retargeted=0.5, disturbed=0.35, alternatives=5, seed=0)
 
-# 2. Train. The shorter trainings only show that the other models learn as well.
+# 2. Pretrain, on single frames of other scenes.
+SCENES = 300  # per task
+
+# 3. Train: first the policy alone, whose first gradients would undo what was taught, then everything.
+TRAININGS = {
+    "first": {"preset": "frozen", "max_steps": 500, "learning_rate": 1e-3},
+    "trained": {},  # as in train.yaml
+}
+# The shorter trainings only show that the other models learn as well.
 VARIANTS = {
     "pro": {"fields": {"policy_variant": "pro"}, "arguments": {}},
     "original": {"fields": {"policy_variant": "original"}, "arguments": {"max_steps": 600}},
@@ -43,7 +54,7 @@ VARIANTS = {
     },
 }
 
-# 3. Evaluate, ten episodes of each task.
+# 4. Evaluate, ten episodes of each task.
 TESTS = {
     "official": {"placement": "official", "episodes": range(40, 50)},
     "jitter": {"placement": "jitter", "episodes": range(40, 50)},
@@ -72,38 +83,64 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="stop recording after this time and train on what there is")
     arguments = parser.parse_args()
 
-    dataset = arguments.output / SUITE
+    dataset, scenes = arguments.output / SUITE, arguments.output / "scenes"
     demonstrate(SUITE, dataset, EPISODES, settings=SETTINGS, workers=arguments.processes, minutes=arguments.minutes)
-    for name in arguments.variants:
+    record_scenes(scenes, SCENES, workers=arguments.processes, minutes=arguments.minutes)
+    for name in ("pro", *(name for name in arguments.variants if name != "pro")):
         folder = arguments.output / name
+        make_start(name, scenes, arguments.output)
+        if name not in arguments.variants:
+            continue
         train_variant(name, dataset, folder)
         tests = TESTS if name == "pro" else {test: TESTS[test] for test in SHORT_TESTS}
         scores = {test: score(folder, test, options, arguments.processes) for test, options in tests.items()}
         pack(name, folder, scores)
 
 
-def train_variant(name: str, dataset: Path, folder: Path) -> None:
-    """Train one of `VARIANTS` from random weights, or go on with it."""
-    start, trained = folder / "start", folder / "trained"
-    if not start.exists():
-        init_untrained(
-            start,
-            HERE / "policy.json",
-            tokenizer=str(files("vla_adapter_hf").joinpath("embedded", "checkpoint")),
-            instructions=HERE / "instructions.txt",
-            prompt_style="in_out",
-            seed=0,
-            **VARIANTS[name]["fields"],
-        )
-    if (trained / "metrics.json").exists():
+def make_start(name: str, scenes: Path, output: Path) -> None:
+    """What a variant's training starts from: pretrained, or with what the Pro variant was taught and a policy of its own."""
+    start = output / name / "start"
+    if start.exists():
         return
-    settings = yaml.safe_load((HERE / "train.yaml").read_text(encoding="utf-8")) | VARIANTS[name]["arguments"]
-    settings |= {"checkpoint": str(start), "dataset": [str(dataset)], "output_dir": str(trained)}
-    if last_finished_checkpoint(trained) is not None:
-        settings["resume_from_checkpoint"] = True
-    written = folder / "train.yaml"
-    written.write_text(yaml.safe_dump(settings), encoding="utf-8")
-    train(*parse_arguments([str(written)]))
+    fields = json.loads((HERE / "policy.json").read_text(encoding="utf-8")) | VARIANTS[name]["fields"]
+    config = VLAAdapterConfig(**fields)
+    instructions = (HERE / "instructions.txt").read_text(encoding="utf-8").splitlines()
+    tokenizer = load_tokenizer(str(files("vla_adapter_hf").joinpath("embedded", "checkpoint")))
+    tokenizer = cut_down_tokenizer(tokenizer, instructions, config.text_config.vocab_size, "in_out")
+    model, processor = init_from_config(config, tokenizer, "in_out", seed=0)
+    if name == "pro":
+        names = [
+            line.removeprefix("pick up the ").removesuffix(" and place it in the basket") for line in instructions
+        ]
+        settings = {"bf16": True, "use_cpu": not torch.cuda.is_available(), "seed": 0}
+        pretrain(model, processor, scenes, names, output / name / "pretrained", settings)
+        summary = "Taught to see and to read in simulated scenes (examples/libero_object/pretrain.py), not to act."
+    else:
+        taught = AutoModel.from_pretrained(output / "pro" / "start").state_dict()
+        taught = {key: value for key, value in taught.items() if not key.startswith("policy.")}
+        model.load_state_dict(taught, strict=False)
+        summary = "The Pro variant's start with a policy of its own."
+    write_checkpoint(
+        start, model, processor, fill_model_card(config, f"{name}, start", summary, results="Not evaluated.")
+    )
+
+
+def train_variant(name: str, dataset: Path, folder: Path) -> None:
+    """Train one of `VARIANTS`, or go on with it."""
+    checkpoint = folder / "start"
+    for training, changes in TRAININGS.items():
+        trained = folder / training
+        settings = yaml.safe_load((HERE / "train.yaml").read_text(encoding="utf-8"))
+        settings |= VARIANTS[name]["arguments"] | changes
+        settings |= {"checkpoint": str(checkpoint), "dataset": [str(dataset)], "output_dir": str(trained)}
+        checkpoint = trained
+        if (trained / "metrics.json").exists():
+            continue
+        if last_finished_checkpoint(trained) is not None:
+            settings["resume_from_checkpoint"] = True
+        written = folder / f"{training}.yaml"
+        written.write_text(yaml.safe_dump(settings), encoding="utf-8")
+        train(*parse_arguments([str(written)]))
 
 
 def score(folder: Path, test: str, options: dict, processes: int) -> dict:
@@ -122,7 +159,7 @@ def pack(name: str, folder: Path, scores: dict[str, dict]) -> None:
     processor = AutoProcessor.from_pretrained(folder / "trained")
     last = last_finished_checkpoint(folder / "trained")
     steps = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
-    batch_size = yaml.safe_load((folder / "train.yaml").read_text(encoding="utf-8"))["per_device_train_batch_size"]
+    batch_size = yaml.safe_load((HERE / "train.yaml").read_text(encoding="utf-8"))["per_device_train_batch_size"]
     card = fill_model_card(
         model.config,
         title=f"A small VLA-Adapter for libero_object ({name})",
