@@ -133,7 +133,7 @@ def train_variant(name: str, dataset: Path, folder: Path) -> None:
     for training, changes in TRAININGS.items():
         trained = folder / training
         settings = yaml.safe_load((HERE / "train.yaml").read_text(encoding="utf-8"))
-        settings |= VARIANTS[name]["arguments"] | changes
+        settings |= changes | VARIANTS[name]["arguments"]
         settings |= {"checkpoint": str(checkpoint), "dataset": [str(dataset)], "output_dir": str(trained)}
         checkpoint = trained
         if settings.get("episodes") == "done":
