@@ -1,6 +1,6 @@
 """Fine-tune VLA-Adapter on LeRobot demonstrations. Needs `pip install -e '.[lora,plot]'`.
 
-The defaults train the package's small untrained checkpoint on two recorded episodes, minutes on a CPU, to show the way:
+The defaults train the package's small embedded policy on two recorded episodes, minutes on a CPU, to show the way:
     python examples/finetune.py --robot libero
 For a policy take published weights, a GPU and your own dataset (folder or Hub id):
     python examples/finetune.py --checkpoint VLA-Adapter/LIBERO-Object-Pro --dataset me/pick --cameras front wrist

@@ -71,7 +71,7 @@ def small_model():
     }
     fields |= {"policy_num_layers": 3, "policy_num_heads": 2, "num_action_queries": 4}
     config = VLAAdapterConfig(**fields)
-    tokenizer = load_tokenizer(str(ROOT / "src" / "vla_adapter_hf" / "embedded" / "checkpoint"))
+    tokenizer = load_tokenizer(str(ROOT / "src" / "vla_adapter_hf" / "embedded" / "tokenizer"))
     instructions = (EXAMPLE / "instructions.txt").read_text(encoding="utf-8").splitlines()
     return init_from_config(config, cut_down_tokenizer(tokenizer, instructions, 400, "in_out"), "in_out")
 

@@ -37,7 +37,7 @@ from vla_adapter_hf.pretrained_parts import fold_class_position
 from vla_adapter_hf.starting_points import init_from_base
 
 
-TOKENIZER = Path(vla_adapter_hf.__file__).parent / "embedded" / "checkpoint"
+TOKENIZER = Path(vla_adapter_hf.__file__).parent / "embedded" / "tokenizer"
 TOWER = {"num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 14}
 NEW_PARTS = ("policy.", "proprio_projector.", "action_queries.")
 

@@ -16,7 +16,7 @@ from vla_adapter_hf.processing.processing_vla_adapter import PROMPTS
 from vla_adapter_hf.untrained import cut_down_tokenizer, init_from_config, init_untrained
 
 
-TOKENIZER = str(files("vla_adapter_hf").joinpath("embedded", "checkpoint"))
+TOKENIZER = str(files("vla_adapter_hf").joinpath("embedded", "tokenizer"))
 INSTRUCTIONS = ["pick up the milk and place it in the basket", "pick up the ketchup and place it in the basket"]
 FIELDS = {
     "dinov2_config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28},
@@ -168,8 +168,8 @@ def test_a_misspelt_or_missing_size_does_not_become_the_published_one(tmp_path, 
 
 
 def test_a_saved_configuration_can_be_started_from(tmp_path):
-    saved = Path(TOKENIZER) / "config.json"
-    init_untrained(tmp_path / "model", saved, tokenizer=TOKENIZER)
-    model, original = (AutoModel.from_pretrained(folder) for folder in (tmp_path / "model", TOKENIZER))
+    checkpoint = files("vla_adapter_hf").joinpath("embedded", "checkpoint")
+    init_untrained(tmp_path / "model", Path(str(checkpoint)) / "config.json", tokenizer=str(checkpoint))
+    model, original = (AutoModel.from_pretrained(folder) for folder in (tmp_path / "model", checkpoint))
     assert model.dtype == original.dtype == torch.bfloat16
     assert model.num_parameters() == original.num_parameters()

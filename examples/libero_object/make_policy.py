@@ -11,6 +11,7 @@ import json
 import shutil
 from importlib.resources import files
 from pathlib import Path
+from textwrap import fill
 
 import torch
 import yaml
@@ -107,7 +108,7 @@ def make_start(name: str, scenes: Path, output: Path) -> None:
     fields = json.loads((HERE / "policy.json").read_text(encoding="utf-8")) | VARIANTS[name]["fields"]
     config = VLAAdapterConfig(**fields)
     instructions = (HERE / "instructions.txt").read_text(encoding="utf-8").splitlines()
-    tokenizer = load_tokenizer(str(files("vla_adapter_hf").joinpath("embedded", "checkpoint")))
+    tokenizer = load_tokenizer(str(files("vla_adapter_hf").joinpath("embedded", "tokenizer")))
     tokenizer = cut_down_tokenizer(tokenizer, instructions, config.text_config.vocab_size, "in_out")
     model, processor = init_from_config(config, tokenizer, "in_out", seed=0)
     if name == "pro":
@@ -168,17 +169,19 @@ def pack(name: str, folder: Path, scores: dict[str, dict]) -> None:
     table = score_table(scores)
     model = AutoModel.from_pretrained(folder / "trained", dtype=torch.bfloat16)
     processor = AutoProcessor.from_pretrained(folder / "trained")
-    last = last_finished_checkpoint(folder / "trained")
-    steps = json.loads((last / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+    states = [last_finished_checkpoint(folder / training) / "trainer_state.json" for training in TRAININGS]
+    steps = sum(json.loads(state.read_text(encoding="utf-8"))["global_step"] for state in states)
     batch_size = yaml.safe_load((HERE / "train.yaml").read_text(encoding="utf-8"))["per_device_train_batch_size"]
     card = fill_model_card(
         model.config,
         title=f"A small VLA-Adapter for libero_object ({name})",
-        summary=(
+        summary=fill(
             f"{model.num_parameters() / 1e6:.1f} million parameters, all random at first. It was taught to see and to read on "
             f"frames of simulated scenes, and to act by {steps} steps of {batch_size} on demonstrations that this package's "
             "scripted expert recorded in the LIBERO simulator, all on a CPU. Redo it with `make policy`; its parts are in "
-            "`examples/libero_object/`. It knows ten objects, one table and one robot, and no real camera."
+            "`examples/libero_object/`. It knows ten objects, one floor and one robot, and no real camera. The scores are of "
+            "the weights in float32, before they were rounded to bfloat16.",
+            width=119,
         ),
         results=table,
         instruction="pick up the milk and place it in the basket",

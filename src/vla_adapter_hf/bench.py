@@ -35,6 +35,7 @@ from vla_adapter_hf.modeling.configuration_vla_adapter import (
     PUBLISHED_SIGLIP,
     VLAAdapterConfig,
 )
+from vla_adapter_hf.pretrained_parts import load_tokenizer
 from vla_adapter_hf.quantization import quantization_config
 from vla_adapter_hf.untrained import init_from_config
 from vla_adapter_hf.writing import synthetic_observation
@@ -154,9 +155,9 @@ def random_checkpoint(size: str, dtype: torch.dtype) -> Iterator[Path]:
 
 
 def _write_random(folder: str, size: str, dtype: torch.dtype) -> None:
-    with as_file(files("vla_adapter_hf").joinpath("embedded", "checkpoint")) as embedded:
-        tokenizer = AutoProcessor.from_pretrained(embedded).tokenizer
-        norm_stats = AutoConfig.from_pretrained(embedded).norm_stats
+    with as_file(files("vla_adapter_hf").joinpath("embedded")) as embedded:
+        tokenizer = load_tokenizer(str(embedded / "tokenizer"))
+        norm_stats = AutoConfig.from_pretrained(embedded / "checkpoint").norm_stats
     config = VLAAdapterConfig(**SIZES[size], norm_stats=norm_stats, dtype=dtype)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
