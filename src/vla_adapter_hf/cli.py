@@ -132,7 +132,7 @@ def demo(
         typer.Option(help="Play an episode, or predict once; by default an episode where the simulator is installed."),
     ] = None,
     suite: Annotated[str, typer.Option(help="Suite of the episode.")] = "libero_object",
-    task: Annotated[int, typer.Option(help="Number of the task.")] = 0,
+    task: Annotated[int, typer.Option(help="Number of the task.")] = 9,
     episode: Annotated[int, typer.Option(help="Number of the episode; 40 to 49 are held out.")] = 40,
     placement: Annotated[str, typer.Option(help="official, jitter, shuffle or both.")] = "official",
 ) -> None:

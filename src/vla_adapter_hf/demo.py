@@ -31,7 +31,7 @@ def demo(
     unnorm_key: str | None = None,
     loop: bool | None = None,
     suite: str = "libero_object",
-    task: int = 0,
+    task: int = 9,
     episode: int = 40,
     placement: str = "official",
     say: Callable[[str], None] = print,
@@ -45,8 +45,8 @@ def demo(
         unnorm_key (`str`, *optional*): which of the checkpoint's statistics to use.
         loop (`bool`, *optional*): True plays an episode, False predicts; by default an episode is played where the simulator
             can be imported.
-        suite, task, episode, placement: which episode, see [`evaluate`]. The embedded policy was not trained on the initial
-            states from 40 on.
+        suite, task, episode, placement: which episode, see [`evaluate`]; by default one of those that the embedded policy
+            solves, which are not all, as its card says. It was not trained on the initial states from 40 on.
         say (`Callable`): receives the lines to print.
 
     Returns:
