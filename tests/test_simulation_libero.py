@@ -350,6 +350,11 @@ def test_scenes_hold_what_the_simulator_says_and_are_recorded_once(tmp_path, mon
     environment = LiberoSuite("libero_object", placement="both", stream="demonstration", states=(0, 1)).make(2)
     job = scenes._Job(str(tmp_path), task=2, block=0, seed=0, states=(0, 1), image_size=48)
     rows, again = scenes._scenes(environment, job), scenes._scenes(environment, job)
+    # Nothing has moved since the last scene was taken.
+    for index, camera in enumerate(scenes.CAMERAS):
+        centres = np.stack([np.mean(environment.object_box(name), axis=0) for name in rows[-1]["objects"]])
+        expected = environment.project(centres, camera)
+        np.testing.assert_allclose(np.array(again[-1]["places"])[:, index], expected, atol=1e-4)
     environment.close()
     assert len(rows) == 3 and rows[0]["image"] != rows[1]["image"]
     assert [row["image"] for row in rows] == [row["image"] for row in again]
@@ -363,6 +368,8 @@ def test_scene_files_that_are_there_are_kept(tmp_path):
     for task in range(10):
         (tmp_path / f"0000-{task:02d}.parquet").write_bytes(b"")
     assert record_scenes(tmp_path, 1, report=silent) == 10 * scenes.SCENES_PER_FILE
-    assert all(path.stat().st_size == 0 for path in tmp_path.iterdir())
+    assert all(path.stat().st_size == 0 for path in tmp_path.glob("*.parquet"))
+    with pytest.raises(ValueError, match="was begun with seed=0 and not 1"):
+        record_scenes(tmp_path, 1, seed=1)
     with pytest.raises(ValueError, match="must be at least 1, got 0"):
         record_scenes(tmp_path, 0)

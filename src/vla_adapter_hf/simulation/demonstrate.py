@@ -22,7 +22,7 @@ from PIL import Image
 from .expert import LiberoObjectExpert
 from .lerobot_writer import PARTS, LeRobotLayout, assemble, encode_image, save_episode, saved_episodes
 from .libero import LiberoEnvironment, LiberoSuite, object_instruction
-from .placement import HAND, PALM_OVER_TOP, PLACEMENTS, STREAMS
+from .placement import PLACEMENTS, STREAMS
 
 
 CONTROL_RATE = 20  # steps per second in LIBERO
@@ -200,7 +200,7 @@ def record_episode(
         **info,
     }
     encoded = {
-        step: [encode_image(_resized(image, settings.image_size), settings.image_format) for image in seen.images]
+        step: [encode_image(resized(image, settings.image_size), settings.image_format) for image in seen.images]
         for step, seen in observations.items()
     }
 
@@ -239,13 +239,7 @@ def _other_objects(environment: LiberoEnvironment, plan: EpisodePlan, settings: 
 
 def _is_free(environment: LiberoEnvironment) -> bool:
     """Whether the fingers are over the top of every object that the hand could touch on its way to another."""
-    fingers = environment.gripper_position
-    for name in environment.movable_objects:
-        lower, upper = environment.object_box(name)
-        apart = np.maximum(np.maximum(lower[:2] - fingers[:2], fingers[:2] - upper[:2]), 0.0)
-        if np.hypot(*apart) < HAND[1] and fingers[2] < upper[2] + PALM_OVER_TOP:
-            return False
-    return True
+    return not any(environment.meets_hand(name) for name in environment.movable_objects)
 
 
 def _try_chunk(environment: LiberoEnvironment, target: str, chunk_size: int) -> np.ndarray:
@@ -266,7 +260,7 @@ def _begins_row(step: int, plan: EpisodePlan, settings: RecordingSettings) -> bo
     return step % settings.render_every == plan.phase and not plan.is_pushed(step, step + settings.chunk_size)
 
 
-def _resized(image: np.ndarray, size: int) -> np.ndarray:
+def resized(image: np.ndarray, size: int) -> np.ndarray:
     if image.shape[0] == size:
         return image
     return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.LANCZOS))
@@ -371,7 +365,7 @@ def demonstrate(
         raise ValueError(f"tasks must be in 0...{len(known) - 1}, got {chosen}")
 
     output = Path(output)
-    _check_settings(output, suite, settings)
+    check_settings(output, output / PARTS / "settings.json", {"suite": suite, **asdict(settings)})
     began = time.perf_counter()
     jobs = _plan_jobs(str(output), suite, chosen, wanted, settings, batch)
     done = failed = 0
@@ -403,11 +397,9 @@ def demonstrate(
     }
 
 
-def _check_settings(output: Path, suite: str, settings: RecordingSettings) -> None:
-    """A folder holds episodes of one kind: extending it with other settings would mix them, or record nothing."""
-    path = output / PARTS / "settings.json"
-    # Through JSON, as tuples come back as lists.
-    wanted = json.loads(json.dumps({"suite": suite, **asdict(settings)}))
+def check_settings(output: Path, path: Path, settings: dict[str, Any]) -> None:
+    """A folder holds recordings of one kind: extending it with other settings would mix them, or record nothing."""
+    wanted = json.loads(json.dumps(settings))  # tuples come back from JSON as lists
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
         differing = [name for name in wanted if found.get(name) != wanted[name]]

@@ -19,7 +19,7 @@ import numpy as np
 
 from .environment import Observation
 from .libero_install import import_libero, load_initial_states
-from .placement import PLACEMENTS, Footprint, draw_placement, placement_generator
+from .placement import HAND, PALM_OVER_TOP, PLACEMENTS, Footprint, draw_placement, placement_generator
 
 
 STEP_LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
@@ -393,6 +393,13 @@ class LiberoEnvironment:
             half = np.abs(direction @ rotation) @ model.geom_aabb[geom][3:]
             ends += [middle - half, middle + half]
         return float(max(ends) - min(ends))
+
+    def meets_hand(self, name: str) -> bool:
+        """Whether the hand stands in an object, or so close over it that it would touch it on its way elsewhere."""
+        lower, upper = self.object_box(name)
+        fingers = self.gripper_position
+        apart = np.maximum(np.maximum(lower[:2] - fingers[:2], fingers[:2] - upper[:2]), 0.0)
+        return bool(np.hypot(*apart) < HAND[1] and fingers[2] < upper[2] + PALM_OVER_TOP)
 
     def is_grasped(self, name: str) -> bool:
         """Whether both fingers touch the object, with their pads or beside them."""

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image
 
+from .demonstrate import check_settings, resized
 from .lerobot_writer import encode_image
 from .libero import BASKET, CAMERAS, LiberoEnvironment, LiberoSuite
-from .placement import HAND, STREAMS
+from .placement import STREAMS
 
 
 SCENES_PER_FILE = 30
@@ -58,7 +58,7 @@ def record_scenes(
     """Render scenes of libero_object, each with its objects and the hand in places of their own.
 
     Objects stand as in the placement `both`. Scenes are drawn from the stream `demonstration`, which no evaluation uses. Every
-    file of `output` holds `SCENES_PER_FILE` scenes of one task: `image` and `wrist_image` (PNG), `objects` (names), and
+    file of `output` holds up to `SCENES_PER_FILE` scenes of one task: `image` and `wrist_image` (PNG), `objects` (names), and
     `places` `(objects, 2 cameras, 2)`, the middle of each object as fractions of the image's width and height, not a
     number where it is behind the camera. Files that are there already are kept, so the same call goes on after a kill.
 
@@ -73,10 +73,10 @@ def record_scenes(
         report: called with a line of progress after every file.
 
     Returns:
-        How many scenes there are.
+        How many scenes there are at most; where no pose of the arm is free, there is one less.
 
     Raises:
-        ValueError: for numbers out of range.
+        ValueError: for numbers out of range, and for a folder that was begun with other settings.
         ImportError: LIBERO is not installed.
     """
     if scenes < 1 or workers < 1 or image_size < 1:
@@ -84,7 +84,8 @@ def record_scenes(
             f"scenes, workers and image_size must be at least 1, got {scenes}, {workers} and {image_size}"
         )
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    settings = {"seed": seed, "states": states, "image_size": image_size}
+    check_settings(output, output / "settings.json", settings)
     tasks = range(len(LiberoSuite("libero_object").tasks))
     blocks = range(-(-scenes // SCENES_PER_FILE))
     jobs = [_Job(str(output), task, block, seed, states, image_size) for block in blocks for task in tasks]
@@ -138,8 +139,10 @@ def _scenes(environment: LiberoEnvironment, job: _Job) -> list[dict]:
         order = generator.permutation(len(poses))
         for pose in order:
             environment.pose_arm(poses[pose])
-            if not any(_meets_hand(environment, name) for name in (*names, BASKET)):
+            if not any(environment.meets_hand(name) for name in (*names, BASKET)):
                 break
+        else:
+            continue  # an arm in an object is no scene
         places = np.stack(
             [
                 environment.project(
@@ -152,12 +155,11 @@ def _scenes(environment: LiberoEnvironment, job: _Job) -> list[dict]:
         environment.render = True
         seen = environment.look().images
         environment.render = False
-        size = (job.image_size, job.image_size)
-        frames = [Image.fromarray(frame).resize(size, Image.Resampling.LANCZOS) for frame in seen]
+        frames = [encode_image(resized(frame, job.image_size), "png") for frame in seen]
         rows.append(
             {
-                "image": encode_image(np.asarray(frames[0]), "png"),
-                "wrist_image": encode_image(np.asarray(frames[1]), "png"),
+                "image": frames[0],
+                "wrist_image": frames[1],
                 "objects": names,
                 "places": places.round(5).tolist(),
             }
@@ -177,11 +179,3 @@ def _arm_poses(environment: LiberoEnvironment, generator: np.random.Generator) -
             if step % 6 == 5:
                 poses.append(environment.arm_pose)
     return poses
-
-
-def _meets_hand(environment: LiberoEnvironment, name: str) -> bool:
-    """Whether the hand would stand in an object, or so close over it that it could not have come there."""
-    lower, upper = environment.object_box(name)
-    fingers = environment.gripper_position
-    apart = np.maximum(np.maximum(lower[:2] - fingers[:2], fingers[:2] - upper[:2]), 0.0)
-    return bool(fingers[2] < upper[2] + 0.01 and np.hypot(*apart) < HAND[1])
