@@ -121,7 +121,9 @@ def make_start(name: str, scenes: Path, output: Path) -> None:
     else:
         taught = AutoModel.from_pretrained(output / "pro" / "start").state_dict()
         taught = {key: value for key, value in taught.items() if not key.startswith("policy.")}
-        model.load_state_dict(taught, strict=False)
+        missing, unexpected = model.load_state_dict(taught, strict=False)
+        if unexpected or not all(key.startswith("policy.") for key in missing):
+            raise ValueError(f"{name} differs from pro in more than its policy: {missing}, {unexpected}.")
         summary = "The Pro variant's start with a policy of its own."
     write_checkpoint(
         start, model, processor, fill_model_card(config, f"{name}, start", summary, results="Not evaluated.")
