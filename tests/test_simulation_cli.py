@@ -7,8 +7,9 @@ import pytest
 from typer.testing import CliRunner
 
 from vla_adapter_hf import cli
-from vla_adapter_hf.simulation.demonstrate import RecordingSettings, demonstrate
+from vla_adapter_hf.simulation.demonstrate import RecordingSettings, check_driver, demonstrate
 from vla_adapter_hf.simulation.evaluate import evaluate
+from vla_adapter_hf.simulation.policies import embedded_folder
 
 
 def defaults(function) -> dict:
@@ -39,6 +40,10 @@ def test_what_is_no_range_is_refused(text):
         (["eval", "--policy", "noop", "--suite", "libero_goal", "--placement", "shuffle"], "only has 'official'"),
         (["demonstrate", "--output", "x", "--render-every", "3"], "render_every must divide 20"),
         (["demonstrate", "--output", "x", "--suite", "libero_goal"], "has no scripted expert"),
+        (
+            ["demonstrate", "--output", "x", "--driver", "y", "--driver-share", "0"],
+            "driver_share is a share of chunks",
+        ),
     ],
 )
 def test_commands_name_what_is_wrong(tmp_path, monkeypatch, arguments, message):
@@ -54,7 +59,8 @@ def test_every_recording_setting_is_an_option_with_its_default():
     settings = dataclasses.asdict(RecordingSettings())
     settings["states"] = "0-39"
     assert {name: options[name] for name in settings} == settings
-    assert {"tasks", "workers", "minutes", "batch"} <= set(options) & set(defaults(demonstrate))
+    shared = {"tasks", "workers", "minutes", "batch", "driver", "driver_share"}
+    assert shared <= set(options) & set(defaults(demonstrate))
 
 
 def test_every_argument_of_an_evaluation_is_an_option():
@@ -64,3 +70,13 @@ def test_every_argument_of_an_evaluation_is_an_option():
     same = set(arguments) - {"policy", "suite", "output", "episodes"}
     assert {name: options[name] for name in same} == {name: arguments[name] for name in same}
     assert options["episodes"] == str(arguments["episodes"])
+
+
+def test_a_checkpoint_that_cannot_drive_is_refused():
+    with embedded_folder() as folder:
+        checkpoint = str(folder / "checkpoint")
+        check_driver(checkpoint, "libero_object", RecordingSettings())
+        with pytest.raises(ValueError, match="predicts 8 actions, the recording's chunk_size is 4"):
+            check_driver(checkpoint, "libero_object", RecordingSettings(chunk_size=4))
+        with pytest.raises(ValueError, match="libero_spatial"):
+            check_driver(checkpoint, "libero_spatial", RecordingSettings())

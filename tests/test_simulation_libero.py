@@ -13,10 +13,17 @@ from PIL import Image
 from simulator import need_simulator
 
 from vla_adapter_hf.simulation import scenes
-from vla_adapter_hf.simulation.demonstrate import RecordingSettings, demonstrate, plan_episode, record_episode
+from vla_adapter_hf.simulation.demonstrate import (
+    DrivingPolicy,
+    RecordingSettings,
+    demonstrate,
+    plan_episode,
+    record_driven_episode,
+    record_episode,
+)
 from vla_adapter_hf.simulation.evaluate import evaluate
 from vla_adapter_hf.simulation.libero import LiberoSuite
-from vla_adapter_hf.simulation.policies import ReplayPolicy
+from vla_adapter_hf.simulation.policies import ReplayPolicy, embedded_folder
 from vla_adapter_hf.simulation.results import read_results
 from vla_adapter_hf.simulation.scenes import record_scenes
 
@@ -322,6 +329,54 @@ def test_asking_for_other_objects_leaves_the_episode_as_it_is(soup):
         np.testing.assert_array_equal(np.sign(episode["chunks"][0, 0, :2])[far], np.sign(towards)[far])
         first = list(itself["steps"]).index(episode["steps"][0])
         assert episode["images"]["image"][0] == itself["images"]["image"][first]
+
+
+def test_a_policy_that_drives_is_told_what_the_expert_would_do(soup):
+    """Every row's chunk is the expert's, tried from where the row begins; what was played there is that or the policy's."""
+    settings = RecordingSettings(image_size=16)
+    with embedded_folder() as folder:
+        driver = DrivingPolicy(str(folder / "checkpoint"), "libero_object", share=0.4)
+    plans = (
+        plan_episode("both", 0, number, soup.movable_objects, settings, driver="by_embedded") for number in range(1, 9)
+    )
+    # Nothing is recorded where the object is not in the basket at last.
+    (episode,) = next(filter(None, (record_driven_episode(soup, plan, settings, driver) for plan in plans)))
+    number, target = episode["extra"]["episode"], episode["extra"]["target"]
+    assert episode["key"] == f"{number:05d}-00-by_embedded-both"
+    assert episode["extra"]["driver"] == "by_embedded" and episode["extra"]["driver_share"] == 0.4
+    np.testing.assert_array_equal(episode["steps"], 8 * np.arange(len(episode["steps"])))
+    np.testing.assert_array_equal(episode["actions"], episode["chunks"][:, 0])
+
+    def plays(actions, following) -> bool:
+        for action in actions:
+            soup.step(action)
+        return bool(np.array_equal(soup.observe().state.astype(np.float32), following))
+
+    soup.reset(number, target=target)
+    own = []
+    for row, chunk in enumerate(episode["chunks"][:-1]):
+        observation, following = soup.observe(), episode["states"][row + 1]
+        np.testing.assert_array_equal(observation.state.astype(np.float32), episode["states"][row])
+        predicted, here = driver.chunk(soup, observation), soup.save_state()
+        own.append(plays(predicted, following))
+        if not own[-1]:
+            soup.restore_state(here)
+            assert plays(chunk, following), f"row {row} was left by other actions than the expert's or the policy's"
+    assert 0 < sum(own) < len(own)
+
+
+def test_driven_episodes_extend_a_recording(tmp_path):
+    settings = RecordingSettings(render_every=10, image_size=16, states=(0, 1))
+    demonstrate("libero_object", tmp_path, {"jitter": 1}, tasks=[9], settings=settings, report=silent)
+    with embedded_folder() as folder:
+        driven = {"driver": str(folder / "checkpoint"), "driver_share": 0.05, "settings": settings, "report": silent}
+        summary = demonstrate("libero_object", tmp_path, {"jitter": 1}, tasks=[9], **driven)
+        assert summary["recorded_now"] == 1 and summary["episodes"] == 2
+        again = demonstrate("libero_object", tmp_path, {"jitter": 1}, tasks=[9], **driven)
+    assert again["recorded_now"] == 0
+    lines = [json.loads(line) for line in (tmp_path / "meta/demonstrations.jsonl").read_text().splitlines()]
+    assert [line.get("driver") for line in lines] == ["by_checkpoint", None]
+    assert lines[0]["positions"] != lines[1]["positions"]
 
 
 def test_a_thing_is_in_the_frames_where_it_is_projected_to(soup):

@@ -336,6 +336,11 @@ def demonstrate(
     ] = "0-39",
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     batch: Annotated[int, typer.Option(help="Episodes of a task before a process changes to another.")] = 12,
+    driver: Annotated[
+        str | None,
+        typer.Option(help="Checkpoint (folder or Hub id) that acts, while the expert says what it should do."),
+    ] = None,
+    driver_share: Annotated[float, typer.Option(help="Of the chunks, how many are the driver's own.")] = 0.7,
 ) -> None:
     """Record demonstrations of a scripted expert in the LIBERO simulator."""
     with readable_errors():
@@ -363,6 +368,8 @@ def demonstrate(
             workers=workers,
             minutes=minutes,
             batch=batch,
+            driver=driver,
+            driver_share=driver_share,
             report=typer.echo,
         )
         typer.echo(

@@ -3,6 +3,9 @@
 Rendering is the cost, ten times that of physics. A chunk policy needs a frame at the step where a chunk begins and the
 actions of the steps after it, so only every `render_every`-th step becomes a row, and each row holds the next actions at
 full rate in the extra column `action_chunk`. The column `action` holds the row's own action, as LeRobot expects.
+
+A policy may drive instead of the expert, who then only says at every chunk what it would do: the policy's mistakes become
+examples of how to go on from them (DAgger, Ross et al. 2011).
 """
 
 from __future__ import annotations
@@ -18,11 +21,16 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from transformers import AutoConfig
 
+from ..modeling.normalization_vla_adapter import select_norm_stats
+from ..robots import get_robot
+from .environment import Observation
 from .expert import LiberoObjectExpert
 from .lerobot_writer import PARTS, LeRobotLayout, assemble, encode_image, save_episode, saved_episodes
 from .libero import LiberoEnvironment, LiberoSuite, object_instruction
 from .placement import PLACEMENTS, STREAMS
+from .policies import CheckpointPolicy, Request, camera_order
 
 
 CONTROL_RATE = 20  # steps per second in LIBERO
@@ -98,6 +106,7 @@ class EpisodePlan:
         target: object to pick, None for the task's own.
         phase: the first step that is rendered.
         pushes: per push the first step, the step after the last, and the direction (3,) as an action.
+        driver: name of the policy that drives, empty for the expert.
     """
 
     placement: str
@@ -106,28 +115,45 @@ class EpisodePlan:
     target: str | None
     phase: int
     pushes: tuple[tuple[int, int, tuple[float, float, float]], ...]
+    driver: str = ""
+
+    @property
+    def stream(self) -> str:
+        """What it is drawn from: the expert's episodes and those of a policy share no placement."""
+        return _stream(self.driver)
 
     @property
     def key(self) -> str:
         """The episode's name among the saved ones. Episodes of one number sort together, whatever their task."""
-        return f"{self.episode:05d}-{self.task:02d}-{self.placement}"
+        driver = f"{self.driver}-" if self.driver else ""
+        return f"{self.episode:05d}-{self.task:02d}-{driver}{self.placement}"
 
     def is_pushed(self, first: int, end: int) -> bool:
         """Whether a push falls into the steps first...end-1."""
         return any(start < end and first < stop for start, stop, _ in self.pushes)
 
 
+def _stream(driver: str) -> str:
+    return "correction" if driver else "demonstration"
+
+
 def plan_episode(
-    placement: str, task: int, episode: int, movable_objects: Sequence[str], settings: RecordingSettings
+    placement: str,
+    task: int,
+    episode: int,
+    movable_objects: Sequence[str],
+    settings: RecordingSettings,
+    driver: str = "",
 ) -> EpisodePlan:
-    """Draws an episode's target, phase and pushes; the same arguments give the same plan."""
-    words = [STREAMS["demonstration"], settings.seed, task, episode, PLACEMENTS.index(placement), 1]
-    generator = np.random.default_rng(words)
+    """Draws an episode's target, phase and pushes; the same arguments give the same plan. A policy is not pushed."""
+    generator = np.random.default_rng(
+        [STREAMS[_stream(driver)], settings.seed, task, episode, PLACEMENTS.index(placement), 1]
+    )
     target = None
     if generator.random() < settings.retargeted and len(movable_objects) > 1:
         target = movable_objects[1 + int(generator.integers(len(movable_objects) - 1))]
     pushes = []
-    if generator.random() < settings.disturbed:
+    if not driver and generator.random() < settings.disturbed:
         if generator.random() < 0.5:
             pushes.append((0, int(generator.integers(5, 16))))
         for _ in range(int(generator.integers(1, 3))):
@@ -145,6 +171,7 @@ def plan_episode(
         target=target,
         phase=int(generator.integers(settings.render_every)),
         pushes=tuple(directed),
+        driver=driver,
     )
 
 
@@ -190,12 +217,84 @@ def record_episode(
     }
     if not chunks:
         return []
+    return _as_episodes(environment, plan, settings, observations, chunks, alternatives, info, solved_at + 1)
+
+
+def record_driven_episode(
+    environment: LiberoEnvironment, plan: EpisodePlan, settings: RecordingSettings, policy: DrivingPolicy
+) -> list[dict[str, Any]]:
+    """As `record_episode`, with a policy that drives and the expert's chunks as what it should have done.
+
+    A row begins where the policy is asked, at every chunk. Only some of the chunks are its own (`DrivingPolicy.share`): it
+    gets to see what comes after a step that it has not learned yet. If the target is not in the basket at last, what the
+    expert said may not have been of use, and nothing is returned.
+    """
+    info = environment.reset(plan.episode, target=plan.target)
+    words = [STREAMS[plan.stream], settings.seed, plan.task, plan.episode, PLACEMENTS.index(plan.placement), 3]
+    generator = np.random.default_rng(words)
+    others = _other_objects(environment, plan, settings)
+    alternatives: dict[str, dict[int, np.ndarray]] = {name: {} for name in others}
+    observations, chunks = {}, {}
+    step, success = 0, False
+    while not success and step < environment.step_limit:
+        observations[step] = environment.observe()
+        expert = LiberoObjectExpert(environment)
+        expert.act()
+        if expert.is_approaching and _is_free(environment):
+            for name in others:
+                alternatives[name][step] = _try_chunk(environment, name, settings.chunk_size)
+        chunks[step] = _try_chunk(environment, environment.target, settings.chunk_size)
+        own = generator.random() < policy.share
+        actions = policy.chunk(environment, observations[step]) if own else chunks[step]
+        for index, action in enumerate(actions):
+            success = environment.step(action, observe=index == len(actions) - 1)
+            step += 1
+            if success or step == environment.step_limit:
+                break
+    if not success:
+        return []
+    info |= {"driver": plan.driver, "driver_share": policy.share}
+    return _as_episodes(environment, plan, settings, observations, chunks, alternatives, info, step)
+
+
+class DrivingPolicy:
+    """A checkpoint that acts while a recording goes on.
+
+    Args:
+        checkpoint: its folder or Hub id.
+        suite: whose statistics and robot it uses.
+        share: of the chunks that are its own, 0...1; the others are the expert's.
+    """
+
+    def __init__(self, checkpoint: str, suite: str, share: float) -> None:
+        self.share = share
+        self._policy = CheckpointPolicy(checkpoint, LiberoSuite.robot, suite=suite)
+        self._preset = get_robot(LiberoSuite.robot)
+
+    def chunk(self, environment: LiberoEnvironment, observation: Observation) -> np.ndarray:
+        """What it does now: (chunk_size, 7), as the environment takes it."""
+        request = Request(observation, environment.instruction, environment.task, 0, 0)
+        (chunk,) = self._policy.predict([request])
+        return self._preset.to_environment(chunk)
+
+
+def _as_episodes(
+    environment: LiberoEnvironment,
+    plan: EpisodePlan,
+    settings: RecordingSettings,
+    observations: dict[int, Observation],
+    chunks: dict[int, np.ndarray],
+    alternatives: dict[str, dict[int, np.ndarray]],
+    info: dict[str, Any],
+    steps: int,
+) -> list[dict[str, Any]]:
+    """The arguments of `save_episode`, the episode itself last."""
     common = {
         "suite": environment.suite.name,
         "task": plan.task,
         "episode": plan.episode,
         "seed": settings.seed,
-        "steps": solved_at + 1,
+        "steps": steps,
         "pushes": [[start, stop, list(direction)] for start, stop, direction in plan.pushes],
         **info,
     }
@@ -231,7 +330,7 @@ def _other_objects(environment: LiberoEnvironment, plan: EpisodePlan, settings: 
     """The objects that an episode's rows ask for as well, drawn anew for every episode."""
     if not settings.alternatives:
         return []
-    words = [STREAMS["demonstration"], settings.seed, plan.task, plan.episode, PLACEMENTS.index(plan.placement), 2]
+    words = [STREAMS[plan.stream], settings.seed, plan.task, plan.episode, PLACEMENTS.index(plan.placement), 2]
     others = [name for name in environment.movable_objects if name != environment.target]
     drawn = np.random.default_rng(words).permutation(len(others))
     return [others[index] for index in sorted(drawn[: settings.alternatives])]
@@ -275,19 +374,36 @@ class _Job:
     task: int
     episodes: tuple[tuple[str, int], ...]
     settings: RecordingSettings
+    driver: str | None
+    driver_share: float
 
 
 def _record_job(job: _Job) -> dict[str, Any]:
     """Runs in a process of its own."""
     began = time.perf_counter()
-    base = {"states": job.settings.states, "seed": job.settings.seed, "stream": "demonstration", "hard_reset": False}
+    policy = None
+    if job.driver is not None:
+        import torch
+
+        torch.set_num_threads(1)  # the processes beside this one have policies too
+        policy = DrivingPolicy(job.driver, job.suite, job.driver_share)
+    driver = _driver_name(job.driver)
+    base = {
+        "states": job.settings.states,
+        "seed": job.settings.seed,
+        "stream": _stream(driver),
+        "hard_reset": False,
+    }
     environment = LiberoSuite(job.suite, **base).make(job.task)
     saved = failed = 0
     try:
         for placement, episode in job.episodes:
             environment.suite = LiberoSuite(job.suite, placement=placement, **base)
-            plan = plan_episode(placement, job.task, episode, environment.movable_objects, job.settings)
-            recorded = record_episode(environment, plan, job.settings)
+            plan = plan_episode(placement, job.task, episode, environment.movable_objects, job.settings, driver)
+            if policy is None:
+                recorded = record_episode(environment, plan, job.settings)
+            else:
+                recorded = record_driven_episode(environment, plan, job.settings, policy)
             if not recorded:
                 failed += 1
                 _mark_failed(Path(job.output), plan)
@@ -299,6 +415,11 @@ def _record_job(job: _Job) -> dict[str, Any]:
     finally:
         environment.close()
     return {"task": job.task, "saved": saved, "failed": failed, "seconds": time.perf_counter() - began}
+
+
+def _driver_name(driver: str | None) -> str:
+    """How keys of episodes name the policy that drives; a key's parts are divided by hyphens."""
+    return "" if driver is None else f"by_{Path(driver).name.replace('-', '_')}"
 
 
 def _mark_failed(output: Path, plan: EpisodePlan) -> None:
@@ -322,6 +443,8 @@ def demonstrate(
     workers: int = 1,
     minutes: float | None = None,
     batch: int = 12,
+    driver: str | None = None,
+    driver_share: float = 0.7,
     report: Any = print,
 ) -> dict[str, Any]:
     """Records demonstrations of the scripted expert into a LeRobot v3.0 dataset, resuming what was begun.
@@ -338,6 +461,10 @@ def demonstrate(
         workers: processes, each with an environment of about 2 GB.
         minutes: stop beginning new batches after this time; the dataset is assembled from what there is.
         batch: episodes recorded before a process changes to another task.
+        driver: folder or Hub id of a checkpoint that drives while the expert says at every chunk what it should do. Such
+            episodes come beside the expert's own, under the last part of the checkpoint's name, and have placements of their
+            own. Pushes are for the expert only.
+        driver_share: of the chunks that this checkpoint chooses; the expert chooses the others.
         report: called with a line of progress after every batch.
 
     Returns:
@@ -357,6 +484,8 @@ def demonstrate(
             raise ValueError(f"episodes names placement {placement!r}; known are {', '.join(PLACEMENTS)}")
         if count < 0:
             raise ValueError(f"episodes[{placement!r}] must be 0 or more, got {count}")
+    if not 0 < driver_share <= 1:
+        raise ValueError(f"driver_share is a share of chunks, over 0 and at most 1, got {driver_share}")
     if workers < 1 or batch < 1:
         raise ValueError(f"workers and batch must be at least 1, got {workers} and {batch}")
     known = LiberoSuite(suite).tasks
@@ -367,7 +496,9 @@ def demonstrate(
     output = Path(output)
     check_settings(output, output / PARTS / "settings.json", {"suite": suite, **asdict(settings)})
     began = time.perf_counter()
-    jobs = _plan_jobs(str(output), suite, chosen, wanted, settings, batch)
+    if driver is not None:
+        check_driver(driver, suite, settings)
+    jobs = _plan_jobs(str(output), suite, chosen, wanted, settings, batch, driver, driver_share)
     done = failed = 0
     if jobs:
         context = multiprocessing.get_context("spawn")
@@ -415,17 +546,42 @@ def check_settings(output: Path, path: Path, settings: dict[str, Any]) -> None:
     beside.replace(path)
 
 
+def check_driver(driver: str, suite: str, settings: RecordingSettings) -> None:
+    """Refuses a checkpoint that could not drive, before an environment is built.
+
+    Raises:
+        ValueError: its statistics, its cameras or its chunks are not those of the recording.
+    """
+    config = AutoConfig.from_pretrained(driver)
+    preset = get_robot(LiberoSuite.robot)
+    select_norm_stats(config.norm_stats, suite)
+    camera_order(config.cameras, preset.cameras)
+    if config.chunk_size != settings.chunk_size:
+        raise ValueError(
+            f"driver={driver!r} predicts {config.chunk_size} actions, the recording's chunk_size is {settings.chunk_size}: "
+            "a row would not hold what it should have done. Record with the driver's chunk_size."
+        )
+
+
 def _plan_jobs(
-    output: str, suite: str, tasks: list[int], wanted: dict[str, int], settings: RecordingSettings, batch: int
+    output: str,
+    suite: str,
+    tasks: list[int],
+    wanted: dict[str, int],
+    settings: RecordingSettings,
+    batch: int,
+    driver: str | None,
+    driver_share: float,
 ) -> list[_Job]:
     """Batches of one task each, going round the tasks so that a recording stopped early has all of them."""
+    prefix = f"{_driver_name(driver)}-" if driver is not None else ""
     present = set(saved_episodes(Path(output))) | set(failed_episodes(Path(output)))
     queues = {}
     for task in tasks:
         entries = []
         for placement, count in wanted.items():
             for episode in range(count):
-                if f"{episode:05d}-{task:02d}-{placement}" not in present:
+                if f"{episode:05d}-{task:02d}-{prefix}{placement}" not in present:
                     # Placements are interleaved in proportion to their numbers.
                     entries.append(((episode + 0.5) / count, placement, episode))
         queues[task] = [(placement, episode) for _, placement, episode in sorted(entries)]
@@ -434,5 +590,5 @@ def _plan_jobs(
         for task in tasks:
             part, queues[task] = queues[task][:batch], queues[task][batch:]
             if part:
-                jobs.append(_Job(output, suite, task, tuple(part), settings))
+                jobs.append(_Job(output, suite, task, tuple(part), settings, driver, driver_share))
     return jobs

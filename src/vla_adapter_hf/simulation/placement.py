@@ -15,7 +15,7 @@ PLACEMENTS = ("official", "jitter", "shuffle", "both")
 """`official`: untouched. `jitter`: every object moves by up to ±5 cm in x and in y. `shuffle`: the objects swap places, and
 the first one (the target) never keeps its own. `both`: shuffle, then jitter."""
 
-STREAMS = {"evaluation": 0, "demonstration": 1}
+STREAMS = {"evaluation": 0, "demonstration": 1, "correction": 2}
 """The first word of every seed: an evaluation and a recording draw from different streams whatever their seeds are."""
 
 FINGERS = (0.02, 0.066)
