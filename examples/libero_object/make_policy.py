@@ -23,6 +23,7 @@ from vla_adapter_hf.model_card import fill_model_card
 from vla_adapter_hf.pretrained_parts import load_tokenizer
 from vla_adapter_hf.simulation.demonstrate import RecordingSettings, demonstrate
 from vla_adapter_hf.simulation.evaluate import evaluate
+from vla_adapter_hf.simulation.policies import embedded_folder
 from vla_adapter_hf.simulation.scenes import record_scenes
 from vla_adapter_hf.training.arguments import parse_arguments
 from vla_adapter_hf.training.train import last_finished_checkpoint, train
@@ -45,15 +46,31 @@ SCENES = 300  # per task
 TRAININGS = {
     "first": {"preset": "frozen", "max_steps": 500, "learning_rate": 1e-3},
     "all": {},  # as in train.yaml
-    "trained": {"max_steps": 1500, "learning_rate": 3e-4, "warmup_steps": 50, "episodes": "done"},
+    "whole": {"max_steps": 1500, "learning_rate": 3e-4, "warmup_steps": 50, "episodes": "done"},
 }
-# The shorter trainings only show that the other models learn as well.
+# Then, twice, the policy so far drives in further episodes, and learns what the expert would have done there.
+DRIVEN_EPISODES = {"official": 8, "jitter": 8, "shuffle": 8, "both": 12}  # per task, each time
+DRIVER_SHARE = 0.7
+CORRECTIONS = {
+    "corrected": {
+        "max_steps": 2500,
+        "learning_rate": 3e-4,
+        "lr_scheduler_type": "constant_with_warmup",
+        "episodes": "done",
+    },
+    "trained": {"max_steps": 4000, "learning_rate": 3e-4, "episodes": "done"},
+}
+# The shorter trainings only show that the other models learn as well; their demonstrations are the same.
+SHORT_TRAININGS = {
+    "first": {"preset": "frozen", "max_steps": 300, "learning_rate": 1e-3},
+    "trained": {"max_steps": 1200},
+}
 VARIANTS = {
     "pro": {"fields": {"policy_variant": "pro"}, "arguments": {}},
-    "original": {"fields": {"policy_variant": "original"}, "arguments": {"max_steps": 600}},
+    "original": {"fields": {"policy_variant": "original"}, "arguments": {}},
     "one_camera": {
         "fields": {"policy_variant": "pro", "cameras": ["image"]},
-        "arguments": {"max_steps": 600, "cameras": ["observation.images.image"]},
+        "arguments": {"cameras": ["observation.images.image"]},
     },
 }
 
@@ -66,9 +83,9 @@ TESTS = {
     "shuffle_black": {"placement": "shuffle", "episodes": range(40, 50), "black_images": True},
     "shuffle_other": {"placement": "shuffle", "episodes": range(40, 50), "instruction": "other"},
 }
-SHORT_TESTS = ("official", "jitter", "shuffle")
+SHORT_TESTS = {test: TESTS[test] | {"episodes": range(40, 42)} for test in ("official", "jitter", "shuffle")}
 TITLES = {
-    "official": "official states 40–49",
+    "official": "official states, held out",
     "jitter": "objects moved by up to ±5 cm",
     "shuffle": "objects in each other's places",
     "jitter_black": "moved objects, black images",
@@ -83,7 +100,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/libero_object"))
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--processes", type=int, default=2, help="simulators side by side, about 2 GB each")
-    parser.add_argument("--minutes", type=float, help="stop recording after this time and train on what there is")
+    parser.add_argument("--minutes", type=float, help="stop each recording after this time and train on what there is")
+    parser.add_argument(
+        "--embed", action="store_true", help="put the Pro variant and its results into this repository"
+    )
     arguments = parser.parse_args()
 
     dataset, scenes = arguments.output / SUITE, arguments.output / "scenes"
@@ -94,10 +114,22 @@ def main() -> None:
         make_start(name, scenes, arguments.output)
         if name not in arguments.variants:
             continue
-        train_variant(name, dataset, folder)
-        tests = TESTS if name == "pro" else {test: TESTS[test] for test in SHORT_TESTS}
+        if name == "pro":
+            checkpoint = train_variant(name, dataset, folder, TRAININGS, folder / "start")
+            recording = {"settings": SETTINGS, "workers": arguments.processes, "minutes": arguments.minutes}
+            for training, changes in CORRECTIONS.items():
+                driver = {"driver": str(checkpoint), "driver_share": DRIVER_SHARE}
+                demonstrate(SUITE, dataset, DRIVEN_EPISODES, **recording, **driver)
+                checkpoint = train_variant(name, dataset, folder, {training: changes}, checkpoint)
+        else:
+            train_variant(name, dataset, folder, SHORT_TRAININGS, folder / "start")
+        round_off(name, folder)
+        tests = TESTS if name == "pro" else SHORT_TESTS
         scores = {test: score(folder, test, options, arguments.processes) for test, options in tests.items()}
         pack(name, folder, scores)
+        if name == "pro" and arguments.embed:
+            with embedded_folder() as embedded:
+                embed(folder / "packed", embedded / "checkpoint", HERE / "results")
 
 
 def make_start(name: str, scenes: Path, output: Path) -> None:
@@ -130,10 +162,9 @@ def make_start(name: str, scenes: Path, output: Path) -> None:
     )
 
 
-def train_variant(name: str, dataset: Path, folder: Path) -> None:
-    """Train one of `VARIANTS`, or go on with it."""
-    checkpoint = folder / "start"
-    for training, changes in TRAININGS.items():
+def train_variant(name: str, dataset: Path, folder: Path, trainings: dict[str, dict], checkpoint: Path) -> Path:
+    """Train one of `VARIANTS`, or go on with it, and return where the last of the trainings is."""
+    for training, changes in trainings.items():
         trained = folder / training
         settings = yaml.safe_load((HERE / "train.yaml").read_text(encoding="utf-8"))
         settings |= changes | VARIANTS[name]["arguments"]
@@ -148,6 +179,7 @@ def train_variant(name: str, dataset: Path, folder: Path) -> None:
         written = folder / f"{training}.yaml"
         written.write_text(yaml.safe_dump(settings), encoding="utf-8")
         train(*parse_arguments([str(written)]))
+    return checkpoint
 
 
 def done_episodes(dataset: Path) -> list[int]:
@@ -157,21 +189,32 @@ def done_episodes(dataset: Path) -> list[int]:
     return [episode["episode_index"] for episode in recorded if episode["key"].endswith(episode["placement"])]
 
 
+def round_off(name: str, folder: Path) -> None:
+    """The trained model as it ships, in bfloat16. This is what is evaluated."""
+    if (folder / "rounded").exists():
+        return
+    model = AutoModel.from_pretrained(folder / "trained", dtype=torch.bfloat16)
+    processor = AutoProcessor.from_pretrained(folder / "trained")
+    card = fill_model_card(model.config, name, "Trained by `make policy`.", results="Not evaluated yet.")
+    write_checkpoint(folder / "rounded", model, processor, card)
+
+
 def score(folder: Path, test: str, options: dict, processes: int) -> dict:
     """Evaluate a trained variant in one test, or finish doing so."""
     output = folder / "evaluation" / test
     print(f"{folder.name}: {TITLES[test]}")
-    return evaluate(str(folder / "trained"), SUITE, output, seed=SEED, processes=processes, **options)
+    return evaluate(str(folder / "rounded"), SUITE, output, seed=SEED, processes=processes, **options)
 
 
 def pack(name: str, folder: Path, scores: dict[str, dict]) -> None:
-    """The trained model in bfloat16 with its scores on its card, and the evaluation's files, ready to be committed."""
+    """The evaluated model with its scores on its card, and the evaluation's files, ready to be published."""
     packed = folder / "packed"
     shutil.rmtree(packed, ignore_errors=True)
+    shutil.copytree(folder / "rounded", packed / "checkpoint")
     table = score_table(scores)
-    model = AutoModel.from_pretrained(folder / "trained", dtype=torch.bfloat16)
-    processor = AutoProcessor.from_pretrained(folder / "trained")
-    states = [last_finished_checkpoint(folder / training) / "trainer_state.json" for training in TRAININGS]
+    model = AutoModel.from_pretrained(packed / "checkpoint")
+    trainings = [*TRAININGS, *CORRECTIONS] if name == "pro" else SHORT_TRAININGS
+    states = [last_finished_checkpoint(folder / training) / "trainer_state.json" for training in trainings]
     steps = sum(json.loads(state.read_text(encoding="utf-8"))["global_step"] for state in states)
     batch_size = yaml.safe_load((HERE / "train.yaml").read_text(encoding="utf-8"))["per_device_train_batch_size"]
     card = fill_model_card(
@@ -180,19 +223,35 @@ def pack(name: str, folder: Path, scores: dict[str, dict]) -> None:
         summary=fill(
             f"{model.num_parameters() / 1e6:.1f} million parameters, all random at first. It was taught to see and to read on "
             f"frames of simulated scenes, and to act by {steps} steps of {batch_size} on demonstrations that this package's "
-            "scripted expert recorded in the LIBERO simulator, all on a CPU. Redo it with `make policy`; its parts are in "
-            "`examples/libero_object/`. It knows ten objects, one floor and one robot, and no real camera. The scores are of "
-            "the weights in float32, before they were rounded to bfloat16.",
+            "scripted expert recorded in the LIBERO simulator, some of them in episodes in which a policy drove and the expert "
+            "said what it should do, all on a CPU. Redo it with `make policy`; its parts are in `examples/libero_object/`. It "
+            "knows ten objects, one floor and one robot, and no real camera.",
             width=119,
         ),
         results=table,
         instruction="pick up the milk and place it in the basket",
     )
-    write_checkpoint(packed / "checkpoint", model, processor, card)
+    (packed / "checkpoint" / "README.md").write_text(card, encoding="utf-8")
     (packed / "scores.md").write_text(table, encoding="utf-8")
     for test in scores:
         shutil.copytree(folder / "evaluation" / test, packed / test)
     print(table)
+
+
+def embed(packed: Path, checkpoint: Path, results: Path) -> None:
+    """Put a packed checkpoint and its results in the place of those that are in this repository."""
+    for destination in (checkpoint, results):
+        shutil.rmtree(destination, ignore_errors=True)
+    # Without the code and the names of its classes: the package that it ships with has them.
+    shutil.copytree(packed / "checkpoint", checkpoint, ignore=shutil.ignore_patterns("*.py"))
+    for path in checkpoint.glob("*.json"):
+        content = json.loads(path.read_text(encoding="utf-8"), object_hook=_without_code)
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    shutil.copytree(packed, results, ignore=shutil.ignore_patterns("checkpoint"))
+
+
+def _without_code(entries: dict) -> dict:
+    return {name: value for name, value in entries.items() if name != "auto_map"}
 
 
 def score_table(scores: dict[str, dict]) -> str:
