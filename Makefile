@@ -15,9 +15,10 @@ demo: $(VENV)/demo-installed
 demo-loop: $(VENV)/demo-installed $(VENV)/simulator-installed
 	$(BIN)/vla-adapter demo --loop --output outputs/demo.png
 
-# The policy that ships with this package, from nothing, in some hours: see examples/libero_object.
+# The policy that ships with this package, from nothing, in some hours: see examples/libero_object. `make policy ARGS=--embed`
+# puts it and its scores where those that ship are.
 policy: $(VENV)/demo-installed $(VENV)/simulator-installed
-	$(BIN)/python examples/libero_object/make_policy.py --output outputs/libero_object
+	$(BIN)/python examples/libero_object/make_policy.py --output outputs/libero_object $(ARGS)
 
 # The simulator in .venv, for the tests that need it.
 simulator: $(VENV)/simulator-installed

@@ -4,12 +4,12 @@ import dataclasses
 import inspect
 
 import pytest
+from transformers import GPT2Config
 from typer.testing import CliRunner
 
 from vla_adapter_hf import cli
-from vla_adapter_hf.simulation.demonstrate import RecordingSettings, check_driver, demonstrate
+from vla_adapter_hf.simulation.demonstrate import Driver, RecordingSettings, demonstrate, describe_driver, plan_episode
 from vla_adapter_hf.simulation.evaluate import evaluate
-from vla_adapter_hf.simulation.policies import embedded_folder
 
 
 def defaults(function) -> dict:
@@ -59,7 +59,7 @@ def test_every_recording_setting_is_an_option_with_its_default():
     settings = dataclasses.asdict(RecordingSettings())
     settings["states"] = "0-39"
     assert {name: options[name] for name in settings} == settings
-    shared = {"tasks", "workers", "minutes", "batch", "driver", "driver_share"}
+    shared = {"tasks", "workers", "minutes", "batch", "driver", "driver_share", "driver_unnorm_key"}
     assert shared <= set(options) & set(defaults(demonstrate))
 
 
@@ -72,11 +72,28 @@ def test_every_argument_of_an_evaluation_is_an_option():
     assert options["episodes"] == str(arguments["episodes"])
 
 
-def test_a_checkpoint_that_cannot_drive_is_refused():
-    with embedded_folder() as folder:
-        checkpoint = str(folder / "checkpoint")
-        check_driver(checkpoint, "libero_object", RecordingSettings())
-        with pytest.raises(ValueError, match="predicts 8 actions, the recording's chunk_size is 4"):
-            check_driver(checkpoint, "libero_object", RecordingSettings(chunk_size=4))
-        with pytest.raises(ValueError, match="libero_spatial"):
-            check_driver(checkpoint, "libero_spatial", RecordingSettings())
+def test_a_checkpoint_that_cannot_drive_is_refused(tmp_path):
+    def describe(checkpoint: str, suite: str = "libero_object", **settings) -> dict:
+        return describe_driver(Driver(checkpoint, 0.7, None, 1), suite, RecordingSettings(**settings))
+
+    assert describe("embedded")["share"] == 0.7
+    with pytest.raises(ValueError, match="predicts 8 actions, the recording's chunk_size is 4"):
+        describe("embedded", chunk_size=4)
+    with pytest.raises(ValueError, match="libero_spatial"):
+        describe("embedded", "libero_spatial")
+    with pytest.raises(ValueError, match="'oracle' is no checkpoint"):
+        describe("oracle")
+    GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="is no VLA-Adapter"):
+        describe(str(tmp_path))
+
+
+def test_every_driver_has_episodes_of_its_own():
+    settings, objects = RecordingSettings(retargeted=0.5), [f"object_{index}" for index in range(6)]
+
+    def targets(driver: str) -> list[str | None]:
+        return [plan_episode("both", 0, number, objects, settings, driver).target for number in range(60)]
+
+    drawn = [targets(driver) for driver in ("", "by_whole", "by_corrected")]
+    assert drawn == [targets(driver) for driver in ("", "by_whole", "by_corrected")]
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]

@@ -16,6 +16,7 @@ from vla_adapter_hf.simulation import scenes
 from vla_adapter_hf.simulation.demonstrate import (
     DrivingPolicy,
     RecordingSettings,
+    _try_chunk,
     demonstrate,
     plan_episode,
     record_driven_episode,
@@ -23,7 +24,7 @@ from vla_adapter_hf.simulation.demonstrate import (
 )
 from vla_adapter_hf.simulation.evaluate import evaluate
 from vla_adapter_hf.simulation.libero import LiberoSuite
-from vla_adapter_hf.simulation.policies import ReplayPolicy, embedded_folder
+from vla_adapter_hf.simulation.policies import ReplayPolicy
 from vla_adapter_hf.simulation.results import read_results
 from vla_adapter_hf.simulation.scenes import record_scenes
 
@@ -334,13 +335,14 @@ def test_asking_for_other_objects_leaves_the_episode_as_it_is(soup):
 def test_a_policy_that_drives_is_told_what_the_expert_would_do(soup):
     """Every row's chunk is the expert's, tried from where the row begins; what was played there is that or the policy's."""
     settings = RecordingSettings(image_size=16)
-    with embedded_folder() as folder:
-        driver = DrivingPolicy(str(folder / "checkpoint"), "libero_object", share=0.4)
+    driver = DrivingPolicy("embedded", "libero_object", share=0.4)
     plans = (
         plan_episode("both", 0, number, soup.movable_objects, settings, driver="by_embedded") for number in range(1, 9)
     )
     # Nothing is recorded where the object is not in the basket at last.
-    (episode,) = next(filter(None, (record_driven_episode(soup, plan, settings, driver) for plan in plans)))
+    recorded = next(filter(None, (record_driven_episode(soup, plan, settings, driver) for plan in plans)), None)
+    assert recorded, "with six of ten chunks from the expert, no episode of eight was solved"
+    (episode,) = recorded
     number, target = episode["extra"]["episode"], episode["extra"]["target"]
     assert episode["key"] == f"{number:05d}-00-by_embedded-both"
     assert episode["extra"]["driver"] == "by_embedded" and episode["extra"]["driver_share"] == 0.4
@@ -353,29 +355,35 @@ def test_a_policy_that_drives_is_told_what_the_expert_would_do(soup):
         return bool(np.array_equal(soup.observe().state.astype(np.float32), following))
 
     soup.reset(number, target=target)
-    own = []
-    for row, chunk in enumerate(episode["chunks"][:-1]):
-        observation, following = soup.observe(), episode["states"][row + 1]
+    own, closing = [], 0
+    for row, chunk in enumerate(episode["chunks"]):
+        observation = soup.observe()
         np.testing.assert_array_equal(observation.state.astype(np.float32), episode["states"][row])
-        predicted, here = driver.chunk(soup, observation), soup.save_state()
+        np.testing.assert_array_equal(_try_chunk(soup, target, 8, closing), chunk)
+        if row == len(episode["chunks"]) - 1:
+            break
+        predicted, here, following = driver.chunk(soup, observation), soup.save_state(), episode["states"][row + 1]
         own.append(plays(predicted, following))
         if not own[-1]:
             soup.restore_state(here)
             assert plays(chunk, following), f"row {row} was left by other actions than the expert's or the policy's"
+        for action in predicted if own[-1] else chunk:
+            closing = closing + 1 if action[-1] > 0 else 0
     assert 0 < sum(own) < len(own)
 
 
 def test_driven_episodes_extend_a_recording(tmp_path):
     settings = RecordingSettings(render_every=10, image_size=16, states=(0, 1))
     demonstrate("libero_object", tmp_path, {"jitter": 1}, tasks=[9], settings=settings, report=silent)
-    with embedded_folder() as folder:
-        driven = {"driver": str(folder / "checkpoint"), "driver_share": 0.05, "settings": settings, "report": silent}
-        summary = demonstrate("libero_object", tmp_path, {"jitter": 1}, tasks=[9], **driven)
-        assert summary["recorded_now"] == 1 and summary["episodes"] == 2
-        again = demonstrate("libero_object", tmp_path, {"jitter": 1}, tasks=[9], **driven)
+    driven = {"driver": "embedded", "driver_share": 0.05, "settings": settings, "report": silent}
+    summary = demonstrate("libero_object", tmp_path, {"jitter": 1}, tasks=[9], **driven)
+    assert summary["recorded_now"] == 1 and summary["episodes"] == 2
+    again = demonstrate("libero_object", tmp_path, {"jitter": 1}, tasks=[9], **driven)
     assert again["recorded_now"] == 0
+    with pytest.raises(ValueError, match="was begun with share=0.05 and not 0.1"):
+        demonstrate("libero_object", tmp_path, {"jitter": 1}, tasks=[9], **(driven | {"driver_share": 0.1}))
     lines = [json.loads(line) for line in (tmp_path / "meta/demonstrations.jsonl").read_text().splitlines()]
-    assert [line.get("driver") for line in lines] == ["by_checkpoint", None]
+    assert [line.get("driver") for line in lines] == ["by_embedded", None]
     assert lines[0]["positions"] != lines[1]["positions"]
 
 

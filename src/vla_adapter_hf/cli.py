@@ -338,9 +338,14 @@ def demonstrate(
     batch: Annotated[int, typer.Option(help="Episodes of a task before a process changes to another.")] = 12,
     driver: Annotated[
         str | None,
-        typer.Option(help="Checkpoint (folder or Hub id) that acts, while the expert says what it should do."),
+        typer.Option(
+            help="Checkpoint (folder, Hub id or embedded) that acts, while the expert says what it should do."
+        ),
     ] = None,
     driver_share: Annotated[float, typer.Option(help="Of the chunks, how many are the driver's own.")] = 0.7,
+    driver_unnorm_key: Annotated[
+        str | None, typer.Option(help="The driver's statistics; by default those of the suite's name.")
+    ] = None,
 ) -> None:
     """Record demonstrations of a scripted expert in the LIBERO simulator."""
     with readable_errors():
@@ -370,6 +375,7 @@ def demonstrate(
             batch=batch,
             driver=driver,
             driver_share=driver_share,
+            driver_unnorm_key=driver_unnorm_key,
             report=typer.echo,
         )
         typer.echo(

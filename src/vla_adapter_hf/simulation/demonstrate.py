@@ -10,9 +10,12 @@ examples of how to go on from them (DAgger, Ross et al. 2011).
 
 from __future__ import annotations
 
+import functools
 import json
 import multiprocessing
+import os
 import time
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
@@ -23,14 +26,14 @@ import numpy as np
 from PIL import Image
 from transformers import AutoConfig
 
-from ..modeling.normalization_vla_adapter import select_norm_stats
+from ..modeling.configuration_vla_adapter import VLAAdapterConfig
 from ..robots import get_robot
 from .environment import Observation
 from .expert import LiberoObjectExpert
 from .lerobot_writer import PARTS, LeRobotLayout, assemble, encode_image, save_episode, saved_episodes
 from .libero import LiberoEnvironment, LiberoSuite, object_instruction
 from .placement import PLACEMENTS, STREAMS
-from .policies import CheckpointPolicy, Request, camera_order
+from .policies import Request, make_policy
 
 
 CONTROL_RATE = 20  # steps per second in LIBERO
@@ -45,7 +48,7 @@ class RecordingSettings:
 
     Attributes:
         render_every: every how many steps a frame is rendered and a row written; must divide 20. The first row's step is
-            drawn per episode, so that all phases occur.
+            drawn per episode, so that all phases occur. Where a policy drives, a row begins at every chunk instead.
         chunk_size: actions in `action_chunk`. Rows without that many actions after them are not written.
         tail: steps that the expert goes on after success, so that the last steps before it begin whole chunks too.
         image_size: height and width of the stored frames. Rendered are 256, as in evaluation, then Lanczos.
@@ -106,7 +109,7 @@ class EpisodePlan:
         target: object to pick, None for the task's own.
         phase: the first step that is rendered.
         pushes: per push the first step, the step after the last, and the direction (3,) as an action.
-        driver: name of the policy that drives, empty for the expert.
+        driver: how keys name the policy that drives, empty for the expert.
     """
 
     placement: str
@@ -118,23 +121,35 @@ class EpisodePlan:
     driver: str = ""
 
     @property
-    def stream(self) -> str:
-        """What it is drawn from: the expert's episodes and those of a policy share no placement."""
-        return _stream(self.driver)
-
-    @property
     def key(self) -> str:
-        """The episode's name among the saved ones. Episodes of one number sort together, whatever their task."""
-        driver = f"{self.driver}-" if self.driver else ""
-        return f"{self.episode:05d}-{self.task:02d}-{driver}{self.placement}"
+        return episode_key(self.placement, self.task, self.episode, self.driver)
 
     def is_pushed(self, first: int, end: int) -> bool:
         """Whether a push falls into the steps first...end-1."""
         return any(start < end and first < stop for start, stop, _ in self.pushes)
 
 
-def _stream(driver: str) -> str:
-    return "correction" if driver else "demonstration"
+def episode_key(placement: str, task: int, episode: int, driver: str = "") -> str:
+    """An episode's name among the saved ones. Episodes of one number sort together, whatever their task."""
+    return f"{episode:05d}-{task:02d}-{driver}{'-' if driver else ''}{placement}"
+
+
+def _draws(settings: RecordingSettings, driver: str) -> dict[str, Any]:
+    """Stream and seed of all that is drawn, and the initial states in their order: every driver has its own, as the expert has."""
+    if not driver:
+        return {"stream": "demonstration", "seed": settings.seed, "states": settings.states}
+    seed = zlib.crc32(f"{settings.seed} {driver}".encode())
+    first = seed % len(settings.states)
+    return {"stream": "correction", "seed": seed, "states": settings.states[first:] + settings.states[:first]}
+
+
+def _generator(
+    placement: str, task: int, episode: int, settings: RecordingSettings, driver: str, use: int
+) -> np.random.Generator:
+    draws = _draws(settings, driver)
+    return np.random.default_rng(
+        [STREAMS[draws["stream"]], draws["seed"], task, episode, PLACEMENTS.index(placement), use]
+    )
 
 
 def plan_episode(
@@ -146,9 +161,7 @@ def plan_episode(
     driver: str = "",
 ) -> EpisodePlan:
     """Draws an episode's target, phase and pushes; the same arguments give the same plan. A policy is not pushed."""
-    generator = np.random.default_rng(
-        [STREAMS[_stream(driver)], settings.seed, task, episode, PLACEMENTS.index(placement), 1]
-    )
+    generator = _generator(placement, task, episode, settings, driver, 1)
     target = None
     if generator.random() < settings.retargeted and len(movable_objects) > 1:
         target = movable_objects[1 + int(generator.integers(len(movable_objects) - 1))]
@@ -227,54 +240,68 @@ def record_driven_episode(
 
     A row begins where the policy is asked, at every chunk. Only some of the chunks are its own (`DrivingPolicy.share`): it
     gets to see what comes after a step that it has not learned yet. If the target is not in the basket at last, what the
-    expert said may not have been of use, and nothing is returned.
+    expert said may not have been of use, and nothing is returned. There are no alternatives.
     """
     info = environment.reset(plan.episode, target=plan.target)
-    words = [STREAMS[plan.stream], settings.seed, plan.task, plan.episode, PLACEMENTS.index(plan.placement), 3]
-    generator = np.random.default_rng(words)
-    others = _other_objects(environment, plan, settings)
-    alternatives: dict[str, dict[int, np.ndarray]] = {name: {} for name in others}
+    generator = _generator(plan.placement, plan.task, plan.episode, settings, plan.driver, 3)
     observations, chunks = {}, {}
-    step, success = 0, False
+    step, success, closing = 0, False, 0
     while not success and step < environment.step_limit:
         observations[step] = environment.observe()
-        expert = LiberoObjectExpert(environment)
-        expert.act()
-        if expert.is_approaching and _is_free(environment):
-            for name in others:
-                alternatives[name][step] = _try_chunk(environment, name, settings.chunk_size)
-        chunks[step] = _try_chunk(environment, environment.target, settings.chunk_size)
+        chunks[step] = _try_chunk(environment, environment.target, settings.chunk_size, closing)
         own = generator.random() < policy.share
         actions = policy.chunk(environment, observations[step]) if own else chunks[step]
         for index, action in enumerate(actions):
             success = environment.step(action, observe=index == len(actions) - 1)
+            closing = closing + 1 if action[-1] > 0 else 0
             step += 1
             if success or step == environment.step_limit:
                 break
     if not success:
         return []
     info |= {"driver": plan.driver, "driver_share": policy.share}
-    return _as_episodes(environment, plan, settings, observations, chunks, alternatives, info, step)
+    return _as_episodes(environment, plan, settings, observations, chunks, {}, info, step)
 
 
 class DrivingPolicy:
     """A checkpoint that acts while a recording goes on.
 
     Args:
-        checkpoint: its folder or Hub id.
-        suite: whose statistics and robot it uses.
+        checkpoint: its folder or Hub id, or `embedded`.
+        suite: whose robot it moves.
         share: of the chunks that are its own, 0...1; the others are the expert's.
+        unnorm_key: statistics to use; by default those of the suite's name.
+
+    Raises:
+        ValueError: its robot, its statistics or its cameras are not the suite's.
     """
 
-    def __init__(self, checkpoint: str, suite: str, share: float) -> None:
+    def __init__(self, checkpoint: str, suite: str, share: float, unnorm_key: str | None = None) -> None:
+        if checkpoint in ("oracle", "noop"):
+            raise ValueError(f"driver={checkpoint!r} is no checkpoint; name a folder, a Hub id or 'embedded'.")
+        if checkpoint != "embedded" and not isinstance(AutoConfig.from_pretrained(checkpoint), VLAAdapterConfig):
+            raise ValueError(f"driver={checkpoint!r} is no VLA-Adapter; name a checkpoint of this package's model.")
         self.share = share
-        self._policy = CheckpointPolicy(checkpoint, LiberoSuite.robot, suite=suite)
         self._preset = get_robot(LiberoSuite.robot)
+        self._policy = make_policy(checkpoint, LiberoSuite.robot, suite=suite, unnorm_key=unnorm_key)
+        config = self._policy.model.config
+        dims = config.action_dim, config.proprio_dim
+        if dims != (len(ACTION_NAMES), len(STATE_NAMES)):
+            raise ValueError(
+                f"driver={checkpoint!r} has {dims[0]} actions and {dims[1]} numbers of state, {suite} has "
+                f"{len(ACTION_NAMES)} and {len(STATE_NAMES)}; name a checkpoint for this robot."
+            )
+        self.chunk_size = config.chunk_size
+
+    def describe(self) -> dict[str, Any]:
+        return {**self._policy.describe(), "share": self.share}
 
     def chunk(self, environment: LiberoEnvironment, observation: Observation) -> np.ndarray:
         """What it does now: (chunk_size, 7), as the environment takes it."""
         request = Request(observation, environment.instruction, environment.task, 0, 0)
         (chunk,) = self._policy.predict([request])
+        if not np.isfinite(chunk).all():
+            raise ValueError("the driver's chunk holds values that are not finite; it cannot be executed")
         return self._preset.to_environment(chunk)
 
 
@@ -330,9 +357,9 @@ def _other_objects(environment: LiberoEnvironment, plan: EpisodePlan, settings: 
     """The objects that an episode's rows ask for as well, drawn anew for every episode."""
     if not settings.alternatives:
         return []
-    words = [STREAMS[plan.stream], settings.seed, plan.task, plan.episode, PLACEMENTS.index(plan.placement), 2]
+    generator = _generator(plan.placement, plan.task, plan.episode, settings, plan.driver, 2)
     others = [name for name in environment.movable_objects if name != environment.target]
-    drawn = np.random.default_rng(words).permutation(len(others))
+    drawn = generator.permutation(len(others))
     return [others[index] for index in sorted(drawn[: settings.alternatives])]
 
 
@@ -341,11 +368,14 @@ def _is_free(environment: LiberoEnvironment) -> bool:
     return not any(environment.meets_hand(name) for name in environment.movable_objects)
 
 
-def _try_chunk(environment: LiberoEnvironment, target: str, chunk_size: int) -> np.ndarray:
-    """What the expert would do from here if it were asked for `target`: (chunk_size, 7) float32. Nothing has happened."""
+def _try_chunk(environment: LiberoEnvironment, target: str, chunk_size: int, closing: int = 0) -> np.ndarray:
+    """What the expert would do from here if it were asked for `target`: (chunk_size, 7) float32. Nothing has happened.
+
+    `closing` is for how many steps the gripper has been told to close by whoever acted until now.
+    """
     saved = environment.save_state()
     environment.ask_for(target)
-    expert = LiberoObjectExpert(environment)
+    expert = LiberoObjectExpert(environment, closing=closing)
     chunk = []
     for _ in range(chunk_size):
         chunk.append(expert.act().astype(np.float32))
@@ -374,26 +404,39 @@ class _Job:
     task: int
     episodes: tuple[tuple[str, int], ...]
     settings: RecordingSettings
-    driver: str | None
-    driver_share: float
+    driver: Driver | None
+
+
+@dataclass(frozen=True)
+class Driver:
+    """Which checkpoint drives, for the processes that record; see `DrivingPolicy`."""
+
+    checkpoint: str
+    share: float
+    unnorm_key: str | None
+    threads: int
+
+    @property
+    def name(self) -> str:
+        """How keys of episodes name it; a key's parts are divided by hyphens."""
+        return f"by_{Path(self.checkpoint).name.replace('-', '_')}"
+
+
+@functools.lru_cache(maxsize=1)
+def _driving_policy(driver: Driver, suite: str) -> DrivingPolicy:
+    """Loaded once in a process, for all its batches."""
+    import torch
+
+    torch.set_num_threads(driver.threads)
+    return DrivingPolicy(driver.checkpoint, suite, driver.share, driver.unnorm_key)
 
 
 def _record_job(job: _Job) -> dict[str, Any]:
     """Runs in a process of its own."""
     began = time.perf_counter()
-    policy = None
-    if job.driver is not None:
-        import torch
-
-        torch.set_num_threads(1)  # the processes beside this one have policies too
-        policy = DrivingPolicy(job.driver, job.suite, job.driver_share)
-    driver = _driver_name(job.driver)
-    base = {
-        "states": job.settings.states,
-        "seed": job.settings.seed,
-        "stream": _stream(driver),
-        "hard_reset": False,
-    }
+    policy = None if job.driver is None else _driving_policy(job.driver, job.suite)
+    driver = "" if job.driver is None else job.driver.name
+    base = {**_draws(job.settings, driver), "hard_reset": False}
     environment = LiberoSuite(job.suite, **base).make(job.task)
     saved = failed = 0
     try:
@@ -417,11 +460,6 @@ def _record_job(job: _Job) -> dict[str, Any]:
     return {"task": job.task, "saved": saved, "failed": failed, "seconds": time.perf_counter() - began}
 
 
-def _driver_name(driver: str | None) -> str:
-    """How keys of episodes name the policy that drives; a key's parts are divided by hyphens."""
-    return "" if driver is None else f"by_{Path(driver).name.replace('-', '_')}"
-
-
 def _mark_failed(output: Path, plan: EpisodePlan) -> None:
     """Leaves a note, so that a resumed recording does not try the episode again."""
     folder = output / ".recording"
@@ -430,7 +468,7 @@ def _mark_failed(output: Path, plan: EpisodePlan) -> None:
 
 
 def failed_episodes(output: Path) -> list[str]:
-    """Keys of the episodes in which the expert failed, sorted."""
+    """Keys of the episodes that ended without the target in the basket, sorted."""
     return sorted(path.stem for path in (Path(output) / ".recording").glob("*.failed"))
 
 
@@ -445,12 +483,13 @@ def demonstrate(
     batch: int = 12,
     driver: str | None = None,
     driver_share: float = 0.7,
+    driver_unnorm_key: str | None = None,
     report: Any = print,
 ) -> dict[str, Any]:
     """Records demonstrations of the scripted expert into a LeRobot v3.0 dataset, resuming what was begun.
 
     Episodes that are already saved are skipped, so the same call after a kill finishes the recording, and a call with more
-    episodes extends it. Placements are drawn from the stream `demonstration`, which no evaluation uses.
+    episodes extends it. No evaluation draws the same placements.
 
     Args:
         suite: `libero_object`, the only suite with a scripted expert.
@@ -458,21 +497,22 @@ def demonstrate(
         episodes: episodes per task for each placement, such as `{"official": 10, "jitter": 20}`; a number means official.
         tasks: all by default.
         settings: how to record.
-        workers: processes, each with an environment of about 2 GB.
+        workers: processes, each with an environment of about 2 GB, and the driver.
         minutes: stop beginning new batches after this time; the dataset is assembled from what there is.
         batch: episodes recorded before a process changes to another task.
-        driver: folder or Hub id of a checkpoint that drives while the expert says at every chunk what it should do. Such
-            episodes come beside the expert's own, under the last part of the checkpoint's name, and have placements of their
-            own. Pushes are for the expert only.
+        driver: folder or Hub id of a checkpoint that drives (or `embedded`), while the expert says at every chunk what it
+            should do. Such episodes come beside the expert's own, under the last part of the checkpoint's name, with placements
+            of their own. They begin a row at every chunk and have neither pushes nor alternatives, whatever the settings say.
         driver_share: of the chunks that this checkpoint chooses; the expert chooses the others.
+        driver_unnorm_key: the driver's statistics; by default those of the suite's name.
         report: called with a line of progress after every batch.
 
     Returns:
-        Numbers: episodes, rows, failed, seconds.
+        Numbers: episodes, rows, failed (the target was not in the basket at last), seconds.
 
     Raises:
-        ValueError: a suite without an expert, an unknown placement or task, numbers out of range, or an output that was begun
-            with other settings.
+        ValueError: a suite without an expert, an unknown placement or task, numbers out of range, a driver for another robot or
+            of other chunks, or an output that was begun with other settings or another driver of this name.
         ImportError: LIBERO is not installed.
     """
     if suite != "libero_object":
@@ -494,11 +534,16 @@ def demonstrate(
         raise ValueError(f"tasks must be in 0...{len(known) - 1}, got {chosen}")
 
     output = Path(output)
-    check_settings(output, output / PARTS / "settings.json", {"suite": suite, **asdict(settings)})
-    began = time.perf_counter()
+    books = {output / PARTS / "settings.json": {"suite": suite, **asdict(settings)}}
+    driving = None
     if driver is not None:
-        check_driver(driver, suite, settings)
-    jobs = _plan_jobs(str(output), suite, chosen, wanted, settings, batch, driver, driver_share)
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        driving = Driver(str(driver), driver_share, driver_unnorm_key, threads)
+        books[output / PARTS / f"{driving.name}.json"] = describe_driver(driving, suite, settings)
+    for path, entries in books.items():
+        check_settings(output, path, entries)
+    began = time.perf_counter()
+    jobs = _plan_jobs(str(output), suite, chosen, wanted, settings, batch, driving)
     done = failed = 0
     if jobs:
         context = multiprocessing.get_context("spawn")
@@ -546,21 +591,19 @@ def check_settings(output: Path, path: Path, settings: dict[str, Any]) -> None:
     beside.replace(path)
 
 
-def check_driver(driver: str, suite: str, settings: RecordingSettings) -> None:
-    """Refuses a checkpoint that could not drive, before an environment is built.
+def describe_driver(driver: Driver, suite: str, settings: RecordingSettings) -> dict[str, Any]:
+    """What decides a driver's actions; refuses one that could not drive, before an environment is built.
 
     Raises:
-        ValueError: its statistics, its cameras or its chunks are not those of the recording.
+        ValueError: it is no VLA-Adapter, or its robot, statistics, cameras or chunks are not those of the recording.
     """
-    config = AutoConfig.from_pretrained(driver)
-    preset = get_robot(LiberoSuite.robot)
-    select_norm_stats(config.norm_stats, suite)
-    camera_order(config.cameras, preset.cameras)
-    if config.chunk_size != settings.chunk_size:
+    policy = DrivingPolicy(driver.checkpoint, suite, driver.share, driver.unnorm_key)
+    if policy.chunk_size != settings.chunk_size:
         raise ValueError(
-            f"driver={driver!r} predicts {config.chunk_size} actions, the recording's chunk_size is {settings.chunk_size}: "
-            "a row would not hold what it should have done. Record with the driver's chunk_size."
+            f"driver={driver.checkpoint!r} predicts {policy.chunk_size} actions, the recording's chunk_size is "
+            f"{settings.chunk_size}: a row would not hold what it should have done. Record with the driver's chunk_size."
         )
+    return policy.describe()
 
 
 def _plan_jobs(
@@ -570,18 +613,17 @@ def _plan_jobs(
     wanted: dict[str, int],
     settings: RecordingSettings,
     batch: int,
-    driver: str | None,
-    driver_share: float,
+    driver: Driver | None,
 ) -> list[_Job]:
     """Batches of one task each, going round the tasks so that a recording stopped early has all of them."""
-    prefix = f"{_driver_name(driver)}-" if driver is not None else ""
+    name = "" if driver is None else driver.name
     present = set(saved_episodes(Path(output))) | set(failed_episodes(Path(output)))
     queues = {}
     for task in tasks:
         entries = []
         for placement, count in wanted.items():
             for episode in range(count):
-                if f"{episode:05d}-{task:02d}-{prefix}{placement}" not in present:
+                if episode_key(placement, task, episode, name) not in present:
                     # Placements are interleaved in proportion to their numbers.
                     entries.append(((episode + 0.5) / count, placement, episode))
         queues[task] = [(placement, episode) for _, placement, episode in sorted(entries)]
@@ -590,5 +632,5 @@ def _plan_jobs(
         for task in tasks:
             part, queues[task] = queues[task][:batch], queues[task][batch:]
             if part:
-                jobs.append(_Job(output, suite, task, tuple(part), settings, driver, driver_share))
+                jobs.append(_Job(output, suite, task, tuple(part), settings, driver))
     return jobs

@@ -67,18 +67,21 @@ class LiberoObjectExpert:
     Args:
         environment: a libero_object environment after `reset`.
         settings: distances and speeds.
+        closing: for how many steps the gripper has been told to close, where this expert takes over from somebody else.
 
     Raises:
         ValueError: the environment is not of libero_object.
     """
 
-    def __init__(self, environment: LiberoEnvironment, settings: ExpertSettings | None = None) -> None:
+    def __init__(
+        self, environment: LiberoEnvironment, settings: ExpertSettings | None = None, closing: int = 0
+    ) -> None:
         if environment.suite.name != "libero_object":
             raise ValueError(f"the scripted expert only knows libero_object, got {environment.suite.name}")
         self.environment = environment
         self.settings = settings or ExpertSettings()
         self.is_approaching = False  # with an open gripper, at the action chosen last
-        self._closing = 0  # steps so far
+        self._closing = closing  # steps so far
         self._released = False
         self._direction = self._nearest_closing_direction()
 

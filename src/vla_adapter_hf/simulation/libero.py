@@ -58,7 +58,7 @@ class LiberoSuite:
         name: one of `SUITES`.
         placement: one of `vla_adapter_hf.simulation.placement.PLACEMENTS`; others than `official` need libero_object.
         seed: seed of the placements; the simulator's own seed is 0, as published.
-        stream: `evaluation` or `demonstration`: two streams never share a placement.
+        stream: `evaluation`, `demonstration` or `correction`: two streams never share a placement.
         image_size: height and width of the frames, pixels (published: 256).
         states: initial states that the episodes cycle through; all 50 by default. Episode e starts from
             `states[e % len(states)]`.

@@ -40,7 +40,7 @@ def placement_generator(stream: str, seed: int, task: int, episode: int) -> np.r
     """The random numbers of one episode's placement, the same in every process.
 
     Args:
-        stream: `evaluation` or `demonstration`.
+        stream: one of `STREAMS`.
         seed: the run's seed, at least 0.
         task, episode: as in the results.
     """
