@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -164,6 +166,24 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path):
     assert len(told) == 60 - done
     assert summary["episodes"] == 60
     assert outcomes(tmp_path / "killed") == outcomes(tmp_path / "whole")
+
+
+def test_processes_of_a_killed_recording_end_too(tmp_path):
+    """They hold its standard output, which is at its end when the last of them is gone."""
+    script = tmp_path / "recording.py"
+    script.write_text(
+        "import time\n"
+        "from vla_adapter_hf.simulation.workers import process_pool\n"
+        "if __name__ == '__main__':\n"
+        "    with process_pool(2) as pool:\n"
+        "        for job in [pool.submit(print, 'begun', flush=True), *(pool.submit(time.sleep, 600) for _ in range(2))]:\n"
+        "            job.result()\n",
+        encoding="utf-8",
+    )
+    recording = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE)
+    assert recording.stdout.readline() == b"begun\n"
+    recording.kill()
+    assert recording.communicate(timeout=60)[0] == b""
 
 
 def test_more_episodes_extend_a_run(tmp_path):

@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import functools
 import json
-import multiprocessing
 import os
 import time
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from .lerobot_writer import PARTS, LeRobotLayout, assemble, encode_image, save_e
 from .libero import LiberoEnvironment, LiberoSuite, object_instruction
 from .placement import PLACEMENTS, STREAMS
 from .policies import Request, make_policy
+from .workers import process_pool
 
 
 CONTROL_RATE = 20  # steps per second in LIBERO
@@ -546,8 +546,7 @@ def demonstrate(
     jobs = _plan_jobs(str(output), suite, chosen, wanted, settings, batch, driving)
     done = failed = 0
     if jobs:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
+        with process_pool(workers) as pool:
             waiting = list(reversed(jobs))
             running = {pool.submit(_record_job, waiting.pop()) for _ in range(min(workers, len(waiting)))}
             while running:

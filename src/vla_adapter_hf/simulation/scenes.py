@@ -6,10 +6,9 @@ needs many scenes and one look at each. Nothing has to move for that, so a scene
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from .demonstrate import check_settings, resized
 from .lerobot_writer import encode_image
 from .libero import BASKET, CAMERAS, LiberoEnvironment, LiberoSuite
 from .placement import STREAMS
+from .workers import process_pool
 
 
 SCENES_PER_FILE = 30
@@ -93,8 +93,7 @@ def record_scenes(
     # Building an environment takes as long as half a file: a process makes some files of one task with each.
     waiting = {task: [job for job in reversed(jobs) if job.task == task and not job.path.exists()] for task in tasks}
     done = len(jobs) - sum(map(len, waiting.values()))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
+    with process_pool(workers) as pool:
         running = {}
         while True:
             late = minutes is not None and time.perf_counter() - began > 60 * minutes

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 import time
 import traceback
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -15,6 +18,21 @@ import numpy as np
 
 from .environment import Environment, Observation, Suite
 from .policies import ResidentPolicy
+
+
+def process_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes for jobs with environments of their own. They end with this one, even if it is killed."""
+    # A forked copy of a process that has rendered or computed on a GPU is broken.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(max_workers=workers, mp_context=context, initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 @dataclass(frozen=True)
