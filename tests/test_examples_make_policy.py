@@ -38,7 +38,7 @@ def test_the_whole_way_with_a_step_or_two_of_everything(tmp_path, monkeypatch):
     make_policy.main()
 
     keys = [path.stem for path in (tmp_path / "libero_object" / ".recording").glob("*-jitter.parquet")]
-    assert {key.split("-")[2] for key in keys} == {"jitter", "by_whole", "by_corrected"}
+    assert {key.split("-")[2] for key in keys} == {"jitter", "by_whole", "by_corrected", "by_again"}
     for variant, cameras in (("pro", 2), ("one_camera", 1)):
         packed = tmp_path / variant / "packed"
         lines = (packed / "jitter_black" / "episodes.jsonl").read_text(encoding="utf-8").splitlines()
