@@ -208,11 +208,16 @@ def done_episodes(dataset: Path) -> list[int]:
     return [episode["episode_index"] for episode in recorded if episode["key"].endswith(episode["placement"])]
 
 
+def shipped(folder: Path) -> Path:
+    """Where a variant is as it ships; results call the policy by this folder's name."""
+    return folder / f"{SUITE}_{folder.name}"
+
+
 def round_off(name: str, folder: Path) -> None:
     """The trained model as it ships, in bfloat16. This is what is evaluated."""
     model = AutoModel.from_pretrained(folder / "trained", dtype=torch.bfloat16)
     processor = AutoProcessor.from_pretrained(folder / "trained")
-    rounded = folder / "rounded"
+    rounded = shipped(folder)
     if rounded.exists():
         verify(rounded, model, processor)  # of these weights, and not of an earlier training's
         return
@@ -224,14 +229,14 @@ def score(folder: Path, test: str, options: dict, processes: int) -> dict:
     """Evaluate a trained variant in one test, or finish doing so."""
     output = folder / "evaluation" / test
     print(f"{folder.name}: {TITLES[test]}")
-    return evaluate(str(folder / "rounded"), SUITE, output, seed=SEED, processes=processes, **options)
+    return evaluate(str(shipped(folder)), SUITE, output, seed=SEED, processes=processes, **options)
 
 
 def pack(name: str, folder: Path, scores: dict[str, dict]) -> None:
     """The evaluated model with its scores on its card, and the evaluation's files, ready to be published."""
     packed = folder / "packed"
     shutil.rmtree(packed, ignore_errors=True)
-    shutil.copytree(folder / "rounded", packed / "checkpoint")
+    shutil.copytree(shipped(folder), packed / "checkpoint")
     table = score_table(scores)
     model = AutoModel.from_pretrained(packed / "checkpoint")
     trainings = [*TRAININGS, *CORRECTIONS] if name == "pro" else SHORT_TRAININGS
