@@ -1,10 +1,13 @@
-"""Handing out the actions of a chunk."""
+"""Handing out the actions of a chunk, and which checkpoints may give them."""
+
+import json
+import shutil
 
 import numpy as np
 import pytest
 
 from vla_adapter_hf.simulation.chunks import ActionChunkQueue
-from vla_adapter_hf.simulation.policies import camera_order, make_policy
+from vla_adapter_hf.simulation.policies import camera_order, embedded_folder, make_policy
 
 
 def chunk(first: float, size: int = 8) -> np.ndarray:
@@ -125,3 +128,14 @@ def test_statistics_of_another_suite_are_refused_unless_they_are_named():
     policy = make_policy("embedded", "libero", suite="libero_spatial", unnorm_key="libero_object")
     assert policy.unnorm_key in ("libero_object", "libero_object_no_noops")
     assert make_policy("embedded", "libero", suite="libero_object").unnorm_key == policy.unnorm_key
+
+
+def test_a_model_that_learnt_the_gripper_as_recorded_is_refused(tmp_path):
+    with embedded_folder() as folder:
+        shutil.copytree(folder / "checkpoint", tmp_path / "checkpoint")
+    path = tmp_path / "checkpoint" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["norm_stats"]["libero_object"]["action"]["min"][-1] = -1.0
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match="goes down to -1 in its statistics"):
+        make_policy(str(tmp_path / "checkpoint"), "libero", suite="libero_object")

@@ -380,7 +380,7 @@ def test_driven_episodes_extend_a_recording(tmp_path):
     assert summary["recorded_now"] == 1 and summary["episodes"] == 2
     again = demonstrate("libero_object", tmp_path, {"jitter": 1}, tasks=[9], **driven)
     assert again["recorded_now"] == 0
-    with pytest.raises(ValueError, match="was begun with share=0.05 and not 0.1"):
+    with pytest.raises(ValueError, match="another driver 'by_embedded': share=0.05 and not 0.1"):
         demonstrate("libero_object", tmp_path, {"jitter": 1}, tasks=[9], **(driven | {"driver_share": 0.1}))
     lines = [json.loads(line) for line in (tmp_path / "meta/demonstrations.jsonl").read_text().splitlines()]
     assert [line.get("driver") for line in lines] == ["by_embedded", None]

@@ -541,7 +541,7 @@ def demonstrate(
         driving = Driver(str(driver), driver_share, driver_unnorm_key, threads)
         books[output / PARTS / f"{driving.name}.json"] = describe_driver(driving, suite, settings)
     for path, entries in books.items():
-        check_settings(output, path, entries)
+        check_settings(output, path, entries, what=path.stem)
     began = time.perf_counter()
     jobs = _plan_jobs(str(output), suite, chosen, wanted, settings, batch, driving)
     done = failed = 0
@@ -572,16 +572,27 @@ def demonstrate(
     }
 
 
-def check_settings(output: Path, path: Path, settings: dict[str, Any]) -> None:
-    """A folder holds recordings of one kind: extending it with other settings would mix them, or record nothing."""
+def check_settings(output: Path, path: Path, settings: dict[str, Any], what: str = "settings") -> None:
+    """A folder holds recordings of one kind: extending it with other settings would mix them, or record nothing.
+
+    Args:
+        output: the folder, for the message.
+        path: where the settings are kept, written if they are not there yet.
+        what: `settings`, or how keys name the driver that these settings are of.
+    """
     wanted = json.loads(json.dumps(settings))  # tuples come back from JSON as lists
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
         differing = [name for name in wanted if found.get(name) != wanted[name]]
         if differing:
             was = ", ".join(f"{name}={found.get(name)!r} and not {wanted[name]!r}" for name in differing)
+            if what == "settings":
+                raise ValueError(
+                    f"output={output} was begun with {was}; name another folder, or record with the same settings."
+                )
             raise ValueError(
-                f"output={output} was begun with {was}; name another folder, or record with the same settings."
+                f"output={output} holds episodes of another driver {what!r}: {was}. Rename the driver's folder, or drive with the "
+                "same share and statistics."
             )
         return
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -146,7 +146,8 @@ class CheckpointPolicy:
         name: what results call the policy; the last part of `checkpoint` by default.
 
     Raises:
-        ValueError: the checkpoint has no statistics of that name, or wants other cameras than there are.
+        ValueError: the checkpoint has no statistics of that name, learnt the gripper in another convention, or wants other
+            cameras than there are.
     """
 
     needs_observation = True
@@ -170,7 +171,8 @@ class CheckpointPolicy:
         self.model = AutoModel.from_pretrained(checkpoint, dtype=dtype).eval().to(device)
         # Both are checked before an environment is built. Statistics of another suite would give actions of another size,
         # and frames in another order than the model's are a silent error.
-        self.unnorm_key, _ = select_norm_stats(self.model.config.norm_stats, unnorm_key or suite)
+        self.unnorm_key, stats = select_norm_stats(self.model.config.norm_stats, unnorm_key or suite)
+        check_gripper(stats["action"], robot)
         self.camera_order = camera_order(self.model.config.cameras, get_robot(robot).cameras)
 
     def describe(self) -> dict[str, Any]:
@@ -199,6 +201,24 @@ class CheckpointPolicy:
         # One instruction may be shorter than another: the processor pads.
         inputs = self.processor(images=images, text=[request.instruction for request in requests], state=state)
         return list(self.model.predict_action(**inputs, unnorm_key=self.unnorm_key))
+
+
+def check_gripper(stats: Mapping[str, Any], robot: str) -> None:
+    """Refuses a model whose gripper was learnt as it was recorded: where this robot's closes, that one's would open.
+
+    Args:
+        stats: of the model's actions.
+        robot: preset of the suite. The physical units of a binary gripper are 0...1 for every preset that has one.
+
+    Raises:
+        ValueError: the gripper's values go below 0.
+    """
+    lowest = float(stats["min"][-1]) if "min" in stats else 0.0
+    if not get_robot(robot).action_mask[-1] and lowest < -0.1:
+        raise ValueError(
+            f"the checkpoint's gripper goes down to {lowest:g} in its statistics, and that of robot {robot!r} is 0...1: it was "
+            f"trained on recorded actions as they are. Train it with robot={robot!r} (vla-adapter train --robot {robot})."
+        )
 
 
 def camera_order(wanted: Sequence[str], present: Sequence[str]) -> list[int]:
