@@ -274,6 +274,7 @@ def embed(packed: Path, checkpoint: Path, results: Path) -> None:
     for path in beside[checkpoint].glob("*.json"):
         content = json.loads(path.read_text(encoding="utf-8"), object_hook=_without_code)
         path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (beside[checkpoint] / "model.safetensors").chmod(0o644)  # safetensors writes for its owner only
     shutil.copytree(packed, beside[results], ignore=shutil.ignore_patterns("checkpoint"))
     for destination, partial in beside.items():
         shutil.rmtree(destination, ignore_errors=True)
