@@ -213,7 +213,8 @@ def check_gripper(stats: Mapping[str, Any], robot: str) -> None:
     Raises:
         ValueError: the gripper's values go below 0.
     """
-    lowest = float(stats["min"][-1]) if "min" in stats else 0.0
+    # Which of them there are depends on the kind of normalisation; means and deviations alone do not tell.
+    lowest = min((float(stats[name][-1]) for name in ("min", "q01") if name in stats), default=0.0)
     if not get_robot(robot).action_mask[-1] and lowest < -0.1:
         raise ValueError(
             f"the checkpoint's gripper goes down to {lowest:g} in its statistics, and that of robot {robot!r} is 0...1: it was "
