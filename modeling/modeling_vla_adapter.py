@@ -169,12 +169,7 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
             `batch * cameras` frames.
         """
         config = self.config
-        expected = (6 * config.num_cameras, config.image_size, config.image_size)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(
-                f"pixel_values must have shape (batch, {', '.join(map(str, expected))}) for cameras {config.cameras}, "
-                f"got {tuple(pixel_values.shape)}."
-            )
+        self._check_images(pixel_values)
         frames = pixel_values.unflatten(1, (config.num_cameras, 6)).flatten(0, 1)  # (batch * cameras, 6, h, w)
         dinov2 = self.dinov2(frames[:, :3], return_dict=True, **kwargs)
         siglip = self.siglip(frames[:, 3:], return_dict=True, **kwargs)
@@ -264,7 +259,8 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
         unknown = sorted(name for name in kwargs if name not in PASSED_OVER)
         if unknown:
             raise TypeError(f"forward takes no {', '.join(unknown)}; the true actions are called `actions`.")
-        self._check_inputs(input_ids, attention_mask, pixel_values, proprio, actions, action_is_pad)
+        self._check_observation(input_ids, attention_mask, pixel_values)
+        self._check_normalized(input_ids.shape[0], proprio, actions, action_is_pad)
         config = self.config
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
@@ -332,33 +328,53 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
             action_states.append(action)
         return task_states, action_states
 
-    def _check_inputs(self, input_ids, attention_mask, pixel_values, proprio, actions, action_is_pad) -> None:
+    def _check_images(self, pixel_values: torch.Tensor) -> None:
         config = self.config
-        if pixel_values is None or proprio is None:
-            missing = "pixel_values" if pixel_values is None else "proprio"
-            raise ValueError(f"{missing} is missing: forward needs input_ids, pixel_values and proprio.")
-        for name, value in (("pixel_values", pixel_values), ("proprio", proprio), ("actions", actions)):
+        expected = (6 * config.num_cameras, config.image_size, config.image_size)
+        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
+            raise ValueError(
+                f"pixel_values must have shape (batch, {', '.join(map(str, expected))}) for cameras {config.cameras}, "
+                f"got {tuple(pixel_values.shape)}."
+            )
+
+    def _check_observation(self, input_ids, attention_mask, pixel_values) -> None:
+        """Of what `forward` and `predict_action` both take: types and shapes."""
+        if pixel_values is None:
+            raise ValueError("pixel_values is missing: the model needs the processor's images.")
+        values = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
+        for name, value in values.items():
+            if value is not None and not isinstance(value, torch.Tensor):
+                raise TypeError(f"{name} must be a torch tensor, got {type(value).__name__}.")
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must have shape (batch, prompt), got {tuple(input_ids.shape)}.")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(
+                f"attention_mask must have shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}."
+            )
+        self._check_images(pixel_values)
+        if pixel_values.shape[0] != input_ids.shape[0]:
+            raise ValueError(
+                f"pixel_values has a batch of {pixel_values.shape[0]}, input_ids of {input_ids.shape[0]}; they must be equal."
+            )
+
+    def _check_normalized(self, batch_size: int, proprio, actions, action_is_pad) -> None:
+        """Of what only `forward` takes."""
+        config = self.config
+        if proprio is None:
+            raise ValueError("proprio is missing: forward needs the normalised state.")
+        for name, value in (("proprio", proprio), ("actions", actions)):
             if value is not None and not isinstance(value, torch.Tensor):
                 raise TypeError(
                     f"{name} must be a torch tensor, got {type(value).__name__}. (What the processor returns as `state` is "
                     "raw and belongs to predict_action.)"
                 )
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids must have shape (batch, prompt), got {tuple(input_ids.shape)}.")
-        batch_size = input_ids.shape[0]
-        chunk = (batch_size, config.chunk_size)
         for name, value, shape in (
-            ("attention_mask", attention_mask, tuple(input_ids.shape)),
             ("proprio", proprio, (batch_size, config.proprio_dim)),
-            ("actions", actions, (*chunk, config.action_dim)),
-            ("action_is_pad", action_is_pad, chunk),
+            ("actions", actions, (batch_size, config.chunk_size, config.action_dim)),
+            ("action_is_pad", action_is_pad, (batch_size, config.chunk_size)),
         ):
             if value is not None and tuple(value.shape) != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}.")
-        if pixel_values.shape[0] != batch_size:
-            raise ValueError(
-                f"pixel_values has a batch of {pixel_values.shape[0]}, input_ids of {batch_size}; they must be equal."
-            )
 
     @torch.no_grad()
     def predict_action(
@@ -393,9 +409,13 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
         if isinstance(input_ids, Mapping):
             raise TypeError("predict_action takes the processor's outputs one by one: predict_action(**inputs).")
         key, stats = select_norm_stats(config.norm_stats, unnorm_key)
-        input_ids = torch.as_tensor(input_ids)
+        # Found here and not in the forward pass, which may be compiled: an error from there names no field.
+        input_ids, attention_mask, pixel_values = (
+            None if values is None else torch.as_tensor(values) for values in (input_ids, attention_mask, pixel_values)
+        )
+        self._check_observation(input_ids, attention_mask, pixel_values)
         state = _check_state(state, input_ids.shape[0], config.proprio_dim)
-        if attention_mask is not None and not torch.as_tensor(attention_mask).any(dim=-1).all():
+        if attention_mask is not None and not attention_mask.any(dim=-1).all():
             raise ValueError("attention_mask has a row without a single real token; every row needs an instruction.")
 
         # 1. Physical units to normalised space.
@@ -405,7 +425,7 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
         def to_model(values, dtype=None):
             return None if values is None else torch.as_tensor(values).to(self.device, dtype)
 
-        if pixel_values is not None and not torch.as_tensor(pixel_values).isfinite().all():
+        if not pixel_values.isfinite().all():
             raise ValueError("pixel_values holds values that are not finite.")
         if self._prompt_multiple is not None:
             input_ids, attention_mask = _pad_prompts(input_ids, attention_mask, self._prompt_multiple)
@@ -548,9 +568,11 @@ def _select(states: tuple[torch.Tensor, ...], wanted: bool | int | list[int] | N
     return tuple(state if index in kept else None for index, state in enumerate(states))
 
 
-def _pad_prompts(input_ids: torch.Tensor, attention_mask: Any, multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _pad_prompts(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, multiple: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Padding up to a multiple of tokens, and a mask that is always there: one graph then serves every prompt."""
-    mask = torch.ones_like(input_ids) if attention_mask is None else torch.as_tensor(attention_mask).long()
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
     padding = (0, -input_ids.shape[1] % multiple)
     return nn.functional.pad(input_ids, padding), nn.functional.pad(mask, padding)
 

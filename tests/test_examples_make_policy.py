@@ -53,8 +53,9 @@ def test_the_whole_way_with_a_step_or_two_of_everything(tmp_path, monkeypatch):
     make_policy.main()  # all is there
     assert weights == {path: path.stat().st_mtime_ns for path in weights}
 
-    make_policy.embed(tmp_path / "pro" / "packed", tmp_path / "checkpoint", tmp_path / "results")
+    make_policy.embed(tmp_path / "pro" / "packed", tmp_path / "checkpoint")
     AutoProcessor.from_pretrained(tmp_path / "checkpoint")
     assert not list((tmp_path / "checkpoint").glob("*.py"))
     assert "auto_map" not in json.loads((tmp_path / "checkpoint" / "config.json").read_text(encoding="utf-8"))
+    make_policy.keep_results(tmp_path / "pro" / "packed", tmp_path / "results")
     assert {path.name for path in (tmp_path / "results").iterdir()} == {"scores.md", "jitter_black"}

@@ -58,6 +58,10 @@ class TestOneGraph:
             inputs = observation(model.config, seed, prompt_length=8 + seed)
             assert_same(compiled.predict_action(**inputs), model.predict_action(**inputs))
 
+    def test_a_prompt_beyond_the_multiple_is_another_shape(self, model, compiled):
+        with pytest.raises(RuntimeError, match="recompil"):
+            compiled.predict_action(**observation(model.config, 0, prompt_length=33))
+
     @pytest.mark.parametrize(
         "mask",
         [
@@ -116,6 +120,27 @@ def test_the_default_compiler_gives_the_same_actions(model):
     inputs = observation(model.config, 1)
     compiled = copy.deepcopy(model).compile_for_inference(prompt_multiple=16)
     assert_same(compiled.predict_action(**inputs), model.predict_action(**inputs))
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("input_ids", torch.zeros(9, dtype=torch.long)),
+        ("attention_mask", torch.ones(1, 8)),
+        ("attention_mask", torch.zeros(1, 9)),
+        ("pixel_values", None),
+        ("pixel_values", torch.zeros(1, 6, 28, 28)),
+        ("pixel_values", torch.zeros(2, 12, 28, 28)),
+        ("pixel_values", torch.full((1, 12, 28, 28), torch.nan)),
+        ("state", None),
+        ("state", np.zeros((1, 7))),
+    ],
+)
+def test_a_wrong_input_is_named_compiled_or_not(model, compiled, is_compiled, field, value):
+    inputs = {**observation(model.config, 0), field: value}
+    with pytest.raises(ValueError, match=f"^{field} "):
+        (compiled if is_compiled else model).predict_action(**inputs)
 
 
 @pytest.mark.parametrize("multiple", [0, -1, 1.5, True, "64"])

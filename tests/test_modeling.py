@@ -324,8 +324,8 @@ class TestPredictAction:
 
     def test_the_mode_is_restored_after_an_error(self, inputs):
         model = tiny_model().train()
-        with pytest.raises(ValueError):
-            model.predict_action(**physical(inputs, pixel_values=torch.zeros(2, 6, 28, 28)))
+        with pytest.raises(IndexError):
+            model.predict_action(**physical(inputs, input_ids=torch.full((2, 9), 10**6)))
         assert model.training
 
     def test_it_leaves_no_gradients(self, model, inputs):

@@ -11,6 +11,8 @@ command again and it goes on. What was drawn is decided by the seeds below.
 import argparse
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from textwrap import fill
@@ -63,10 +65,10 @@ CORRECTIONS = {
     "again": {"max_steps": 5000, "learning_rate": 3e-4, "episodes": "done"},
     "trained": {"max_steps": 2500, "learning_rate": 2.5e-4, "warmup_steps": 50, "episodes": "done"},
 }
-# The shorter trainings only show that the other models learn as well.
+# The other variants learn from the same episodes, also those that the Pro variant drove, in fewer steps.
 SHORT_TRAININGS = {
-    "first": {"preset": "frozen", "max_steps": 200, "learning_rate": 1e-3},
-    "trained": {"max_steps": 800},
+    "first": TRAININGS["first"],
+    "trained": {"max_steps": 4000, "episodes": "done"},
 }
 VARIANTS = {
     "pro": {"fields": {"policy_variant": "pro"}, "arguments": {}},
@@ -86,7 +88,7 @@ TESTS = {
     "shuffle_black": {"placement": "shuffle", "episodes": range(40, 50), "black_images": True},
     "shuffle_other": {"placement": "shuffle", "episodes": range(40, 50), "instruction": "other"},
 }
-SHORT_TESTS = {test: TESTS[test] | {"episodes": [40]} for test in ("official", "jitter")}
+SHORT_TESTS = {test: TESTS[test] for test in ("official", "jitter", "shuffle", "shuffle_black")}
 TITLES = {
     "official": "official states, held out",
     "jitter": "objects moved by up to ±5 cm",
@@ -105,12 +107,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="simulators side by side, about 2 GB each")
     parser.add_argument("--minutes", type=float, help="stop each recording after this time and train on what there is")
     parser.add_argument(
-        "--embed", action="store_true", help="put the Pro variant and its results into this repository"
+        "--embed", action="store_true", help="put all results, and the Pro variant itself, into this repository"
     )
     arguments = parser.parse_args()
-
-    if arguments.embed and "pro" not in arguments.variants:
-        parser.error("--embed puts the Pro variant into this repository: add pro to --variants")
 
     dataset, scenes = arguments.output / SUITE, arguments.output / "scenes"
     recording = {"settings": SETTINGS, "workers": arguments.processes, "minutes": arguments.minutes}
@@ -136,9 +135,11 @@ def main() -> None:
         tests = TESTS if name == "pro" else SHORT_TESTS
         scores = {test: score(folder, test, options, arguments.processes) for test, options in tests.items()}
         pack(name, folder, scores)
+        if arguments.embed:
+            keep_results(folder / "packed", HERE / "results" / name)
         if name == "pro" and arguments.embed:
             with embedded_folder() as embedded:
-                embed(folder / "packed", embedded / "checkpoint", HERE / "results")
+                embed(folder / "packed", embedded / "checkpoint")
 
 
 def make_start(name: str, scenes: Path, output: Path) -> None:
@@ -264,21 +265,31 @@ def pack(name: str, folder: Path, scores: dict[str, dict]) -> None:
     print(table)
 
 
-def embed(packed: Path, checkpoint: Path, results: Path) -> None:
-    """Put a packed checkpoint and its results in the place of those that are in this repository."""
-    beside = {destination: destination.with_name(f".{destination.name}.part") for destination in (checkpoint, results)}
-    for partial in beside.values():
-        shutil.rmtree(partial, ignore_errors=True)
-    # Without the code and the names of its classes: the package that it ships with has them.
-    shutil.copytree(packed / "checkpoint", beside[checkpoint], ignore=shutil.ignore_patterns("*.py"))
-    for path in beside[checkpoint].glob("*.json"):
-        content = json.loads(path.read_text(encoding="utf-8"), object_hook=_without_code)
-        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (beside[checkpoint] / "model.safetensors").chmod(0o644)  # safetensors writes for its owner only
-    shutil.copytree(packed, beside[results], ignore=shutil.ignore_patterns("checkpoint"))
-    for destination, partial in beside.items():
-        shutil.rmtree(destination, ignore_errors=True)
-        partial.rename(destination)
+def embed(packed: Path, checkpoint: Path) -> None:
+    """Put a packed checkpoint in the place of the one that ships."""
+    with replacing(checkpoint) as partial:
+        # Without the code and the names of its classes: the package that it ships with has them.
+        shutil.copytree(packed / "checkpoint", partial, ignore=shutil.ignore_patterns("*.py"))
+        for path in partial.glob("*.json"):
+            content = json.loads(path.read_text(encoding="utf-8"), object_hook=_without_code)
+            path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (partial / "model.safetensors").chmod(0o644)  # safetensors writes for its owner only
+
+
+def keep_results(packed: Path, results: Path) -> None:
+    """Put a packed policy's results in the place of those that are in this repository."""
+    with replacing(results) as partial:
+        shutil.copytree(packed, partial, ignore=shutil.ignore_patterns("checkpoint"))
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A folder beside, to be filled, which then takes the other's place."""
+    partial = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def _without_code(entries: dict) -> dict:
