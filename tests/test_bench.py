@@ -3,6 +3,7 @@
 import io
 import json
 import shlex
+import subprocess
 import sys
 import tempfile
 import time
@@ -14,7 +15,7 @@ import torch
 from model_fixtures import tiny_config, tiny_inputs, tiny_model
 from transformers import AutoModel, AutoProcessor
 
-from vla_adapter_hf.bench import SIZES, bench, random_checkpoint
+from vla_adapter_hf.bench import SIZES, _load_options, bench, random_checkpoint
 from vla_adapter_hf.bench_measures import (
     STAGES,
     StageClock,
@@ -87,9 +88,9 @@ class TestReport:
     def test_batches_have_their_own_operations_and_throughput(self, report):
         one, three = (report[0]["predictions"][size] for size in ("1", "3"))
         # The first latent and the rotary tables are the same for all rows.
-        assert 2.5 * one["flops"] < three["flops"] < 3 * one["flops"]
+        for kind in ("layers", "attention"):
+            assert 2.5 * one["flops"][kind] < three["flops"][kind] <= 3 * one["flops"][kind]
         assert three["per_second"] == pytest.approx(3 / three["p50"])
-        assert one["flops_per_second"] == pytest.approx(one["flops"] / one["p50"])
 
     def test_ratios_are_those_of_the_other_program_to_ours(self, report):
         against = report[0]["against"]
@@ -115,9 +116,12 @@ class TestMeasures:
         model = tiny_model()
         expected = model.predict_action(**inputs)
         with StageClock(model) as clock:
+            start = time.perf_counter()
             stages = clock.predict(inputs)
+            whole = time.perf_counter() - start
             again = clock.predict(inputs)
         assert set(stages) == set(STAGES) and min(*stages.values(), *again.values()) > 0
+        assert 0.9 * whole - 1e-3 < sum(stages.values()) <= whole
         np.testing.assert_array_equal(model.predict_action(**inputs), expected)
         assert not any(
             module._forward_hooks or module._forward_pre_hooks for module in map(model.get_submodule, ("", "policy"))
@@ -145,13 +149,15 @@ class TestMeasures:
             if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d)):
                 module.register_forward_hook(count)
         model.predict_action(**inputs)
+        layers = sum(counted)
         length = 9 + config.num_patch_tokens + config.num_action_queries
         towers = 2 * 2 * (4 * 9 * 9 * 32 + 4 * 4 * 4 * 48)  # two cameras, two blocks; 9 and 4 tokens
         language = 2 * 4 * length * length * 32
         sources = config.chunk_size + config.num_action_queries + 1 + config.num_task_tokens
         policy = 2 * 4 * config.chunk_size * sources * 32
-        expected = sum(counted) + towers + language + policy
-        assert count_flops(config, 1, 9) == pytest.approx(expected, rel=0.01)
+        flops = count_flops(config, 1, 9)
+        assert flops["layers"] == layers
+        assert flops["attention"] == pytest.approx(towers + language + policy, rel=0.01)
 
     def test_the_rate_is_that_of_a_product_timed_here(self):
         size = 1024
@@ -175,6 +181,85 @@ class TestMeasures:
         model = tiny_model()
         assert weight_bytes(model) == 4 * sum(weight.numel() for weight in model.parameters())
         assert weight_bytes(model.bfloat16()) == 2 * sum(weight.numel() for weight in model.parameters())
+
+
+class TestOptions:
+    """Each on the tiny checkpoint, with the real compiler and the real quantiser."""
+
+    @pytest.fixture(autouse=True)
+    def threads_as_before(self):
+        threads = torch.get_num_threads()
+        yield
+        torch.set_num_threads(threads)
+        torch.compiler.reset()
+
+    def run(self, checkpoint: str, **options) -> tuple[dict, str]:
+        lines = []
+        report = bench(checkpoint, runs=1, warmup=0, say=lines.append, **options)
+        return report, "\n".join(lines)
+
+    def test_compiled(self, checkpoint):
+        report, text = self.run(checkpoint, compiled=True)
+        assert report["compiled"] and "float32, compiled" in text
+        # The first compiled prediction takes seconds, and does not count.
+        assert report["predictions"]["1"]["p50"] < 0.5
+
+    def test_eight_bits(self, checkpoint):
+        pytest.importorskip("torchao")
+        report, text = self.run(checkpoint, quantize="int8", dtype=torch.bfloat16)
+        assert report["precision"] == "int8" and "int8" in text
+        assert report["memory"]["weights"] < 2 * sum(weight.numel() for weight in tiny_model().parameters())
+
+    def test_precision_and_threads(self, checkpoint):
+        report, text = self.run(checkpoint, dtype=torch.bfloat16, threads=1)
+        assert (report["precision"], report["threads"]) == ("bfloat16", 1)
+        assert "bfloat16" in text and "1 threads" in text
+
+    def test_the_command_measures_memory_in_a_process_of_its_own(self, checkpoint, tmp_path):
+        command = [sys.executable, "-c", "from vla_adapter_hf.cli import app; app()", "bench", checkpoint]
+        command += ["--runs", "1", "--warmup", "0", "--batch", "1,2", "--output", str(tmp_path / "bench.json")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        report = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+        assert list(report["predictions"]) == ["1", "2"] and "prediction of 2" in done.stdout
+        memory = report["memory"]
+        assert memory["weights"] == weight_bytes(tiny_model())
+        if memory["peak"] is not None:
+            assert memory["weights"] < memory["peak"] < 2**30
+
+    def test_turns(self, checkpoint, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("predict\npredict\n"))
+        assert bench(checkpoint, turns=True, warmup=1, say=lambda line: None) is None
+        answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        assert len(answers) == 2 and all(0 < answer["seconds"] < 60 for answer in answers)
+
+    def test_a_program_that_fails_costs_nothing_that_was_measured(self, checkpoint, tmp_path):
+        lines = []
+        with pytest.raises(ValueError, match="exit code 3"):
+            bench(
+                checkpoint,
+                runs=1,
+                warmup=0,
+                against=program(tmp_path, "raise SystemExit(3)"),
+                output=tmp_path / "bench.json",
+                say=lines.append,
+            )
+        report = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
+        assert "against" not in report and report["predictions"]["1"]["p50"] > 0
+        assert any("prediction of 1" in line for line in lines)
+
+    def test_the_pickles_of_the_published_layout_are_read_too(self, published_pro):
+        load = self.run(str(published_pro))[0]["load"]
+        assert load["read_seconds"] > 0
+
+    def test_four_bits_are_packed_on_the_device_that_they_are_for(self):
+        pytest.importorskip("torchao")
+        cuda = torch.device("cuda", 0)
+        options = _load_options(None, cuda, "int4")
+        assert (options["device_map"], options["dtype"]) == ({"": "cuda:0"}, torch.bfloat16)
+        assert "device_map" not in _load_options(None, CPU, "int4")
+        with pytest.raises(ValueError, match="bfloat16 only, got --dtype torch.float32"):
+            _load_options(torch.float32, cuda, "int4")
 
 
 class TestTurns:
@@ -231,7 +316,13 @@ class TestRandomWeights:
         ("--batch", {"batch_sizes": (1, 0)}),
         ("--device", {"device": "warp drive"}),
         ("--device must be cpu or cuda", {"device": "meta"}),
+        ("--device cuda:99", {"device": "cuda:99"}),
         ("kind must be one of int8, int4", {"quantize": "int3"}),
+        ("no program 'no-such-program'", {"against": "no-such-program --fast"}),
+        ("no program ''", {"against": ""}),
+        ("No closing quotation", {"against": "python 'bench.py"}),
+        ("--turns answers", {"turns": True, "batch_sizes": (2,)}),
+        ("--turns answers", {"turns": True, "output": "bench.json"}),
     ],
 )
 def test_arguments_that_make_no_sense_are_refused(message, arguments):

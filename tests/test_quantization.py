@@ -105,7 +105,22 @@ def test_what_to_keep_can_be_chosen(checkpoint):
     assert type(model.proprio_projector.fc2.weight.data) is not torch.Tensor
 
 
-@pytest.mark.parametrize("message, arguments", [("kind", {"kind": "int3"}), ("device", {"device": "tpu"})])
-def test_arguments_that_make_no_sense_are_refused(message, arguments):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(
+    "error, message, arguments",
+    [
+        (ValueError, "kind", {"kind": "int3"}),
+        (ValueError, "device", {"device": "tpu"}),
+        (TypeError, "keep must be a sequence", {"keep": "language_model"}),
+        (TypeError, "keep must be a sequence", {"keep": [3]}),
+        (ValueError, "langauge_model.*language_model", {"keep": ["langauge_model"]}),
+        (ValueError, "policy.fc_inn", {"keep": ["policy", "policy.fc_inn"]}),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(error, message, arguments):
+    with pytest.raises(error, match=message):
         quantization_config(**arguments)
+
+
+def test_layers_of_both_variants_and_any_number_can_be_kept():
+    keep = ["policy.blocks.40.attention.k_task", "policy.blocks.3.attention.k_proj", "language_model.layers.99"]
+    assert quantization_config("int8", torch.device("cpu"), keep).modules_to_not_convert == keep

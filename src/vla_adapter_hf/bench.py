@@ -9,12 +9,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.resources import as_file, files
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from vla_adapter_hf.bench_measures import (
@@ -28,7 +30,7 @@ from vla_adapter_hf.bench_measures import (
     time_calls,
     weight_bytes,
 )
-from vla_adapter_hf.bench_turns import Rival, answer_turns
+from vla_adapter_hf.bench_turns import Rival, answer_turns, split_command
 from vla_adapter_hf.modeling.configuration_vla_adapter import (
     PUBLISHED_DINOV2,
     PUBLISHED_QWEN2,
@@ -36,6 +38,7 @@ from vla_adapter_hf.modeling.configuration_vla_adapter import (
     VLAAdapterConfig,
 )
 from vla_adapter_hf.pretrained_parts import load_tokenizer
+from vla_adapter_hf.processing import jpeg_round_trip_vla_adapter as jpeg
 from vla_adapter_hf.quantization import quantization_config
 from vla_adapter_hf.untrained import init_from_config
 from vla_adapter_hf.writing import synthetic_observation
@@ -86,7 +89,7 @@ def bench(
     output: str | Path | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any] | None:
-    """Measure predictions on a made-up observation.
+    """Measure predictions on the recorded frames that ship with the package.
 
     Args:
         checkpoint (`str`, *optional*): folder or Hub id; by default the small one that ships with the package.
@@ -98,9 +101,11 @@ def bench(
         batch_sizes (`Sequence[int]`): how many observations are predicted at once.
         runs (`int`): predictions that count, for every figure.
         warmup (`int`): predictions before them that do not.
-        compiled (`bool`): measure whole predictions after `compile_for_inference` (stages are always without).
+        compiled (`bool`): measure whole predictions after `compile_for_inference`. Stages, loading and memory are always
+            without; operations are those of the prompt as it is and not as it is padded.
         quantize (`str`, *optional*): `"int8"` or `"int4"`, see [`quantization_config`].
-        against (`str`, *optional*): command of another program that predicts in turn, see `bench_turns.py`.
+        against (`str`, *optional*): command of another program that predicts one observation in turn, see
+            `bench_turns.py`. When it fails, what was measured before is reported all the same.
         turns (`bool`): be that other program: answer lines of input instead of measuring.
         output (`str` or `Path`, *optional*): JSON file to write the report to.
         say (`Callable`): receives the lines to print.
@@ -109,28 +114,47 @@ def bench(
         `dict`: the report, times in seconds, sizes in bytes; `None` after `turns`.
 
     Raises:
-        ValueError: for contradicting arguments, or a device that is not there.
+        ValueError: for contradicting arguments, a device that is not there, or another program that fails.
     """
     place = _check_arguments(checkpoint, size, device, threads, batch_sizes, runs, warmup)
+    load_options = _load_options(dtype, place, quantize)
+    if against is not None:
+        split_command(against)
+    if turns and (against is not None or output is not None or tuple(batch_sizes) != (SINGLE,)):
+        raise ValueError(
+            "--turns answers with the seconds of one observation: leave --against, --output, --batch out."
+        )
     if threads is not None:
         torch.set_num_threads(threads)
     with ExitStack() as stack:
-        if size is None:
-            embedded = files("vla_adapter_hf").joinpath("embedded", "checkpoint")
-            source = checkpoint or str(stack.enter_context(as_file(embedded)))
-        else:
+        if size is not None:
             say(f"Writing random weights, {size} size")
             source = str(stack.enter_context(random_checkpoint(size, dtype or torch.bfloat16)))
+        elif checkpoint is None:
+            source = str(stack.enter_context(as_file(files("vla_adapter_hf").joinpath("embedded", "checkpoint"))))
+        else:  # what is downloaded first does not count as loading
+            source = checkpoint if Path(checkpoint).is_dir() else snapshot_download(checkpoint)
         if turns:
-            model, processor, _ = _load(source, dtype, place, quantize)
+            model, processor, _ = _load(source, place, load_options)
             inputs = _prepare(model, processor, SINGLE)
             if compiled:
                 model.compile_for_inference()
             time_calls(lambda: model.predict_action(**inputs), place, warmup, 0)
             answer_turns(lambda: time_calls(lambda: model.predict_action(**inputs), place, 0, 1)[0])
             return None
-        report = _measure(source, dtype, place, batch_sizes, runs, warmup, compiled, quantize, against, say)
-    report = {"checkpoint": checkpoint or (f"random weights, {size}" if size else "embedded"), **report}
+        name = checkpoint or (f"random weights, {size}" if size else "embedded")
+        report, model, processor = _measure(
+            source, place, load_options, quantize, batch_sizes, runs, warmup, compiled, say
+        )
+        report = {"checkpoint": name, **report}
+        failure = None
+        if against is not None:
+            say(f"In turn with {against}")
+            try:
+                turn = _take_turns(model, processor, against, warmup, runs)
+                report["against"] = {"command": against, **turn}
+            except ValueError as error:
+                failure = error
     for line in table(report):
         say(line)
     if output is not None:
@@ -138,6 +162,8 @@ def bench(
         partial = Path(output).with_name(f".{Path(output).name}.partial")
         partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         partial.rename(output)
+    if failure is not None:
+        raise failure
     return report
 
 
@@ -196,29 +222,42 @@ def _check_arguments(
         raise ValueError(f"--device must be cpu, cuda or the like, got {device!r}.") from error
     if place.type not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda, got {device!r}.")
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no CUDA device here.")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: torch finds {torch.cuda.device_count()} CUDA devices here.")
     return place
 
 
-def _load(
-    source: str, dtype: torch.dtype | None, device: torch.device, quantize: str | None
-) -> tuple[Any, Any, float]:
-    """Model, processor, and the seconds that the model took."""
+def _load_options(dtype: torch.dtype | None, device: torch.device, quantize: str | None) -> dict[str, Any]:
+    """What `from_pretrained` is told."""
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
-    if quantize is not None:
-        options["quantization_config"] = quantization_config(quantize, device.type)
+    if quantize is None:
+        return options
+    if device.type == "cuda":  # torchao packs weights where they are
+        options["device_map"] = {"": str(device)}
+        if quantize == "int4" and options.setdefault("dtype", torch.bfloat16) != torch.bfloat16:
+            raise ValueError(f"--quantize int4 on CUDA computes in bfloat16 only, got --dtype {dtype}.")
+    return options | {"quantization_config": quantization_config(quantize, device)}
+
+
+def _load(source: str, device: torch.device, options: dict[str, Any]) -> tuple[Any, Any, float]:
+    """Model, processor, and the seconds that the model took."""
     loaded: list[Any] = []
-    (seconds,) = time_calls(
-        lambda: loaded.append(AutoModel.from_pretrained(source, **options).to(device)), device, 0, 1
-    )
+
+    def load() -> None:
+        model = AutoModel.from_pretrained(source, **options)
+        loaded.append(model if "device_map" in options else model.to(device))
+
+    (seconds,) = time_calls(load, device, 0, 1)
     return loaded[0], AutoProcessor.from_pretrained(source), seconds
 
 
 def _observations(config: VLAAdapterConfig, batch_size: int) -> dict[str, Any]:
+    """Frames of a camera, as many as the model takes; state and instruction of the right sizes."""
     one = synthetic_observation(config)
+    with as_file(files("vla_adapter_hf").joinpath("embedded", "observation.npz")) as path, np.load(path) as recorded:
+        frames = list(islice(cycle((recorded["full_image"], recorded["wrist_image"])), config.num_cameras))
     return {
-        "images": [one["images"]] * batch_size,
+        "images": [frames] * batch_size,
         "text": [one["text"]] * batch_size,
         "state": np.stack([one["state"]] * batch_size),
     }
@@ -230,15 +269,18 @@ def _prepare(model: Any, processor: Any, batch_size: int) -> dict[str, Any]:
     return {**processor(**_observations(model.config, batch_size)), "unnorm_key": key}
 
 
-def _measure(source, dtype, device, batch_sizes, runs, warmup, compiled, quantize, against, say) -> dict[str, Any]:
+def _measure(
+    source, device, load_options, quantize, batch_sizes, runs, warmup, compiled, say
+) -> tuple[dict[str, Any], Any, Any]:
+    """The report, and the model and the processor that were measured."""
     # 1. Loading, and memory up to the first prediction, before anything else uses any.
-    weight_files = sorted(Path(source).glob("*.safetensors"))
+    weight_files = sorted(file for kind in ("*.safetensors", "*.pt") for file in Path(source).glob(kind))
     for file in weight_files:  # so that loading and reading both find them in the system's cache
         with file.open("rb") as stream:
             while stream.read(1 << 24):
                 pass
     at_start = memory_in_use(device)
-    model, processor, load_seconds = _load(source, dtype, device, quantize)
+    model, processor, load_seconds = _load(source, device, load_options)
     inputs = _prepare(model, processor, SINGLE)
     (first_seconds,) = time_calls(lambda: model.predict_action(**inputs), device, 0, 1)
     peak = peak_memory(device)
@@ -250,16 +292,20 @@ def _measure(source, dtype, device, batch_sizes, runs, warmup, compiled, quantiz
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "compiled": compiled,
+        "jpeg_decoder": "none"
+        if not config.image_jpeg_round_trip
+        else "NumPy"
+        if jpeg.simplejpeg is None
+        else "simplejpeg",
         "load": {"seconds": load_seconds, "read_seconds": None, "first_prediction_seconds": first_seconds},
         "memory": {"weights": weights, "peak": None if peak is None else peak - at_start},
     }
     rates = [matmul_rate(model.dtype, device)]
 
     # 2. Stages, one observation.
+    images = _observations(config, SINGLE)["images"]
     stages: dict[str, list[float]] = {
-        "image preparation": time_calls(
-            lambda: processor.image_processor(_observations(config, SINGLE)["images"]), device, warmup, runs
-        )
+        "image preparation": time_calls(lambda: processor.image_processor(images), device, warmup, runs)
     }
     with StageClock(model) as clock:
         for run in range(-warmup, runs):
@@ -277,28 +323,27 @@ def _measure(source, dtype, device, batch_sizes, runs, warmup, compiled, quantiz
     for batch_size in batch_sizes:
         inputs = _prepare(model, processor, batch_size)
         seconds = time_calls(lambda inputs=inputs: model.predict_action(**inputs), device, max(warmup, 1), runs)
-        flops = count_flops(config, batch_size, inputs["input_ids"].shape[1])
-        result = {**_percentiles(seconds), "flops": flops, "flops_per_second": flops / np.median(seconds)}
-        result["prompt_tokens"] = inputs["input_ids"].shape[1]
-        report["predictions"][str(batch_size)] = {**result, "per_second": batch_size / np.median(seconds)}
+        prompt_tokens = inputs["input_ids"].shape[1]
+        report["predictions"][str(batch_size)] = {
+            **_percentiles(seconds),
+            "per_second": batch_size / np.median(seconds),
+            "prompt_tokens": prompt_tokens,
+            "flops": count_flops(config, batch_size, prompt_tokens),
+        }
         rates.append(matmul_rate(model.dtype, device))
     report["matmul_flops_per_second"] = {"fastest": max(rates), "all": rates}
 
-    # 4. In turn with another program.
-    if against is not None:
-        say(f"In turn with {against}")
-        report["against"] = {"command": against, **_take_turns(model, processor, against, warmup, runs)}
-
-    # 5. At the end, as it takes as much memory as the files are large.
+    # 4. At the end, as it takes as much memory as the files are large.
     if weight_files:
         report["load"]["read_seconds"] = seconds_to_read(weight_files)
-    return report
+    return report, model, processor
 
 
 def _take_turns(model: Any, processor: Any, command: str, warmup: int, runs: int) -> dict[str, Any]:
     inputs = _prepare(model, processor, SINGLE)
     with Rival(command) as rival:
         for _ in range(max(warmup, 1)):
+            time_calls(lambda: model.predict_action(**inputs), model.device, 0, 1)
             rival.predict()
         ours, theirs = [], []
         for _ in range(runs):
@@ -317,15 +362,20 @@ def table(report: dict[str, Any]) -> list[str]:
     precision = f"{report['precision']}{', compiled' if report['compiled'] else ''}"
     rate = report["matmul_flops_per_second"]["fastest"]
     lines = [
-        f"{report['checkpoint']}, {precision}, {report['device']}, {report['threads']} threads",
+        f"{report['checkpoint']}, {precision}, {report['device']}, {report['threads']} threads, "
+        f"JPEG by {report['jpeg_decoder']}",
         "",
         f"{'ms':<24}{'fastest':>10}{'p50':>10}{'p95':>10}",
     ]
     lines += [_row(stage, times) for stage, times in report["stages"].items()]
     for batch_size, times in report["predictions"].items():
-        share = f"{times['per_second']:.2f}/s, {times['flops'] / 1e9:.0f} GFLOP, "
-        share += f"{times['flops_per_second'] / rate:.0%} of the matrix product's rate"
-        lines.append(f"{_row(f'prediction of {batch_size}', times)}   {share}")
+        layers, attention = times["flops"]["layers"], times["flops"]["attention"]
+        share, of_layers = (flops / times["p50"] / rate for flops in (layers + attention, layers))
+        lines.append(
+            f"{_row(f'prediction of {batch_size}', times)}   {times['per_second']:.2f}/s, "
+            f"{(layers + attention) / 1e9:.0f} GFLOP at {share:.0%} of the matrix product's rate, "
+            f"{layers / 1e9:.0f} without attention at {of_layers:.0%}"
+        )
     load, memory = report["load"], report["memory"]
     lines += ["", f"matrix product  {rate / 1e9:.0f} GFLOP/s"]
     loading = f"load            {load['seconds']:.2f} s"
@@ -336,6 +386,7 @@ def table(report: dict[str, Any]) -> list[str]:
         lines.append(
             f"peak memory     {memory['peak'] / 2**30:.2f} GiB above the start, "
             f"{memory['peak'] / memory['weights']:.2f} x the weights ({memory['weights'] / 2**30:.2f} GiB)"
+            f"{', before compiling' if report['compiled'] else ''}"
         )
     if "against" in report:
         other = report["against"]

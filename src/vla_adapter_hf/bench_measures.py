@@ -25,6 +25,8 @@ STAGE_MODULES = {
 }
 BEFORE, BETWEEN, AFTER = "checks, normalising", "embedding, gathering", "un-normalising"
 STAGES = (BEFORE, *STAGE_MODULES, BETWEEN, AFTER)
+# What linear layers and convolutions come down to; attention is products of batches of matrices, or a kernel of its own.
+LAYER_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
 # Large enough for the full rate, and done in an instant.
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 
@@ -107,10 +109,14 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, runs: int = 5) -> floa
     return 2 * size**3 / min(time_calls(lambda: left @ right, device, 1, runs))
 
 
-def count_flops(config: VLAAdapterConfig, batch_size: int, prompt_length: int) -> int:
+def count_flops(config: VLAAdapterConfig, batch_size: int, prompt_length: int) -> dict[str, int]:
     """Floating-point operations of the products in one forward pass, a multiplication and an addition being two.
 
-    Counted on a model without values. Causal attention counts in full, as its kernels are counted everywhere.
+    Counted on a model without values.
+
+    Returns:
+        `dict`: `"layers"`, those of linear layers and convolutions, and `"attention"`, those between tokens; causal
+        attention counts in full, as its kernels are counted everywhere.
     """
     with torch.device("meta"), torch.no_grad():
         model = VLAAdapterForActionPrediction(config).eval()
@@ -121,7 +127,9 @@ def count_flops(config: VLAAdapterConfig, batch_size: int, prompt_length: int) -
         }
         with FlopCounterMode(display=False) as counter:
             model(**inputs)
-    return counter.get_total_flops()
+    counts = counter.get_flop_counts()["Global"]
+    layers = sum(counts[kind] for kind in LAYER_PRODUCTS if kind in counts)
+    return {"layers": layers, "attention": counter.get_total_flops() - layers}
 
 
 def weight_bytes(model: torch.nn.Module) -> int:

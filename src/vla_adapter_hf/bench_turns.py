@@ -9,12 +9,30 @@ from __future__ import annotations
 import json
 import math
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
+
+
+def split_command(command: str) -> list[str]:
+    """The words of a command.
+
+    Raises:
+        ValueError: when it has none, a quotation does not end, or there is no such program.
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise ValueError(f"--against {command!r} cannot be read: {error}") from error
+    if not words or shutil.which(words[0]) is None:
+        raise ValueError(
+            f"--against {command!r} cannot be started: there is no program {words[0] if words else ''!r}."
+        )
+    return words
 
 
 class Rival:
@@ -29,11 +47,10 @@ class Rival:
 
     def __init__(self, command: str):
         self.command = command
+        words = split_command(command)
         try:
-            self.process = subprocess.Popen(
-                shlex.split(command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-            )
-        except (OSError, IndexError) as error:
+            self.process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        except OSError as error:
             raise ValueError(f"--against {command!r} cannot be started: {error}") from error
 
     def __enter__(self) -> Rival:

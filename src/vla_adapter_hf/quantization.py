@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from functools import cache
 
+import torch
 from transformers import TorchAoConfig
 from transformers.utils import is_torchao_available
+
+from vla_adapter_hf.modeling.configuration_vla_adapter import POLICY_VARIANTS, VLAAdapterConfig
+from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction
 
 
 KINDS = ("int8", "int4")
@@ -14,9 +20,13 @@ KINDS = ("int8", "int4")
 KEPT = ("vision_projector", "proprio_projector", "policy.fc_in", "policy.fc_out")
 # Weights that share a scale in four bits. Rows that it does not divide (SigLIP's of 4304) stay as they are.
 GROUP_SIZE = 32
+# The first that packs four bits for a CPU where it is imported from here.
+TORCHAO = "0.17.0"
 
 
-def quantization_config(kind: str = "int8", device: str = "cpu", keep: Sequence[str] | None = None) -> TorchAoConfig:
+def quantization_config(
+    kind: str = "int8", device: str | torch.device = "cpu", keep: Sequence[str] | None = None
+) -> TorchAoConfig:
     """What to give to `from_pretrained(..., quantization_config=...)`.
 
     `"int8"` keeps weights in eight bits, a scale per output channel, and rounds what they are multiplied with to eight
@@ -26,21 +36,26 @@ def quantization_config(kind: str = "int8", device: str = "cpu", keep: Sequence[
 
     Args:
         kind (`str`): `"int8"` or `"int4"`.
-        device (`str`): `"cpu"` or `"cuda"`; four bits are packed otherwise on each.
-        keep (`Sequence[str]`, *optional*): names of modules to leave in the model's precision; `KEPT` by default. In
-            four bits `policy.fc_out` is always among them.
+        device (`str` or `torch.device`): CPU or CUDA; four bits are packed otherwise on each. For CUDA `from_pretrained`
+            also needs `device_map="cuda"`, as they are packed there, and for four bits `dtype="bfloat16"`.
+        keep (`Sequence[str]`, *optional*): names of modules to leave in the model's precision, e.g.
+            `["language_model", "policy.fc_out"]`; `KEPT` by default. In four bits `policy.fc_out` is always among them.
 
     Raises:
-        ValueError: for another kind or device.
-        ImportError: without torchao.
+        ValueError: for another kind or device, or a name that no module of a VLA-Adapter has.
+        TypeError: when `keep` is not a sequence of names.
+        ImportError: without torchao, or with an older one than is needed.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
-    place = device.partition(":")[0]
+    place = str(device).partition(":")[0]
     if place not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {device!r}.")
-    if not is_torchao_available():
-        raise ImportError("quantised weights need torchao: pip install vla-adapter-hf[quantization]")
+    kept = list(KEPT if keep is None else _checked(keep))
+    if not is_torchao_available(TORCHAO):
+        raise ImportError(
+            f"quantised weights need torchao {TORCHAO} or newer: pip install 'vla-adapter-hf[quantization]'"
+        )
     from torchao.quantization import Int4WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig
 
     if kind == "int8":
@@ -51,7 +66,33 @@ def quantization_config(kind: str = "int8", device: str = "cpu", keep: Sequence[
         from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
 
         quant_type = PrototypeInt4WeightOnlyConfig(group_size=GROUP_SIZE, set_inductor_config=False)
-    kept = list(KEPT if keep is None else keep)
     if kind == "int4":
         kept.append("policy.fc_out")  # kernels pack outputs by sixteens, and an action has fewer
     return TorchAoConfig(quant_type, modules_to_not_convert=kept)
+
+
+def _checked(keep: Sequence[str]) -> Sequence[str]:
+    if isinstance(keep, str) or not all(isinstance(name, str) for name in keep):
+        raise TypeError(f"keep must be a sequence of modules' names, such as ['policy.fc_out'], got {keep!r}.")
+    unknown = [name for name in keep if _numbered_alike(name) not in _module_names()]
+    if unknown:
+        raise ValueError(
+            f"keep: no module of a VLA-Adapter is called {', '.join(unknown)}. Its parts are "
+            f"{', '.join(sorted(name for name in _module_names() if '.' not in name))}."
+        )
+    return keep
+
+
+@cache
+def _module_names() -> frozenset[str]:
+    """All layers being numbered alike, those of a model of any depth and variant."""
+    names = set()
+    for variant in POLICY_VARIANTS:
+        with torch.device("meta"):
+            model = VLAAdapterForActionPrediction(VLAAdapterConfig(policy_variant=variant))
+        names |= {_numbered_alike(name) for name, _ in model.named_modules() if name}
+    return frozenset(names)
+
+
+def _numbered_alike(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".0", name)
