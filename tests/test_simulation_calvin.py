@@ -79,6 +79,22 @@ def test_published_schedule_averages_the_gripper_before_it_is_made_binary():
     assert schedule.pop()[6] == pytest.approx(0.45)
 
 
+def test_published_schedule_says_how_long_it_can_go_without_an_observation():
+    schedule, left = PublishedSchedule(), []
+    for _ in range(20):
+        if schedule.needs_chunk:
+            assert schedule.steps_until_query() == 0
+            schedule.add(np.zeros((8, 7)))
+        left.append(schedule.steps_until_query())
+        schedule.pop()
+    assert left == [1, 1, 8, 7, 6, 5, 4, 3, 2, 1] * 2
+
+
+def test_published_schedule_refuses_what_cannot_be_executed():
+    with pytest.raises(ValueError, match="not finite"):
+        PublishedSchedule().add(np.full((8, 7), np.nan))
+
+
 def test_published_schedule_begins_anew_after_reset():
     schedule = PublishedSchedule()
     schedule.add(np.zeros((8, 7)))
@@ -189,5 +205,9 @@ def test_a_thousand_sequences_resume_where_they_were_killed(tmp_path):
     assert whole["sequences"] == 1000
     lengths = [next((i for i, name in enumerate(s.subtasks) if outcomes[name] is None), 5) for s in sequences]
     assert whole == score_sequences(lengths)
+    with pytest.raises(ValueError, match="holds another run: sequences="):
+        evaluate_calvin(
+            HalfOpen(), ScriptedSimulation(outcomes), sequences[::-1], tmp_path / "whole", "open-loop", report=print
+        )
     written = [(tmp_path / name / "episodes.jsonl").read_text() for name in ("whole", "killed")]
     assert written[0] == written[1]

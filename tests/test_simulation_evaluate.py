@@ -18,8 +18,8 @@ from vla_adapter_hf.simulation.environment import Environment, Suite
 from vla_adapter_hf.simulation.evaluate import evaluate
 from vla_adapter_hf.simulation.placement import PLACEMENTS
 from vla_adapter_hf.simulation.point import COLOURS, PointEnvironment, PointSuite
-from vla_adapter_hf.simulation.policies import NoopPolicy, ReplayPolicy
-from vla_adapter_hf.simulation.results import read_results
+from vla_adapter_hf.simulation.policies import CheckpointPolicy, NoopPolicy, ReplayPolicy, embedded_folder
+from vla_adapter_hf.simulation.results import alone_in, read_results
 from vla_adapter_hf.simulation.rollout import draw_rollout, write_rollout
 
 
@@ -137,6 +137,18 @@ def test_parallel_environments_give_the_serial_results_in_batches(tmp_path):
     assert max(policy.batches) > 1
 
 
+def test_a_checkpoint_acts_alike_in_parallel_up_to_rounding(tmp_path):
+    """How many observations are in a batch shows in the last digits of their actions, and nowhere else."""
+    for name, processes in (("serial", 0), ("parallel", 3)):
+        with embedded_folder() as folder:
+            policy = CheckpointPolicy(folder / "checkpoint", SUITE.robot, unnorm_key="libero_object")
+        evaluate(policy, SUITE, tmp_path / name, episodes=2, processes=processes, save_actions=True, report=silent)
+    assert outcomes(tmp_path / "parallel") == outcomes(tmp_path / "serial")
+    for path in (tmp_path / "serial" / "actions").glob("*.npy"):
+        other = np.load(tmp_path / "parallel" / "actions" / path.name)
+        np.testing.assert_allclose(other, np.load(path), rtol=0, atol=1e-3)
+
+
 def _run_until_killed(folder: str) -> None:
     def slow(line: str) -> None:
         time.sleep(0.2)
@@ -193,23 +205,75 @@ def test_more_episodes_extend_a_run(tmp_path):
     assert (len(told), summary["episodes"]) == (6, 12)
 
 
+def test_a_task_or_an_episode_that_is_named_twice_is_played_once(tmp_path):
+    summary = evaluate(SeeingPolicy(), SUITE, tmp_path, tasks=[1, 1], episodes=[0, 2, 0], processes=0, report=silent)
+    assert [result.key for result in read_results(tmp_path / "episodes.jsonl")] == [(1, 0), (1, 2)]
+    assert summary["episodes"] == 2
+
+
+def test_a_call_that_plays_nothing_keeps_the_timing_and_says_that_it_films_nothing(tmp_path):
+    first = evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, report=silent)
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    told: list[str] = []
+    again = evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, rollouts=1, report=told.append)
+    assert again == first and (tmp_path / "summary.md").read_text(encoding="utf-8") == text
+    assert len(told) == 1 and told[0].startswith("3 episodes were played before")
+    assert not (tmp_path / "rollouts").exists()
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    with alone_in(tmp_path), pytest.raises(ValueError, match="another process is writing to output="):
+        evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, report=silent)
+    assert evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, report=silent)["episodes"] == 3
+
+
+def test_settings_of_an_attempt_that_played_nothing_bind_nobody(tmp_path):
+    with pytest.raises(ValueError, match="fewer than execute=9"):
+        evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, execute=9, report=silent)
+    evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, execute=4, report=silent)
+    with pytest.raises(ValueError, match="execute=4 there, 5 here"):
+        evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, execute=5, report=silent)
+
+
+def test_what_departs_from_the_protocol_stands_over_the_table(tmp_path):
+    evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, execute=2, ensemble=0.1, report=silent)
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert "2 actions of each chunk executed, chunks averaged with ensemble=0.1; 3 episodes" in text
+
+
 def test_replay_of_recorded_actions_ends_as_the_recording_did(tmp_path):
     evaluate(SeeingPolicy(), SUITE, tmp_path / "seen", episodes=3, processes=0, save_actions=True, report=silent)
     replay = ReplayPolicy.from_folder(tmp_path / "seen" / "actions", "libero")
     evaluate(replay, SUITE, tmp_path / "replayed", episodes=3, processes=0, report=silent)
     seen, replayed = (read_results(tmp_path / name / "episodes.jsonl") for name in ("seen", "replayed"))
     assert [(r.key, r.steps, r.success) for r in seen] == [(r.key, r.steps, r.success) for r in replayed]
+    evaluate(NoopPolicy("libero"), SUITE, tmp_path / "noop", episodes=3, processes=0, save_actions=True, report=silent)
+    other = ReplayPolicy.from_folder(tmp_path / "noop" / "actions", "libero")
+    with pytest.raises(ValueError, match="holds another run: actions="):
+        evaluate(other, SUITE, tmp_path / "replayed", episodes=3, processes=0, report=silent)
 
 
 @dataclass(frozen=True)
 class BrokenSuite(PointSuite):
+    ending: str = ""
+
     def make(self, task: int):
-        raise OSError("the meshes are gone")
+        if self.ending == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise {"installation": OSError, "bug": KeyError}[self.ending]("the meshes are gone")
 
 
-def test_a_failing_environment_stops_the_run_with_its_reason(tmp_path):
-    with pytest.raises(RuntimeError, match="the meshes are gone"):
-        evaluate(SeeingPolicy(), BrokenSuite(), tmp_path, episodes=1, processes=1, report=silent)
+@pytest.mark.parametrize(
+    ("ending", "error", "message"),
+    [
+        ("installation", OSError, "^the meshes are gone$"),
+        ("bug", RuntimeError, "(?s)Traceback.*in make.*KeyError: 'the meshes are gone'"),
+        ("killed", ChildProcessError, "exit code -9.*use fewer processes"),
+    ],
+)
+def test_a_failing_environment_stops_the_run_with_its_reason(tmp_path, ending, error, message):
+    with pytest.raises(error, match=message):
+        evaluate(SeeingPolicy(), BrokenSuite(ending=ending), tmp_path, episodes=1, processes=1, report=silent)
 
 
 def test_films_show_where_a_chunk_begins(tmp_path):
@@ -234,6 +298,7 @@ def test_films_can_be_mp4(tmp_path):
         write_rollout(tmp_path / "a.avi", [np.zeros((4, 4, 3), np.uint8)])
 
 
+@pytest.mark.parametrize("processes", [0, 1])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -241,12 +306,13 @@ def test_films_can_be_mp4(tmp_path):
         ({"episodes": 0}, "episodes must be a positive number"),
         ({"processes": -1}, "processes must be 0 or more"),
         ({"rollout_format": "webm"}, "rollout_format must be 'gif' or 'mp4'"),
+        ({"rollouts": -1}, "rollouts must be 0 or more"),
         ({"execute": 0}, "execute must be at least 1"),
         ({"instruction": "other"}, "instruction='other' needs a suite whose scenes hold other objects"),
     ],
 )
-def test_arguments_that_cannot_work_are_named(tmp_path, arguments, message):
-    given = {"episodes": 1, "processes": 0, "report": silent, **arguments}
+def test_arguments_that_cannot_work_are_named(tmp_path, arguments, message, processes):
+    given = {"episodes": 1, "processes": processes, "report": silent, **arguments}
     with pytest.raises(ValueError, match=message):
         evaluate(SeeingPolicy(), SUITE, tmp_path, **given)
 

@@ -261,7 +261,7 @@ def pack(name: str, folder: Path, scores: dict[str, dict]) -> None:
     (packed / "checkpoint" / "README.md").write_text(card, encoding="utf-8")
     (packed / "scores.md").write_text(table, encoding="utf-8")
     for test in scores:
-        shutil.copytree(folder / "evaluation" / test, packed / test)
+        shutil.copytree(folder / "evaluation" / test, packed / test, ignore=shutil.ignore_patterns(".*"))
     print(table)
 
 

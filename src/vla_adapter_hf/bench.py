@@ -31,6 +31,7 @@ from vla_adapter_hf.bench_measures import (
     weight_bytes,
 )
 from vla_adapter_hf.bench_turns import Rival, answer_turns, split_command
+from vla_adapter_hf.devices import check_device
 from vla_adapter_hf.modeling.configuration_vla_adapter import (
     PUBLISHED_DINOV2,
     PUBLISHED_QWEN2,
@@ -216,14 +217,9 @@ def _check_arguments(
     ):
         if value < least:
             raise ValueError(f"--{name} must be at least {least}, got {value}.")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"--device must be cpu, cuda or the like, got {device!r}.") from error
+    place = check_device(device, "--device")
     if place.type not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda, got {device!r}.")
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {device}: torch finds {torch.cuda.device_count()} CUDA devices here.")
     return place
 
 

@@ -259,7 +259,9 @@ def evaluate(
     execute: Annotated[
         int | None, typer.Option(help="Actions of a chunk before the next query; all by default.")
     ] = None,
-    ensemble: Annotated[float | None, typer.Option(help="Temporal ensembling: how fast older chunks fade.")] = None,
+    ensemble: Annotated[
+        float | None, typer.Option(help="Temporal ensembling: how much less newer chunks count; 0 is their mean.")
+    ] = None,
     black_images: Annotated[bool, typer.Option(help="A control: the policy sees black frames.")] = False,
     instruction: Annotated[
         str | None, typer.Option(help="A control: tell it this, or 'other' for another object.")

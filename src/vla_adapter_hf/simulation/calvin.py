@@ -6,6 +6,7 @@ Everything else works on any object that fits `SequenceSimulation`.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from ..robots import get_robot
 from .chunks import ActionChunkQueue
 from .environment import Observation
 from .policies import Policy, Request
-from .results import EpisodeResult, ResultsFile
+from .results import EpisodeResult, ResultsFile, alone_in
 
 
 SUBTASKS = 5
@@ -89,16 +90,24 @@ class PublishedSchedule:
     def needs_chunk(self) -> bool:
         return self._step < 3 and len(self._chunks) == self._step
 
+    def steps_until_query(self) -> int:
+        """Actions left before the policy is asked."""
+        if self.needs_chunk:
+            return 0
+        return 1 if self._step < 2 else 10 - self._step
+
     def add(self, chunk: np.ndarray) -> None:
         """Takes the chunk (8, A) of the present step.
 
         Raises:
-            ValueError: another number of actions.
+            ValueError: another number of actions, or values that are not finite.
             RuntimeError: no chunk is due.
         """
         chunk = np.asarray(chunk)
         if chunk.ndim != 2 or len(chunk) != CHUNK_SIZE:
             raise ValueError(f"chunk must have shape ({CHUNK_SIZE}, A), got {chunk.shape}")
+        if not np.isfinite(chunk).all():
+            raise ValueError("chunk holds values that are not finite; the policy's output cannot be executed")
         if not self.needs_chunk:
             raise RuntimeError(f"no chunk is due at step {self._step} of the cycle")
         self._chunks.append(chunk)
@@ -243,9 +252,29 @@ def evaluate_calvin(
     """Plays all sequences, resuming after a kill, and returns the score of `score_sequences`.
 
     `<output>/episodes.jsonl` holds one line per sequence, with `info.completed` subtasks.
+
+    Raises:
+        ValueError: an output with other sequences, another policy or schedule, or that another process is writing to.
     """
-    settings = {"suite": "calvin_abc_d", "policy": policy.name, "schedule": schedule}
-    results = ResultsFile(output, settings)
+    settings = {
+        "suite": "calvin_abc_d",
+        "policy": policy.name,
+        "schedule": schedule,
+        "sequences": f"crc32 {zlib.crc32(repr(list(sequences)).encode()):08x}",
+        **(policy.describe() if hasattr(policy, "describe") else {}),
+    }
+    with alone_in(Path(output)):
+        return _play_all(policy, simulation, sequences, ResultsFile(output, settings), schedule, report)
+
+
+def _play_all(
+    policy: Policy,
+    simulation: SequenceSimulation,
+    sequences: Sequence[CalvinSequence],
+    results: ResultsFile,
+    schedule: str,
+    report: Callable[[str], None],
+) -> dict[str, Any]:
     for index, sequence in enumerate(sequences):
         if (0, index) in results.done:
             continue

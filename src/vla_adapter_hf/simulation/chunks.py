@@ -16,8 +16,9 @@ class ActionChunkQueue:
         execute: actions of a chunk that are executed before the next query; None executes whole chunks, as in the
             published evaluation.
         ensemble: None to execute the newest chunk only. A number m blends all chunks that speak about a step with weights
-            exp(-m * age), oldest chunk first, as in ACT (Zhao et al. 2023, temporal ensembling): m = 0 is the plain mean,
-            m > 0 favours older chunks, as there. It needs overlapping chunks, so `execute` must be smaller than the chunk.
+            exp(-m * i), where i counts them from 0, the oldest, as in ACT (Zhao et al. 2023, temporal ensembling): m = 0 is
+            the plain mean, m > 0 favours older chunks. It needs overlapping chunks, so `execute` must be smaller than the
+            chunk.
 
     Raises:
         ValueError: `execute` is not positive, or `ensemble` is given without `execute`, negative or not finite.

@@ -82,8 +82,13 @@ class RecordingSettings:
             )
         if self.chunk_size < 1 or self.tail < 0:
             raise ValueError(f"chunk_size must be positive and tail 0 or more, got {self.chunk_size} and {self.tail}")
-        if self.alternatives < 0:
-            raise ValueError(f"alternatives must be 0 or more, got {self.alternatives}")
+        for name in ("alternatives", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if self.image_size < 1:
+            raise ValueError(f"image_size must be at least 1 pixel, got {self.image_size}")
+        if not self.states or not all(0 <= state < 50 for state in self.states):
+            raise ValueError(f"states must name initial states 0...49, got {self.states!r}")
         if self.image_format not in ("png", "jpeg"):
             raise ValueError(f"image_format must be 'png' or 'jpeg', got {self.image_format!r}")
         for name in ("disturbed", "retargeted"):

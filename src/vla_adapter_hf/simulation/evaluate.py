@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ from ..robots import get_robot
 from .chunks import ActionChunkQueue
 from .environment import Suite
 from .libero import LiberoSuite
-from .policies import Policy, Request, ResidentPolicy, blackened, make_policy
+from .policies import OraclePolicy, Policy, Request, ResidentPolicy, blackened, make_policy
 from .results import (
     PUBLISHED_SUITES,
     EpisodeResult,
     ResultsFile,
+    alone_in,
     published_table,
     summarise,
     task_table,
@@ -129,7 +131,8 @@ def evaluate(
         black_images: the policy sees black frames (a control).
         instruction: told to the policy instead of the task's words (a control). `other` names another object in view,
             and then success is that object's; so it is for a text that names one in libero_object's words.
-        rollouts: how many episodes of each task to keep as films, each with a contact sheet (PNG) beside it.
+        rollouts: how many episodes of each task to keep as films, each with a contact sheet (PNG) beside it. What was played
+            before is not played again for it, nor for `save_actions`.
         rollout_format: `gif` or `mp4`.
         save_actions: keep the executed actions of every episode, for `ReplayPolicy`.
         unnorm_key, device, dtype: for checkpoints. The statistics of a suite are found by the suite's name; others, such as those
@@ -137,27 +140,36 @@ def evaluate(
         report: receives lines of progress.
 
     Returns:
-        The summary as in `summary.json`, with `timing` of this call's episodes.
+        The summary as in `summary.json`, with `timing` of the episodes of the last call that played any.
 
     Raises:
-        ValueError: unknown names, numbers out of range, an output that belongs to another run.
+        ValueError: unknown names, numbers out of range, an output that belongs to another run or that another process is
+            writing to.
         RuntimeError: an environment failed; what was finished before is kept.
     """
     if processes < 0:
         raise ValueError(f"processes must be 0 or more, got {processes}")
     if rollout_format not in ("gif", "mp4"):
         raise ValueError(f"rollout_format must be 'gif' or 'mp4', got {rollout_format!r}")
+    if rollouts < 0:
+        raise ValueError(f"rollouts must be 0 or more films of each task, got {rollouts}")
+    ActionChunkQueue(execute, ensemble)  # refuses what it cannot do before anything is written or built
     if isinstance(suite, str):
         suite = LiberoSuite(suite, placement=placement, seed=seed, hard_reset=hard_reset)
     if isinstance(policy, str):
         options = {"unnorm_key": unnorm_key, "suite": suite.name, "device": device, "dtype": dtype}
         policy = make_policy(policy, suite.robot, **options)
+    if isinstance(suite, LiberoSuite) and suite.name != "libero_object":
+        if isinstance(policy, OraclePolicy):
+            raise ValueError(f"policy='oracle' solves suite='libero_object' only, got {suite.name!r}")
+        if instruction == "other":
+            raise ValueError(f"instruction='other' needs the objects of suite='libero_object', got {suite.name!r}")
     resident = policy if hasattr(policy, "attach") else None
     known = list(suite.tasks)
-    chosen = list(range(len(known))) if tasks is None else list(tasks)
+    chosen = list(range(len(known))) if tasks is None else list(dict.fromkeys(tasks))
     if not chosen or any(not 0 <= task < len(known) for task in chosen):
         raise ValueError(f"tasks must be among 0...{len(known) - 1}, got {chosen}")
-    numbers = list(range(episodes)) if isinstance(episodes, int) else list(episodes)
+    numbers = list(range(episodes)) if isinstance(episodes, int) else list(dict.fromkeys(episodes))
     if not numbers or min(numbers) < 0:
         raise ValueError(f"episodes must be a positive number or numbers of 0 or more, got {episodes!r}")
 
@@ -172,39 +184,42 @@ def evaluate(
         **(policy.describe() if hasattr(policy, "describe") else {}),
     }
     output = Path(output)
-    results = ResultsFile(output, settings)
-    missing = [(task, number) for task in chosen for number in numbers if (task, number) not in results.done]
-    timing = Timing()
-    if missing:
-        pool = WorkerPool(suite, min(processes, len(missing)))
-        # Checked here so that a wrong number stops the run before the first environment is built.
-        slots = [_Slot(worker, ActionChunkQueue(execute, ensemble)) for worker in range(len(pool))]
-        run = _Run(policy, resident, suite, pool, slots, _Schedule(missing), results, timing, report, output)
-        run.black_images, run.instruction = black_images, instruction
-        run.filmed = {task: set(sorted(numbers)[:rollouts]) for task in chosen}
-        run.rollout_format, run.save_actions = rollout_format, save_actions
-        run.template = EpisodeResult(
-            suite=suite.name,
-            task=0,
-            episode=0,
-            seed=int(described.get("seed", 0)),
-            placement=str(described.get("placement", "official")),
-            black_images=black_images,
-            instruction="",
-            steps=0,
-            success=False,
-        )
-        began = time.perf_counter()
-        try:
-            with _leave_cores_to(len(pool)):
-                run.play()
-        finally:
-            timing.wall = time.perf_counter() - began
-            pool.close()
-    wanted = {(task, number) for task in chosen for number in numbers}
-    results.sort()
-    selected = [result for result in results.results if result.key in wanted]
-    return _finish(output, selected, known, settings, timing, policy.name, suite.name)
+    with alone_in(output):
+        results = ResultsFile(output, settings)
+        missing = [(task, number) for task in chosen for number in numbers if (task, number) not in results.done]
+        finished = len(chosen) * len(numbers) - len(missing)
+        if finished and (rollouts or save_actions):
+            report(f"{finished} episodes were played before: of them no films or actions are written now")
+        timing = Timing()
+        if missing:
+            pool = WorkerPool(suite, min(processes, len(missing)))
+            slots = [_Slot(worker, ActionChunkQueue(execute, ensemble)) for worker in range(len(pool))]
+            run = _Run(policy, resident, suite, pool, slots, _Schedule(missing), results, timing, report, output)
+            run.black_images, run.instruction = black_images, instruction
+            run.filmed = {task: set(sorted(numbers)[:rollouts]) for task in chosen}
+            run.rollout_format, run.save_actions = rollout_format, save_actions
+            run.template = EpisodeResult(
+                suite=suite.name,
+                task=0,
+                episode=0,
+                seed=int(described.get("seed", 0)),
+                placement=str(described.get("placement", "official")),
+                black_images=black_images,
+                instruction="",
+                steps=0,
+                success=False,
+            )
+            began = time.perf_counter()
+            try:
+                with _leave_cores_to(len(pool)):
+                    run.play()
+            finally:
+                timing.wall = time.perf_counter() - began
+                pool.close()
+        wanted = {(task, number) for task in chosen for number in numbers}
+        results.sort()
+        selected = [result for result in results.results if result.key in wanted]
+        return _finish(output, selected, known, settings, timing, policy.name, suite)
 
 
 @contextmanager
@@ -373,7 +388,7 @@ def _finish(
     settings: dict[str, Any],
     timing: Timing,
     policy: str,
-    suite: str,
+    suite: Suite,
 ) -> dict[str, Any]:
     summary = {**summarise(results, tasks), "settings": settings}
     controls = [f"placement {settings.get('placement', 'official')}"]
@@ -381,13 +396,22 @@ def _finish(
         controls.append("black images")
     if settings["instruction"]:
         controls.append(f"instruction: {settings['instruction']}")
-    official = suite in PUBLISHED_SUITES and controls == ["placement official"]
-    text = f"## {policy} on {suite}\n\n{', '.join(controls)}; {len(results)} episodes; 95 % Wilson intervals.\n\n"
-    # Published scores stand beside official ones only.
-    text += published_table({policy: {suite: summary}}, compare=official) + "\n" + task_table(summary)
+    if settings["execute"]:
+        controls.append(f"{settings['execute']} actions of each chunk executed")
+    if settings["ensemble"] is not None:
+        controls.append(f"chunks averaged with ensemble={settings['ensemble']:g}")
+    # Published scores stand beside those of the published protocol only: every task from each of its 50 states.
+    official = suite.name in PUBLISHED_SUITES and controls == ["placement official"]
+    whole = {result.key for result in results} == set(product(range(len(tasks)), range(50)))
+    text = f"## {policy} on {suite.name}\n\n{', '.join(controls)}; {len(results)} episodes; 95 % Wilson intervals.\n\n"
+    text += published_table({policy: {suite.name: summary}}, compare=official and whole) + "\n" + task_table(summary)
     if timing.episodes:
         summary["timing"] = {name: round(value, 3) for name, value in vars(timing).items()}
-        text += "\n" + timing.table()
+    elif (output / "summary.json").exists():
+        before = json.loads((output / "summary.json").read_text(encoding="utf-8"))
+        summary |= {name: before[name] for name in ("timing",) if name in before}
+    if "timing" in summary:
+        text += "\n" + Timing(**summary["timing"]).table()
     write_whole(output / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode("utf-8") + b"\n")
     write_whole(output / "summary.md", text.encode("utf-8"))
     return summary

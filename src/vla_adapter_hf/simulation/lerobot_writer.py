@@ -212,9 +212,9 @@ def assemble(output: Path, rows_per_file: int = 4000) -> dict[str, Any]:
     for key in keys:
         builder.add(key, pq.read_table(output / PARTS / f"{key}.parquet"))
     info = builder.finish()
-    for folder in ("data", "meta"):
+    # `meta` goes first and comes last: a dataset without meta/info.json is seen to be unfinished.
+    for folder in ("meta", "data"):
         shutil.rmtree(output / folder, ignore_errors=True)
-    # `meta` comes last: a dataset without meta/info.json is seen to be unfinished.
     for folder in ("data", "meta"):
         (build / folder).replace(output / folder)
     build.rmdir()

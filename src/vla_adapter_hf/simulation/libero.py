@@ -58,7 +58,7 @@ class LiberoSuite:
         name: one of `SUITES`.
         placement: one of `vla_adapter_hf.simulation.placement.PLACEMENTS`; others than `official` need libero_object.
         seed: seed of the placements; the simulator's own seed is 0, as published.
-        stream: `evaluation`, `demonstration` or `correction`: two streams never share a placement.
+        stream: `evaluation`, `demonstration` or `correction`: two streams never draw the same numbers.
         image_size: height and width of the frames, pixels (published: 256).
         states: initial states that the episodes cycle through; all 50 by default. Episode e starts from
             `states[e % len(states)]`.
@@ -66,7 +66,8 @@ class LiberoSuite:
             0.2 s and gives the same episode bit for bit, since what it would keep of the last one is cleared here.
 
     Raises:
-        ValueError: an unknown suite or placement, a placement that the suite does not support, a state outside 0...49.
+        ValueError: an unknown suite or placement, a placement that the suite does not support, a seed below 0, a state outside
+            0...49.
     """
 
     name: str
@@ -87,6 +88,8 @@ class LiberoSuite:
             raise ValueError(
                 f"placement={self.placement!r} moves the objects of libero_object's floor; {self.name} only has 'official'"
             )
+        if self.seed < 0:
+            raise ValueError(f"seed must be 0 or more, got {self.seed}")
         if self.states is not None and not (self.states and all(0 <= state < 50 for state in self.states)):
             raise ValueError(f"states must name initial states 0...49, got {self.states!r}")
 

@@ -13,9 +13,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from ..devices import check_device
 from ..modeling.normalization_vla_adapter import select_norm_stats
 from ..robots import RobotPreset, get_robot
 from .environment import Environment, Observation
+
+
+PRECISIONS = ("float32", "bfloat16", "float16", "auto")
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,13 @@ class ReplayPolicy:
             raise ValueError(f"folder={str(folder)!r} holds no recorded actions named <task>-<episode>.npy")
         return cls(actions, robot)
 
+    def describe(self) -> dict[str, Any]:
+        """Which recordings these are (JSON values)."""
+        checksum = 0
+        for key, actions in sorted(self._actions.items()):
+            checksum = zlib.crc32(np.ascontiguousarray(actions).tobytes(), zlib.crc32(repr(key).encode(), checksum))
+        return {"actions": f"crc32 {checksum:08x}"}
+
     def predict(self, requests: Sequence[Request]) -> list[np.ndarray]:
         return [self._chunk(request) for request in requests]
 
@@ -146,8 +157,8 @@ class CheckpointPolicy:
         name: what results call the policy; the last part of `checkpoint` by default.
 
     Raises:
-        ValueError: the checkpoint has no statistics of that name, learnt the gripper in another convention, or wants other
-            cameras than there are.
+        ValueError: an unknown device or precision; or the checkpoint has no statistics of that name, learnt the gripper in
+            another convention, or wants other cameras than there are.
     """
 
     needs_observation = True
@@ -166,6 +177,9 @@ class CheckpointPolicy:
 
         device = device or "cpu"
         dtype = dtype or ("float32" if device == "cpu" else "auto")
+        if dtype not in PRECISIONS:
+            raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, got {dtype!r}")
+        check_device(device)
         self.name = name or Path(checkpoint).name
         self.processor = AutoProcessor.from_pretrained(checkpoint)
         self.model = AutoModel.from_pretrained(checkpoint, dtype=dtype).eval().to(device)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 
 PUBLISHED = {
@@ -145,8 +147,10 @@ class ResultsFile:
         write_whole(self.path, b"".join(_as_line(result) for result in self.results))
 
     def _check_settings(self, path: Path) -> None:
-        if not path.exists():
-            if self.path.exists():
+        # Settings under which no episode has ended are those of an attempt that failed.
+        played = self.path.exists() and b"\n" in self.path.read_bytes()
+        if not path.exists() or not played:
+            if played:
                 raise ValueError(f"{self.path} has no settings.json beside it; choose another output")
             write_whole(path, json.dumps(self.settings, indent=2).encode("utf-8") + b"\n")
             return
@@ -164,6 +168,23 @@ class ResultsFile:
         if whole != len(data):
             with open(self.path, "r+b") as stream:
                 stream.truncate(whole)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other processes from writing results into a folder meanwhile: each would undo what the other has written.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise ValueError(
+            f"another process is writing to output={str(folder)!r}; wait for it, or choose another output"
+        ) from error
 
 
 def read_results(path: str | Path) -> list[EpisodeResult]:

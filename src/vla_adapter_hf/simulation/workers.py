@@ -87,6 +87,19 @@ class Report:
     actions: np.ndarray | None = None
 
 
+# What is wrong with a call or an installation, and not with an environment.
+USERS_ERRORS = (ValueError, TypeError, ImportError, OSError)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Worker to parent, instead of a report: an exception, which ends the worker."""
+
+    kind: type[Exception]
+    message: str
+    trace: str
+
+
 class EpisodeRunner:
     """Plays episodes of a suite on request, keeping the environment of the last task."""
 
@@ -183,6 +196,9 @@ def begin_episode(environment: Environment, message: Begin, suite: Suite) -> tup
 
     If the instruction names another object of a libero_object scene, success is that object's; any other text is only
     told to the policy, and success stays the task's.
+
+    Raises:
+        ValueError: the instruction is another task's, and this scene does not hold its object.
     """
     objects = list(getattr(environment, "movable_objects", ()))
     wanted = message.instruction
@@ -201,6 +217,10 @@ def begin_episode(environment: Environment, message: Begin, suite: Suite) -> tup
 
         target = next((name for name in objects if object_instruction(name) == wanted), None)
     if target is None:
+        if objects and wanted in suite.tasks:
+            raise ValueError(
+                f"instruction={wanted!r}: the scene of task {message.task} does not hold that object; choose tasks that do"
+            )
         info = environment.reset(message.episode)
         return wanted, info, official
     info = environment.reset(message.episode, target=target)
@@ -217,8 +237,9 @@ def _serve(connection: Connection, suite: Suite) -> None:
             message = connection.recv()
             try:
                 report = runner.begin(message) if isinstance(message, Begin) else runner.execute(message)
-            except Exception:  # whatever it was, the parent must hear of it
-                report, failed = traceback.format_exc(), True
+            except Exception as error:  # whatever it was, the parent must hear of it
+                kind = next((kind for kind in USERS_ERRORS if isinstance(error, kind)), RuntimeError)
+                report, failed = Failure(kind, str(error), traceback.format_exc()), True
             connection.send(report)
     except (EOFError, ConnectionError):
         pass  # the parent has finished, or was killed
@@ -230,7 +251,9 @@ class WorkerPool:
     """Environments side by side, one per process; with `processes=0` a single one in this process.
 
     Raises:
-        RuntimeError: from `receive`, with the worker's traceback, if an environment failed or a process died.
+        RuntimeError: from `receive`, with the worker's traceback, if an environment failed; what the user can mend stays
+            what it was, one of `USERS_ERRORS`.
+        ChildProcessError: from `receive`, if a process died.
     """
 
     def __init__(self, suite: Suite, processes: int) -> None:
@@ -270,10 +293,16 @@ class WorkerPool:
             try:
                 report = self._connections[worker].recv()
             except EOFError as error:
-                code = self._processes[worker].exitcode
-                raise RuntimeError(f"an environment's process ended unexpectedly (exit code {code})") from error
-            if isinstance(report, str):
-                raise RuntimeError(f"an environment failed:\n{report}")
+                self._processes[worker].join(timeout=10)
+                raise ChildProcessError(
+                    f"an environment's process ended unexpectedly (exit code {self._processes[worker].exitcode}; -9 is often too "
+                    "little memory: use fewer processes). Episodes that had ended are kept; the same call goes on with the rest."
+                ) from error
+            if isinstance(report, Failure):
+                failure = RuntimeError(f"an environment failed:\n{report.trace}")
+                if report.kind is RuntimeError:
+                    raise failure
+                raise report.kind(report.message) from failure
             reports.append((worker, report))
         return reports
 
