@@ -1,12 +1,14 @@
 """Intervals, the results file, and the tables."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from vla_adapter_hf.simulation.results import (
     EpisodeResult,
     ResultsFile,
+    joined_table,
     published_table,
     read_results,
     summarise,
@@ -100,6 +102,30 @@ def test_summary_counts_per_task_and_over_all():
 def test_summary_refuses_what_it_cannot_add_up():
     with pytest.raises(ValueError, match="one suite, got none"):
         summarise([])
+
+
+def test_several_evaluations_are_joined_into_one_table(tmp_path):
+    def finished(name: str, suite: str, rate: float, **settings) -> Path:
+        entry = {"suite": suite, "success_rate": rate, "interval_95": [rate, rate], "published_protocol": not settings}
+        entry["settings"] = {"policy": "mine", "black_images": False, "instruction": None, **settings}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(json.dumps(entry), encoding="utf-8")
+        return tmp_path / name
+
+    suites = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
+    folders = [finished(suite, suite, rate) for suite, rate in zip(suites, (0.9, 0.8, 0.7, 0.6), strict=True)]
+    lines = joined_table(folders).splitlines()
+    assert lines[2].startswith("| mine | 90.0 (90.0–90.0) |") and lines[2].endswith("| 75.0 |")
+    assert any(line.startswith("| VLA-Adapter-Pro (published) |") for line in lines)
+    assert "published" not in joined_table([finished("few", "libero_object", 0.5, execute=4)])
+    for wrong, message in (
+        ([], "at least one folder"),
+        ([tmp_path], "no summary.json"),
+        ([folders[0], folders[0]], "second run of mine on libero_spatial"),
+        ([finished("black", "libero_object", 0, black_images=True)], "holds a control"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            joined_table(wrong)
 
 
 def test_table_has_the_published_form_and_no_average_over_missing_suites():

@@ -413,5 +413,14 @@ def _dtype(name: str | None):
     return choices.get(name)
 
 
+@app.command()
+def scores(folders: Annotated[list[Path], typer.Argument(help="Outputs of vla-adapter eval, one per suite.")]) -> None:
+    """Join finished evaluations into one table of the published form, ready for a model card."""
+    from vla_adapter_hf.simulation.results import joined_table
+
+    with readable_errors():
+        typer.echo(joined_table(folders), nl=False)
+
+
 if __name__ == "__main__":
     app()

@@ -251,7 +251,7 @@ def evaluate_calvin(
 ) -> dict[str, Any]:
     """Plays all sequences, resuming after a kill, and returns the score of `score_sequences`.
 
-    `<output>/episodes.jsonl` holds one line per sequence, with `info.completed` subtasks.
+    `<output>/episodes.jsonl` holds one line per sequence, with `info.completed` subtasks. More sequences extend a run.
 
     Raises:
         ValueError: an output with other sequences, another policy or schedule, or that another process is writing to.
@@ -260,7 +260,6 @@ def evaluate_calvin(
         "suite": "calvin_abc_d",
         "policy": policy.name,
         "schedule": schedule,
-        "sequences": f"crc32 {zlib.crc32(repr(list(sequences)).encode()):08x}",
         **(policy.describe() if hasattr(policy, "describe") else {}),
     }
     with alone_in(Path(output)):
@@ -275,8 +274,13 @@ def _play_all(
     schedule: str,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
+    played = {result.episode: result.info["sequence"] for result in results.results}
+    checksums = [f"crc32 {zlib.crc32(repr(sequence).encode()):08x}" for sequence in sequences]
+    for index, checksum in enumerate(checksums):
+        if played.get(index, checksum) != checksum:
+            raise ValueError(f"{results.path} holds another sequence {index}; choose another output")
     for index, sequence in enumerate(sequences):
-        if (0, index) in results.done:
+        if index in played:
             continue
         completed, steps, instruction = play_sequence(policy, simulation, sequence, schedule, index)
         results.append(
@@ -290,7 +294,11 @@ def _play_all(
                 instruction=instruction,
                 steps=steps,
                 success=completed == SUBTASKS,
-                info={"completed": completed, "subtasks": list(sequence.subtasks)},
+                info={
+                    "completed": completed,
+                    "subtasks": list(sequence.subtasks),
+                    "sequence": checksums[index],
+                },
             )
         )
         lengths = [result.info["completed"] for result in results.results]

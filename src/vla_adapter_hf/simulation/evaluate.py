@@ -403,6 +403,7 @@ def _finish(
     # Published scores stand beside those of the published protocol only: every task from each of its 50 states.
     official = suite.name in PUBLISHED_SUITES and controls == ["placement official"]
     whole = {result.key for result in results} == set(product(range(len(tasks)), range(50)))
+    summary["published_protocol"] = official and whole
     text = f"## {policy} on {suite.name}\n\n{', '.join(controls)}; {len(results)} episodes; 95 % Wilson intervals.\n\n"
     text += published_table({policy: {suite.name: summary}}, compare=official and whole) + "\n" + task_table(summary)
     if timing.episodes:

@@ -285,6 +285,34 @@ def published_table(measured: Mapping[str, Mapping[str, Mapping[str, Any]]], com
     return "\n".join(lines) + "\n"
 
 
+def joined_table(folders: Sequence[str | Path]) -> str:
+    """The table in the published form over several finished evaluations: one row per policy, with its average.
+
+    Args:
+        folders: outputs of `evaluate`. The published rows are added if all are runs of the published protocol.
+
+    Raises:
+        ValueError: a folder without a summary, controls that are no part of such a table, or two runs of a policy on a suite.
+    """
+    measured: dict[str, dict[str, Any]] = {}
+    compare = True
+    for folder in map(Path, folders):
+        if not (folder / "summary.json").is_file():
+            raise ValueError(f"{folder} holds no summary.json of an evaluation")
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        settings = summary["settings"]
+        if settings["black_images"] or settings["instruction"] or settings.get("placement", "official") != "official":
+            raise ValueError(f"{folder} holds a control, which is no score of the published form")
+        row = measured.setdefault(settings["policy"], {})
+        if summary["suite"] in row:
+            raise ValueError(f"{folder} is a second run of {settings['policy']} on {summary['suite']}")
+        row[summary["suite"]] = summary
+        compare = compare and summary["published_protocol"]
+    if not measured:
+        raise ValueError("name at least one folder of an evaluation")
+    return published_table(measured, compare=compare)
+
+
 def task_table(summary: Mapping[str, Any]) -> str:
     """A Markdown table with one row per task of a suite."""
     lines = ["| Task | Solved | Success, % (95 % interval) | Steps when solved |", "|---|---|---|---|"]
