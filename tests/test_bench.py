@@ -15,6 +15,7 @@ import torch
 from model_fixtures import tiny_config, tiny_inputs, tiny_model
 from transformers import AutoModel, AutoProcessor
 
+from vla_adapter_hf import cli
 from vla_adapter_hf.bench import SIZES, _load_options, bench, random_checkpoint
 from vla_adapter_hf.bench_measures import (
     STAGES,
@@ -214,6 +215,15 @@ class TestOptions:
         report, text = self.run(checkpoint, dtype=torch.bfloat16, threads=1)
         assert (report["precision"], report["threads"]) == ("bfloat16", 1)
         assert "bfloat16" in text and "1 threads" in text
+
+    def test_attention_by_part(self, checkpoint):
+        report, text = self.run(checkpoint, attention=cli._attention("dinov2=eager,siglip=eager"))
+        assert report["attention"] == {"dinov2_config": "eager", "siglip_config": "eager", "text_config": "sdpa"}
+        assert "attention by eager, sdpa" in text
+        assert self.run(checkpoint, attention="eager")[0]["attention"]["text_config"] == "eager"
+        for wrong in ("policy=eager", "dinov2=", "dinov2=eager,"):
+            with pytest.raises(ValueError, match="--attn must be"):
+                cli._attention(wrong)
 
     def test_the_command_measures_memory_in_a_process_of_its_own(self, checkpoint, tmp_path):
         command = [sys.executable, "-c", "from vla_adapter_hf.cli import app; app()", "bench", checkpoint]

@@ -85,6 +85,7 @@ def bench(
     warmup: int = 2,
     compiled: bool = False,
     quantize: str | None = None,
+    attention: str | dict[str, str] | None = None,
     against: str | None = None,
     turns: bool = False,
     output: str | Path | None = None,
@@ -105,6 +106,8 @@ def bench(
         compiled (`bool`): measure whole predictions after `compile_for_inference`. Stages, loading and memory are always
             without; operations are those of the prompt as it is and not as it is padded.
         quantize (`str`, *optional*): `"int8"` or `"int4"`, see [`quantization_config`].
+        attention (`str` or `dict`, *optional*): transformers' `attn_implementation`, one for all or by `dinov2_config`,
+            `siglip_config` and `text_config`.
         against (`str`, *optional*): command of another program that predicts one observation in turn, see
             `bench_turns.py`. When it fails, what was measured before is reported all the same.
         turns (`bool`): be that other program: answer lines of input instead of measuring.
@@ -118,7 +121,7 @@ def bench(
         ValueError: for contradicting arguments, a device that is not there, or another program that fails.
     """
     place = _check_arguments(checkpoint, size, device, threads, batch_sizes, runs, warmup)
-    load_options = _load_options(dtype, place, quantize)
+    load_options = _load_options(dtype, place, quantize, attention)
     if against is not None:
         split_command(against)
     if turns and (against is not None or output is not None or tuple(batch_sizes) != (SINGLE,)):
@@ -223,9 +226,16 @@ def _check_arguments(
     return place
 
 
-def _load_options(dtype: torch.dtype | None, device: torch.device, quantize: str | None) -> dict[str, Any]:
+def _load_options(
+    dtype: torch.dtype | None,
+    device: torch.device,
+    quantize: str | None,
+    attention: str | dict[str, str] | None = None,
+) -> dict[str, Any]:
     """What `from_pretrained` is told."""
     options: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    if attention is not None:
+        options["attn_implementation"] = attention
     if quantize is None:
         return options
     if device.type == "cuda":  # torchao packs weights where they are
@@ -288,11 +298,11 @@ def _measure(
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "compiled": compiled,
-        "jpeg_decoder": "none"
-        if not config.image_jpeg_round_trip
-        else "NumPy"
-        if jpeg.simplejpeg is None
-        else "simplejpeg",
+        "attention": {
+            part: getattr(config, part)._attn_implementation
+            for part in ("dinov2_config", "siglip_config", "text_config")
+        },
+        "jpeg_decoder": _jpeg_decoder(config),
         "load": {"seconds": load_seconds, "read_seconds": None, "first_prediction_seconds": first_seconds},
         "memory": {"weights": weights, "peak": None if peak is None else peak - at_start},
     }
@@ -315,24 +325,35 @@ def _measure(
     if compiled:
         say("Compiling")
         model.compile_for_inference()
+    inputs_of = {batch_size: _prepare(model, processor, batch_size) for batch_size in batch_sizes}
+    seconds_of: dict[int, list[float]] = {batch_size: [] for batch_size in batch_sizes}
+    # In turn, as a machine that others use too is faster in some minutes than in others.
+    for run in range(-max(warmup, 1), runs):
+        for batch_size, inputs in inputs_of.items():
+            seconds = time_calls(lambda inputs=inputs: model.predict_action(**inputs), device, 0, 1)
+            seconds_of[batch_size] += seconds if run >= 0 else []
+        rates.append(matmul_rate(model.dtype, device))
     report["predictions"] = {}
-    for batch_size in batch_sizes:
-        inputs = _prepare(model, processor, batch_size)
-        seconds = time_calls(lambda inputs=inputs: model.predict_action(**inputs), device, max(warmup, 1), runs)
-        prompt_tokens = inputs["input_ids"].shape[1]
+    for batch_size, seconds in seconds_of.items():
+        prompt_tokens = inputs_of[batch_size]["input_ids"].shape[1]
         report["predictions"][str(batch_size)] = {
             **_percentiles(seconds),
             "per_second": batch_size / np.median(seconds),
             "prompt_tokens": prompt_tokens,
             "flops": count_flops(config, batch_size, prompt_tokens),
         }
-        rates.append(matmul_rate(model.dtype, device))
     report["matmul_flops_per_second"] = {"fastest": max(rates), "all": rates}
 
     # 4. At the end, as it takes as much memory as the files are large.
     if weight_files:
         report["load"]["read_seconds"] = seconds_to_read(weight_files)
     return report, model, processor
+
+
+def _jpeg_decoder(config: VLAAdapterConfig) -> str:
+    if not config.image_jpeg_round_trip:
+        return "none"
+    return "NumPy" if jpeg.simplejpeg is None else "simplejpeg"
 
 
 def _take_turns(model: Any, processor: Any, command: str, warmup: int, runs: int) -> dict[str, Any]:
@@ -359,7 +380,7 @@ def table(report: dict[str, Any]) -> list[str]:
     rate = report["matmul_flops_per_second"]["fastest"]
     lines = [
         f"{report['checkpoint']}, {precision}, {report['device']}, {report['threads']} threads, "
-        f"JPEG by {report['jpeg_decoder']}",
+        f"JPEG by {report['jpeg_decoder']}, attention by {', '.join(dict.fromkeys(report['attention'].values()))}",
         "",
         f"{'ms':<24}{'fastest':>10}{'p50':>10}{'p95':>10}",
     ]

@@ -157,6 +157,9 @@ def bench(
     warmup: Annotated[int, typer.Option(help="Predictions before them that do not.")] = 2,
     compiled: Annotated[bool, typer.Option("--compile", help="Predict after compile_for_inference.")] = False,
     quantize: Annotated[str | None, typer.Option(help="Weights in int8 or int4.")] = None,
+    attn: Annotated[
+        str | None, typer.Option(help="Attention: sdpa, eager, ..., or by part, as in dinov2=eager,siglip=eager.")
+    ] = None,
     against: Annotated[str | None, typer.Option(help="Command of a program to predict in turn with.")] = None,
     turns: Annotated[bool, typer.Option(help="Be that program: a prediction per line of input.")] = False,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the report to.")] = None,
@@ -176,6 +179,7 @@ def bench(
             warmup=warmup,
             compiled=compiled,
             quantize=quantize,
+            attention=_attention(attn),
             against=against,
             turns=turns,
             output=output,
@@ -395,6 +399,16 @@ def _numbers(text: str, option: str) -> list[int]:
             raise ValueError(f"{option} must hold numbers and ranges such as 0,2,5-7, got {text!r}.")
         numbers += range(int(first), int(last if dash else first) + 1)
     return sorted(set(numbers))
+
+
+def _attention(text: str | None) -> str | dict[str, str] | None:
+    if text is None or "=" not in text:
+        return text
+    parts = {"dinov2": "dinov2_config", "siglip": "siglip_config", "language_model": "text_config"}
+    pairs = [entry.partition("=") for entry in text.split(",")]
+    if not all(part in parts and implementation for part, _, implementation in pairs):
+        raise ValueError(f"--attn must be an implementation, or one for each of {', '.join(parts)}, got {text!r}.")
+    return {parts[part]: implementation for part, _, implementation in pairs}
 
 
 def _batch_sizes(text: str) -> list[int]:
