@@ -459,8 +459,8 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
         """Compile the forward pass for [`predict_action`], which goes on returning the same actions.
 
         It is meant for CUDA, where a prediction is mostly launches (not measured), and for quantised weights; on a CPU
-        it gains 4 % otherwise. The whole pass becomes one graph of fixed shapes, on CUDA one CUDA graph. [`predict_action`] pads prompts to
-        a multiple of `prompt_multiple` tokens, behind everything else, where they change no action; instructions of
+        it gains 4 % otherwise. The whole pass becomes one graph of fixed shapes, on CUDA one CUDA graph.
+        [`predict_action`] pads prompts to a multiple of `prompt_multiple` tokens, behind everything else, where they change no action; instructions of
         other lengths thus need no compiling. What is new is compiled at its first prediction, which takes minutes at
         the published size: the first observation, another batch size, a prompt beyond the multiple. Changed weights
         are seen; they are no constants of the graph.
