@@ -20,8 +20,8 @@ KINDS = ("int8", "int4")
 KEPT = ("vision_projector", "proprio_projector", "policy.fc_in", "policy.fc_out")
 # Weights that share a scale in four bits. Rows that it does not divide (SigLIP's of 4304) stay as they are.
 GROUP_SIZE = 32
-# The first that packs four bits for a CPU where it is imported from here.
-TORCHAO = "0.17.0"
+# With 0.17 eight bits could not be read back and four bits not be packed for a CPU.
+TORCHAO = "0.18.0"
 
 
 def quantization_config(
