@@ -117,6 +117,9 @@ def test_several_evaluations_are_joined_into_one_table(tmp_path):
     lines = joined_table(folders).splitlines()
     assert lines[2].startswith("| mine | 90.0 (90.0–90.0) |") and lines[2].endswith("| 75.0 |")
     assert any(line.startswith("| VLA-Adapter-Pro (published) |") for line in lines)
+    of_their_own = [finished(f"own-{suite}", suite, 0.5, policy=f"LIBERO-{suite}") for suite in suites]
+    assert len(joined_table(of_their_own).splitlines()) == 2 + 4
+    assert joined_table(of_their_own, "LIBERO").splitlines()[2].endswith("| 50.0 |")
     assert "published" not in joined_table([finished("few", "libero_object", 0.5, execute=4)])
     for wrong, message in (
         ([], "at least one folder"),

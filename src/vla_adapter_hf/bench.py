@@ -109,7 +109,7 @@ def bench(
         attention (`str` or `dict`, *optional*): transformers' `attn_implementation`, one for all or by `dinov2_config`,
             `siglip_config` and `text_config`.
         against (`str`, *optional*): command of another program that predicts one observation in turn, see
-            `bench_turns.py`. When it fails, what was measured before is reported all the same.
+            `bench_turns.py`. It comes last, and if it fails all else has been reported.
         turns (`bool`): be that other program: answer lines of input instead of measuring.
         output (`str` or `Path`, *optional*): JSON file to write the report to.
         say (`Callable`): receives the lines to print.
@@ -137,7 +137,7 @@ def bench(
         elif checkpoint is None:
             source = str(stack.enter_context(as_file(files("vla_adapter_hf").joinpath("embedded", "checkpoint"))))
         else:  # what is downloaded first does not count as loading
-            source = checkpoint if Path(checkpoint).is_dir() else snapshot_download(checkpoint)
+            source = checkpoint if Path(checkpoint).is_dir() else _download(checkpoint)
         if turns:
             model, processor, _ = _load(source, place, load_options)
             inputs = _prepare(model, processor, SINGLE)
@@ -151,24 +151,37 @@ def bench(
             source, place, load_options, quantize, batch_sizes, runs, warmup, compiled, say
         )
         report = {"checkpoint": name, **report}
-        failure = None
+        for line in table(report):
+            say(line)
+        _write(report, output)
         if against is not None:
-            say(f"In turn with {against}")
-            try:
-                turn = _take_turns(model, processor, against, warmup, runs)
-                report["against"] = {"command": against, **turn}
-            except ValueError as error:
-                failure = error
-    for line in table(report):
-        say(line)
-    if output is not None:
-        Path(output).parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(output).with_name(f".{Path(output).name}.partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        partial.rename(output)
-    if failure is not None:
-        raise failure
+            say(f"in turn with {against}")
+            turns_taken = _take_turns(model, processor, against, warmup, runs)
+            report["against"] = {"command": against, **turns_taken}
+            say(
+                f"ours {turns_taken['ours']['p50'] * 1e3:.1f} ms, theirs {turns_taken['theirs']['p50'] * 1e3:.1f} ms; "
+                f"by pairs of turns {turns_taken['ratio']:.2f} x as fast"
+            )
+            _write(report, output)
     return report
+
+
+def _download(checkpoint: str) -> str:
+    try:
+        return snapshot_download(checkpoint)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{checkpoint!r} is no folder here, and could not be fetched from the Hub: {error}"
+        ) from error
+
+
+def _write(report: dict[str, Any], output: str | Path | None) -> None:
+    if output is None:
+        return
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(output).with_name(f".{Path(output).name}.partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    partial.rename(output)
 
 
 @contextmanager
@@ -382,7 +395,7 @@ def table(report: dict[str, Any]) -> list[str]:
         f"{report['checkpoint']}, {precision}, {report['device']}, {report['threads']} threads, "
         f"JPEG by {report['jpeg_decoder']}, attention by {', '.join(dict.fromkeys(report['attention'].values()))}",
         "",
-        f"{'ms':<24}{'fastest':>10}{'p50':>10}{'p95':>10}",
+        f"{'ms, stages not compiled' if report['compiled'] else 'ms':<24}{'fastest':>10}{'p50':>10}{'p95':>10}",
     ]
     lines += [_row(stage, times) for stage, times in report["stages"].items()]
     for batch_size, times in report["predictions"].items():
@@ -404,12 +417,6 @@ def table(report: dict[str, Any]) -> list[str]:
             f"peak memory     {memory['peak'] / 2**30:.2f} GiB above the start, "
             f"{memory['peak'] / memory['weights']:.2f} x the weights ({memory['weights'] / 2**30:.2f} GiB)"
             f"{', before compiling' if report['compiled'] else ''}"
-        )
-    if "against" in report:
-        other = report["against"]
-        lines.append(
-            f"in turn         ours {other['ours']['p50'] * 1e3:.1f} ms, theirs {other['theirs']['p50'] * 1e3:.1f} ms: "
-            f"{other['ratio']:.2f} x as fast"
         )
     return lines
 

@@ -155,7 +155,9 @@ def bench(
     batch: Annotated[str, typer.Option(help="Observations at once, as in 1,2,4,8.")] = "1",
     runs: Annotated[int, typer.Option(help="Predictions that count, for every figure.")] = 10,
     warmup: Annotated[int, typer.Option(help="Predictions before them that do not.")] = 2,
-    compiled: Annotated[bool, typer.Option("--compile", help="Predict after compile_for_inference.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="A switch: predict after compile_for_inference.")
+    ] = False,
     quantize: Annotated[str | None, typer.Option(help="Weights in int8 or int4.")] = None,
     attn: Annotated[
         str | None, typer.Option(help="Attention: sdpa, eager, ..., or by part, as in dinov2=eager,siglip=eager.")
@@ -275,7 +277,10 @@ def evaluate(
     save_actions: Annotated[bool, typer.Option(help="Keep the executed actions of every episode.")] = False,
     unnorm_key: Annotated[str | None, typer.Option(help="Which of the checkpoint's statistics to use.")] = None,
     device: Annotated[str | None, typer.Option(help="Such as cuda; the CPU by default.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="Precision: float32, bfloat16 or float16.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Precision: float32, bfloat16, float16 or auto; on the CPU float32 by default, else auto."),
+    ] = None,
 ) -> None:
     """Run a policy in closed loop in the LIBERO simulator, by the published protocol unless told otherwise."""
     with readable_errors():
@@ -428,12 +433,17 @@ def _dtype(name: str | None):
 
 
 @app.command()
-def scores(folders: Annotated[list[Path], typer.Argument(help="Outputs of vla-adapter eval, one per suite.")]) -> None:
+def scores(
+    folders: Annotated[list[Path], typer.Argument(help="Outputs of vla-adapter eval, one per suite.")],
+    name: Annotated[
+        str | None, typer.Option(help="One name for all, if there is a checkpoint for each suite.")
+    ] = None,
+) -> None:
     """Join finished evaluations into one table of the published form, ready for a model card."""
     from vla_adapter_hf.simulation.results import joined_table
 
     with readable_errors():
-        typer.echo(joined_table(folders), nl=False)
+        typer.echo(joined_table(folders, name), nl=False)
 
 
 if __name__ == "__main__":

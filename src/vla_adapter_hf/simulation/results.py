@@ -285,11 +285,14 @@ def published_table(measured: Mapping[str, Mapping[str, Mapping[str, Any]]], com
     return "\n".join(lines) + "\n"
 
 
-def joined_table(folders: Sequence[str | Path]) -> str:
+def joined_table(folders: Sequence[str | Path], name: str | None = None) -> str:
     """The table in the published form over several finished evaluations: one row per policy, with its average.
 
     Args:
-        folders: outputs of `evaluate`. The published rows are added if all are runs of the published protocol.
+        folders: outputs of `evaluate`. The published rows are added if all are runs of the published protocol: every task from
+            each of its 50 states, whole chunks.
+        name: puts all into one row, where each suite has a checkpoint of its own; by default there is a row for each
+            policy's name.
 
     Raises:
         ValueError: a folder without a summary, controls that are no part of such a table, or two runs of a policy on a suite.
@@ -303,11 +306,12 @@ def joined_table(folders: Sequence[str | Path]) -> str:
         settings = summary["settings"]
         if settings["black_images"] or settings["instruction"] or settings.get("placement", "official") != "official":
             raise ValueError(f"{folder} holds a control, which is no score of the published form")
-        row = measured.setdefault(settings["policy"], {})
+        policy = name or settings["policy"]
+        row = measured.setdefault(policy, {})
         if summary["suite"] in row:
-            raise ValueError(f"{folder} is a second run of {settings['policy']} on {summary['suite']}")
+            raise ValueError(f"{folder} is a second run of {policy} on {summary['suite']}")
         row[summary["suite"]] = summary
-        compare = compare and summary["published_protocol"]
+        compare = compare and summary.get("published_protocol", False)
     if not measured:
         raise ValueError("name at least one folder of an evaluation")
     return published_table(measured, compare=compare)
