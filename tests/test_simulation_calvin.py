@@ -7,13 +7,14 @@ from vla_adapter_hf.simulation.calvin import (
     CalvinSequence,
     OpenLoopSchedule,
     PublishedSchedule,
+    SequenceEnvironment,
     calvin_observation,
     evaluate_calvin,
     play_sequence,
     score_sequences,
     score_table,
 )
-from vla_adapter_hf.simulation.environment import Observation
+from vla_adapter_hf.simulation.environment import Environment, Observation
 
 
 def raw_observation() -> dict:
@@ -159,6 +160,27 @@ def test_sequence_is_reset_once_and_ends_at_the_first_failure():
     # Subtask a is solved in its first cycle: three queries; b in its third: nine; c runs 80 cycles of three.
     assert len(policy.instructions) == 3 + 9 + 240
     assert all(action[6] == 1.0 for action in simulation.actions)
+
+
+def test_a_sequence_fits_the_environment_protocol():
+    outcomes = {"a": 1, "b": 2, "c": 1, "d": 1, "e": 1}
+    environment = SequenceEnvironment(
+        ScriptedSimulation(outcomes), [CalvinSequence(None, tuple("abcde")), CalvinSequence(None, tuple("edcba"))]
+    )
+    assert isinstance(environment, Environment) and environment.step_limit == 800
+    assert environment.reset(1) == {"subtasks": list("edcba")}
+    told = [environment.instruction]
+    action = np.zeros(7)
+    assert environment.observe().state.shape == (8,)
+    while environment.step(action) and environment.next_subtask():
+        told.append(environment.instruction)
+    assert len(set(told)) == 4  # the second step of "b" is still to come
+    assert environment.step(action, observe=False) and environment.next_subtask() and environment.step(action)
+    assert not environment.next_subtask()
+    environment.reset(0)
+    assert environment.instruction != told[0]
+    with pytest.raises(ValueError, match="a sequence has 5 subtasks, got 2"):
+        SequenceEnvironment(ScriptedSimulation(outcomes), [CalvinSequence(None, ("a", "b"))])
 
 
 def test_open_loop_schedule_gives_a_subtask_360_steps_and_a_query_every_eight():

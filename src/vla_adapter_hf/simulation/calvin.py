@@ -141,7 +141,7 @@ class OpenLoopSchedule(ActionChunkQueue):
     step_limit = 360
 
 
-SCHEDULES: dict[str, Callable[[], PublishedSchedule | OpenLoopSchedule]] = {
+SCHEDULES: dict[str, type[PublishedSchedule] | type[OpenLoopSchedule]] = {
     "published": PublishedSchedule,
     "open-loop": OpenLoopSchedule,
 }
@@ -175,6 +175,60 @@ class SequenceSimulation(Protocol):
         """Executes one action (7,), gripper -1 or +1, and returns whether the subtask is solved."""
 
 
+class SequenceEnvironment:
+    """Sequences of a simulation as an `Environment`: an episode is a sequence, and success that of the present subtask.
+
+    After `reset` the first subtask is to be solved; `next_subtask` goes on, in the scene as it has become.
+
+    Args:
+        simulation: what plays them.
+        sequences: episode e is `sequences[e]`.
+        schedule: one of `SCHEDULES`, whose step limit a subtask has.
+
+    Raises:
+        ValueError: an unknown schedule or a sequence that does not have five subtasks.
+    """
+
+    def __init__(
+        self, simulation: SequenceSimulation, sequences: Sequence[CalvinSequence], schedule: str = "published"
+    ) -> None:
+        if schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
+        for sequence in sequences:
+            if len(sequence.subtasks) != SUBTASKS:
+                raise ValueError(
+                    f"a sequence has {SUBTASKS} subtasks, got {len(sequence.subtasks)}: {sequence.subtasks}"
+                )
+        self.step_limit: int = SCHEDULES[schedule].step_limit
+        self.instruction = ""
+        self._simulation = simulation
+        self._sequences = sequences
+        self._left: list[str] = []
+
+    def reset(self, episode: int) -> dict[str, Any]:
+        sequence = self._sequences[episode]
+        self._simulation.reset(sequence.initial_state)
+        self._left = list(sequence.subtasks)
+        self.next_subtask()
+        return {"subtasks": list(sequence.subtasks)}
+
+    def next_subtask(self) -> bool:
+        """Goes on to the next subtask of the sequence; False if there is none."""
+        if not self._left:
+            return False
+        self.instruction = self._simulation.begin_subtask(self._left.pop(0))
+        return True
+
+    def observe(self) -> Observation:
+        return self._simulation.observe()
+
+    def step(self, action: np.ndarray, observe: bool = True) -> bool:
+        return self._simulation.step(action)
+
+    def close(self) -> None:
+        """Leaves the simulation to whoever made it."""
+
+
 def play_sequence(
     policy: Policy,
     simulation: SequenceSimulation,
@@ -190,27 +244,25 @@ def play_sequence(
     Raises:
         ValueError: an unknown schedule or a sequence that does not have five subtasks.
     """
-    if schedule not in SCHEDULES:
-        raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
-    if len(sequence.subtasks) != SUBTASKS:
-        raise ValueError(f"a sequence has {SUBTASKS} subtasks, got {len(sequence.subtasks)}: {sequence.subtasks}")
+    environment = SequenceEnvironment(simulation, [sequence], schedule)
     preset = get_robot("calvin")
     queue = SCHEDULES[schedule]()
-    simulation.reset(sequence.initial_state)
-    steps, instruction = 0, ""
-    for solved, subtask in enumerate(sequence.subtasks):
-        instruction = simulation.begin_subtask(subtask)
+    environment.reset(0)
+    steps = solved = 0
+    while True:
         queue.reset()
-        for step in range(queue.step_limit):
+        for step in range(environment.step_limit):
             if queue.needs_chunk:
-                request = Request(simulation.observe(), instruction, solved, index, step)
+                request = Request(environment.observe(), environment.instruction, solved, index, step)
                 queue.add(policy.predict([request])[0])
             steps += 1
-            if simulation.step(preset.to_environment(queue.pop())):
+            if environment.step(preset.to_environment(queue.pop())):
                 break
         else:
-            return solved, steps, instruction
-    return SUBTASKS, steps, instruction
+            return solved, steps, environment.instruction
+        solved += 1
+        if not environment.next_subtask():
+            return solved, steps, environment.instruction
 
 
 def score_sequences(lengths: Sequence[int]) -> dict[str, Any]:
