@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import Timeout
 from PIL import Image, ImageSequence
 
 from vla_adapter_hf.simulation.environment import Environment, Suite
@@ -225,6 +226,13 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
     with alone_in(tmp_path), pytest.raises(ValueError, match="another process is writing to output="):
         evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, report=silent)
     assert evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, report=silent)["episodes"] == 3
+
+
+def test_a_lock_of_somebody_else_is_not_taken_for_that_of_the_folder(tmp_path):
+    with pytest.raises(Timeout), alone_in(tmp_path):
+        raise Timeout("a download's")
+    with alone_in(tmp_path):  # and the folder is free again
+        pass
 
 
 def test_settings_of_an_attempt_that_played_nothing_bind_nobody(tmp_path):

@@ -121,6 +121,8 @@ def test_several_evaluations_are_joined_into_one_table(tmp_path):
     assert len(joined_table(of_their_own).splitlines()) == 2 + 4
     assert joined_table(of_their_own, "LIBERO").splitlines()[2].endswith("| 50.0 |")
     assert "published" not in joined_table([finished("few", "libero_object", 0.5, execute=4)])
+    partly = finished("partly", "libero_spatial", 0.5, execute=4)
+    assert "(published)" not in joined_table([partly, folders[1]])  # whichever of them comes last
     for wrong, message in (
         ([], "at least one folder"),
         ([tmp_path], "no summary.json"),

@@ -178,13 +178,17 @@ def alone_in(folder: Path) -> Iterator[None]:
         ValueError: another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            yield
+        lock.acquire()
     except Timeout as error:
         raise ValueError(
             f"another process is writing to output={str(folder)!r}; wait for it, or choose another output"
         ) from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def read_results(path: str | Path) -> list[EpisodeResult]:
