@@ -41,6 +41,7 @@ from vla_adapter_hf.modeling.configuration_vla_adapter import (
 from vla_adapter_hf.pretrained_parts import load_tokenizer
 from vla_adapter_hf.processing import jpeg_round_trip_vla_adapter as jpeg
 from vla_adapter_hf.quantization import quantization_config
+from vla_adapter_hf.simulation.results import write_whole
 from vla_adapter_hf.untrained import init_from_config
 from vla_adapter_hf.writing import synthetic_observation
 
@@ -179,9 +180,7 @@ def _write(report: dict[str, Any], output: str | Path | None) -> None:
     if output is None:
         return
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(output).with_name(f".{Path(output).name}.partial")
-    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    partial.rename(output)
+    write_whole(Path(output), json.dumps(report, indent=1).encode("utf-8") + b"\n")
 
 
 @contextmanager
