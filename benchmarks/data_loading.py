@@ -32,7 +32,7 @@ from PIL import Image
 
 from vla_adapter_hf.data import ImageAugmentation, ImageResize, VLAAdapterDataset, VLAAdapterStreamingDataset
 from vla_adapter_hf.data.frames import decode_frame
-from vla_adapter_hf.data.tfrecord import encode_example, write_records
+from vla_adapter_hf.data.rlds.tfrecord import encode_example, write_records
 from vla_adapter_hf.processing.image_preparation_vla_adapter import crop_and_resize, resize_lanczos3, to_float01
 
 

@@ -17,10 +17,10 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 from vla_adapter_hf import quantization_config
-from vla_adapter_hf.bench_measures import weight_bytes
+from vla_adapter_hf.bench.measures import weight_bytes
+from vla_adapter_hf.checkpoints.quantization import KEPT
 from vla_adapter_hf.data import ImageResize, load_demonstrations
 from vla_adapter_hf.modeling.normalization_vla_adapter import normalize, select_norm_stats
-from vla_adapter_hf.quantization import KEPT
 
 
 PARTS = (

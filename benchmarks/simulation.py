@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from vla_adapter_hf.simulation.evaluate import evaluate
-from vla_adapter_hf.simulation.libero import LiberoSuite
+from vla_adapter_hf.simulation.libero.suite import LiberoSuite
 from vla_adapter_hf.simulation.placement import PLACEMENTS
 
 

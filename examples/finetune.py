@@ -12,8 +12,8 @@ from pathlib import Path
 from transformers import AutoConfig, AutoModel, AutoProcessor, set_seed
 
 import vla_adapter_hf as vla
-from vla_adapter_hf.plotting import plot_chunks, plot_training, save_figure
 from vla_adapter_hf.training.presets import PRESETS
+from vla_adapter_hf.utils.plotting import plot_chunks, plot_training, save_figure
 
 
 ROOT = Path(__file__).parent.parent

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from vla_adapter_hf.simulation.libero_install import import_libero
+from vla_adapter_hf.simulation.libero.install import import_libero
 
 
 def need_simulator() -> None:

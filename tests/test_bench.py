@@ -16,8 +16,7 @@ from model_fixtures import tiny_config, tiny_inputs, tiny_model
 from transformers import AutoModel, AutoProcessor
 
 from vla_adapter_hf import cli
-from vla_adapter_hf.bench import SIZES, _load_options, bench, random_checkpoint
-from vla_adapter_hf.bench_measures import (
+from vla_adapter_hf.bench.measures import (
     STAGES,
     StageClock,
     count_flops,
@@ -26,7 +25,8 @@ from vla_adapter_hf.bench_measures import (
     peak_memory,
     weight_bytes,
 )
-from vla_adapter_hf.bench_turns import Rival, answer_turns
+from vla_adapter_hf.bench.run import SIZES, _load_options, bench, random_checkpoint
+from vla_adapter_hf.bench.turns import Rival, answer_turns
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 
 

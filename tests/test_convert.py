@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from vla_adapter_hf.convert import convert
-from vla_adapter_hf.model_card import NOT_EVALUATED, published_results
-from vla_adapter_hf.writing import verify
+from vla_adapter_hf.checkpoints.convert import convert
+from vla_adapter_hf.checkpoints.model_card import NOT_EVALUATED, published_results
+from vla_adapter_hf.checkpoints.saving import verify
 
 
 # As in the authors' tables: the paper's for LIBERO, the released code's README for the Pro policy.

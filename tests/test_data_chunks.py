@@ -13,7 +13,7 @@ from vla_adapter_hf.data import BadEpisodeError, VLAAdapterDataset, VLAAdapterSt
 from vla_adapter_hf.data.chunks import column_to_chunks
 from vla_adapter_hf.data.loading import dataset_statistics
 from vla_adapter_hf.data.statistics import column_statistics
-from vla_adapter_hf.simulation.lerobot_writer import LeRobotLayout, assemble, encode_image, save_episode
+from vla_adapter_hf.recording.lerobot_writer import LeRobotLayout, assemble, encode_image, save_episode
 
 
 STRIDE = 4  # control steps from a row to the next

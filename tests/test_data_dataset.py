@@ -15,10 +15,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from vla_adapter_hf.data import BadEpisodeError, VLAAdapterDataset, VLAAdapterStreamingDataset, load_demonstrations
 from vla_adapter_hf.data.episodes import BadEpisode
-from vla_adapter_hf.data.lerobot import LeRobotSource
+from vla_adapter_hf.data.lerobot.source import LeRobotSource
 from vla_adapter_hf.data.loading import detect_format
+from vla_adapter_hf.data.rlds.tfrecord import encode_example, write_records
 from vla_adapter_hf.data.streams import LeRobotStream
-from vla_adapter_hf.data.tfrecord import encode_example, write_records
 from vla_adapter_hf.data.windows import WindowIndex, action_chunk
 
 

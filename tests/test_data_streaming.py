@@ -168,7 +168,7 @@ def test_a_new_epoch_reaches_workers_that_live_on():
 
 
 def test_frames_of_a_video_are_the_same_in_any_order_and_files_stay_bounded():
-    from vla_adapter_hf.data.video import VideoCache
+    from vla_adapter_hf.data.lerobot.video import VideoCache
 
     folder = DEMOS / "lerobot_v21_video" / "videos" / "chunk-000" / "observation.images.image"
     files = [folder / f"episode_{episode:06d}.mp4" for episode in range(4)]
@@ -185,7 +185,7 @@ def test_frames_of_a_video_are_the_same_in_any_order_and_files_stay_bounded():
 
 
 def test_reading_frames_in_order_does_not_seek(monkeypatch):
-    from vla_adapter_hf.data.video import VideoFile
+    from vla_adapter_hf.data.lerobot.video import VideoFile
 
     video = VideoFile(DEMOS / "lerobot_v30_video/videos/observation.images.image/chunk-000/file-000.mp4")
     decoded = []

@@ -6,8 +6,8 @@ from data_fixtures import RLDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vla_adapter_hf.data.crc32c import crc32c, masked_crc32c
-from vla_adapter_hf.data.tfrecord import (
+from vla_adapter_hf.data.rlds.crc32c import crc32c, masked_crc32c
+from vla_adapter_hf.data.rlds.tfrecord import (
     TFRecordError,
     encode_example,
     parse_example,

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image, ImageSequence
 from simulator import need_simulator
 
+from vla_adapter_hf.checkpoints.model_card import fill_model_card
 from vla_adapter_hf.demo import OTHER_SUITE_NOTE, UNTRAINED_NOTE, card_results, demo, embedded_results
-from vla_adapter_hf.model_card import fill_model_card
 
 
 def test_without_the_simulator_it_predicts_and_says_how_to_get_it(tmp_path, monkeypatch):

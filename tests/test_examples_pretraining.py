@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from vla_adapter_hf import VLAAdapterConfig
-from vla_adapter_hf.pretrained_parts import load_tokenizer
-from vla_adapter_hf.untrained import cut_down_tokenizer, init_from_config
+from vla_adapter_hf.checkpoints.backbones import load_tokenizer
+from vla_adapter_hf.init.untrained import cut_down_tokenizer, init_from_config
 
 
 ROOT = Path(__file__).parent.parent

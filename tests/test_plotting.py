@@ -9,8 +9,8 @@ import pytest
 
 from vla_adapter_hf import VLAAdapterDataset, VLAAdapterProcessor
 from vla_adapter_hf.data import ImageResize
-from vla_adapter_hf.plotting import plot_chunks, plot_training, save_figure
-from vla_adapter_hf.simulation.lerobot_writer import LeRobotLayout, assemble, encode_image, save_episode
+from vla_adapter_hf.recording.lerobot_writer import LeRobotLayout, assemble, encode_image, save_episode
+from vla_adapter_hf.utils.plotting import plot_chunks, plot_training, save_figure
 
 
 pytest.importorskip("matplotlib")
@@ -30,7 +30,7 @@ def test_a_figure_is_saved_into_a_folder_that_is_made_for_it(tmp_path):
 
 def test_drawing_leaves_pyplot_and_its_backend_alone():
     """In a notebook, a backend without a screen would swallow all later pictures of the user's."""
-    program = f"import sys; from vla_adapter_hf.plotting import plot_training; plot_training({HISTORY})"
+    program = f"import sys; from vla_adapter_hf.utils.plotting import plot_training; plot_training({HISTORY})"
     program += "; assert 'matplotlib.pyplot' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
 

@@ -21,12 +21,12 @@ from vla_adapter_hf import (
     VLAAdapterConfig,
     VLAAdapterForActionPrediction,
     VLAAdapterProcessor,
-    published_layout,
-    published_processor,
 )
-from vla_adapter_hf.pretrained_parts import load_tokenizer
-from vla_adapter_hf.published_processor import PrismaticProcessor
-from vla_adapter_hf.reading import as_state_dict, read_pickle
+from vla_adapter_hf.checkpoints.backbones import load_tokenizer
+from vla_adapter_hf.checkpoints.files import as_state_dict, read_pickle
+from vla_adapter_hf.checkpoints.published import layout as published_layout
+from vla_adapter_hf.checkpoints.published import processor as published_processor
+from vla_adapter_hf.checkpoints.published.processor import PrismaticProcessor
 
 
 WEIGHTS, STATISTICS = "model.safetensors", "dataset_statistics.json"

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from vla_adapter_hf import quantization_config
-from vla_adapter_hf.bench_measures import weight_bytes
+from vla_adapter_hf.bench.measures import weight_bytes
 
 
 pytest.importorskip("torchao")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vla_adapter_hf.simulation.calvin import (
+from vla_adapter_hf.simulation.calvin.suite import (
     CalvinSequence,
     OpenLoopSchedule,
     PublishedSchedule,

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from vla_adapter_hf.simulation.chunks import ActionChunkQueue
+from vla_adapter_hf.simulation.action_queue import ActionChunkQueue
 from vla_adapter_hf.simulation.policies import camera_order, embedded_folder, make_policy
 
 

@@ -8,7 +8,7 @@ from transformers import GPT2Config
 from typer.testing import CliRunner
 
 from vla_adapter_hf import cli
-from vla_adapter_hf.simulation.demonstrate import Driver, RecordingSettings, demonstrate, describe_driver, plan_episode
+from vla_adapter_hf.recording.demonstrate import Driver, RecordingSettings, demonstrate, describe_driver, plan_episode
 from vla_adapter_hf.simulation.evaluate import evaluate
 
 

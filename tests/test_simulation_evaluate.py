@@ -20,8 +20,9 @@ from vla_adapter_hf.simulation.evaluate import evaluate
 from vla_adapter_hf.simulation.placement import PLACEMENTS
 from vla_adapter_hf.simulation.point import COLOURS, PointEnvironment, PointSuite
 from vla_adapter_hf.simulation.policies import CheckpointPolicy, NoopPolicy, ReplayPolicy, embedded_folder
-from vla_adapter_hf.simulation.results import alone_in, read_results
+from vla_adapter_hf.simulation.results import read_results
 from vla_adapter_hf.simulation.rollout import draw_rollout, write_rollout
+from vla_adapter_hf.utils.files import exclusive_folder
 
 
 SUITE = PointSuite()
@@ -223,15 +224,15 @@ def test_a_call_that_plays_nothing_keeps_the_timing_and_says_that_it_films_nothi
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
-    with alone_in(tmp_path), pytest.raises(ValueError, match="another process is writing to output="):
+    with exclusive_folder(tmp_path), pytest.raises(ValueError, match="another process is writing to output="):
         evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, report=silent)
     assert evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, report=silent)["episodes"] == 3
 
 
 def test_a_lock_of_somebody_else_is_not_taken_for_that_of_the_folder(tmp_path):
-    with pytest.raises(Timeout), alone_in(tmp_path):
+    with pytest.raises(Timeout), exclusive_folder(tmp_path):
         raise Timeout("a download's")
-    with alone_in(tmp_path):  # and the folder is free again
+    with exclusive_folder(tmp_path):  # and the folder is free again
         pass
 
 

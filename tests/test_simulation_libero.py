@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from simulator import need_simulator
 
-from vla_adapter_hf.simulation import scenes
-from vla_adapter_hf.simulation.demonstrate import (
+from vla_adapter_hf.recording import scenes
+from vla_adapter_hf.recording.demonstrate import (
     DrivingPolicy,
     RecordingSettings,
     _try_chunk,
@@ -22,11 +22,11 @@ from vla_adapter_hf.simulation.demonstrate import (
     record_driven_episode,
     record_episode,
 )
+from vla_adapter_hf.recording.scenes import record_scenes
 from vla_adapter_hf.simulation.evaluate import evaluate
-from vla_adapter_hf.simulation.libero import LiberoSuite
+from vla_adapter_hf.simulation.libero.suite import LiberoSuite
 from vla_adapter_hf.simulation.policies import ReplayPolicy
 from vla_adapter_hf.simulation.results import read_results
-from vla_adapter_hf.simulation.scenes import record_scenes
 
 
 pytestmark = pytest.mark.simulator

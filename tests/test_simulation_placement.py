@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vla_adapter_hf.simulation.libero import LiberoSuite, object_instruction, quaternion_to_axis_angle
+from vla_adapter_hf.simulation.libero.suite import LiberoSuite, object_instruction, quaternion_to_axis_angle
 from vla_adapter_hf.simulation.placement import Footprint, draw_placement, gap, placement_generator
 
 

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vla_adapter_hf.simulation.demonstrate import RecordingSettings, plan_episode
-from vla_adapter_hf.simulation.lerobot_writer import assemble, encode_image, save_episode, saved_episodes
+from vla_adapter_hf.recording.demonstrate import RecordingSettings, plan_episode
+from vla_adapter_hf.recording.lerobot_writer import assemble, encode_image, save_episode, saved_episodes
 
 
 SETTINGS = RecordingSettings(render_every=4, image_size=16, chunk_size=8)

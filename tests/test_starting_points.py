@@ -30,11 +30,11 @@ from transformers import (
 from typer.testing import CliRunner
 
 import vla_adapter_hf
-from vla_adapter_hf import base_model
+from vla_adapter_hf.checkpoints import base_vlm
+from vla_adapter_hf.checkpoints.backbones import fold_class_position
 from vla_adapter_hf.cli import app
+from vla_adapter_hf.init.pretrained import init_from_base
 from vla_adapter_hf.modeling.checkpoint_names_vla_adapter import name_in_file
-from vla_adapter_hf.pretrained_parts import fold_class_position
-from vla_adapter_hf.starting_points import init_from_base
 
 
 TOKENIZER = Path(vla_adapter_hf.__file__).parent / "embedded" / "tokenizer"
@@ -376,8 +376,8 @@ class TestBase:
             downloaded.append((repo, name))
             return str(tmp_path / name)
 
-        monkeypatch.setattr(base_model.HfApi, "list_repo_files", lambda self, repo: names)
-        monkeypatch.setattr(base_model, "hf_hub_download", download)
+        monkeypatch.setattr(base_vlm.HfApi, "list_repo_files", lambda self, repo: names)
+        monkeypatch.setattr(base_vlm, "hf_hub_download", download)
         init_from_base(**{**base_arguments, "base": "someone/prism"})
         assert downloaded == [("someone/prism", "checkpoints/latest-checkpoint.pt")]
 

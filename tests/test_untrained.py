@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner
 
+from vla_adapter_hf.checkpoints.backbones import load_tokenizer
 from vla_adapter_hf.cli import app
+from vla_adapter_hf.init.untrained import cut_down_tokenizer, init_from_config, init_untrained
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
-from vla_adapter_hf.pretrained_parts import load_tokenizer
 from vla_adapter_hf.processing.processing_vla_adapter import PROMPTS
-from vla_adapter_hf.untrained import cut_down_tokenizer, init_from_config, init_untrained
 
 
 TOKENIZER = str(files("vla_adapter_hf").joinpath("embedded", "tokenizer"))

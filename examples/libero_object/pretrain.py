@@ -2,7 +2,7 @@
 
 The published model starts from a DINOv2, a SigLIP and a Qwen2.5 that were trained on much of the internet, and from a VLM
 made of them. A small model from nothing has to get that somewhere too. Here it comes from single frames of simulated
-scenes (`vla_adapter_hf.simulation.scenes`), in two stages:
+scenes (`vla_adapter_hf.recording.scenes`), in two stages:
 
 1. **see**: which patch shows which object. Each tower learns to tell, and so does the projector, by the words of the
    object's name: `milk` and the patch with milk on it get to lie in the same direction, as images and texts do in SigLIP.
@@ -26,7 +26,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from vla_adapter_hf import VLAAdapterForActionPrediction, VLAAdapterProcessor
-from vla_adapter_hf.simulation.libero import object_instruction
+from vla_adapter_hf.simulation.libero.suite import object_instruction
 
 
 UNDER_THE_HAND = 0.83  # below that part of the wrist camera's frames is the hand itself
@@ -290,7 +290,7 @@ def pretrain(
     """Run both stages on `model`, in place, or go on with them.
 
     Args:
-        model, processor: new, see `vla_adapter_hf.untrained.init_from_config`.
+        model, processor: new, see `vla_adapter_hf.init.untrained.init_from_config`.
         scenes: what `record_scenes` wrote.
         names: of the objects, in words.
         output: for the checkpoints of the stages.

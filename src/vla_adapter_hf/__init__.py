@@ -7,12 +7,17 @@ from typing import Any
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
 from vla_adapter_hf._version import __version__
+from vla_adapter_hf.checkpoints.published.layout import (
+    MODEL_TYPE,
+    PublishedLayout,
+    PublishedVLAAdapterConfig,
+    UnreadConfig,
+)
+from vla_adapter_hf.checkpoints.published.processor import PrismaticProcessor
 from vla_adapter_hf.modeling.configuration_vla_adapter import OTHER_LAYOUTS, VLAAdapterConfig
 from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction, VLAAdapterOutput
 from vla_adapter_hf.processing.image_processing_vla_adapter import VLAAdapterImageProcessor
 from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
-from vla_adapter_hf.published_layout import MODEL_TYPE, PublishedLayout, PublishedVLAAdapterConfig, UnreadConfig
-from vla_adapter_hf.published_processor import PrismaticProcessor
 from vla_adapter_hf.robots import ROBOTS, RobotPreset, get_robot
 
 
@@ -46,7 +51,7 @@ _ON_FIRST_USE = {
     "VLAAdapterMixture": "vla_adapter_hf.data",
     "VLAAdapterStreamingDataset": "vla_adapter_hf.data",
     "VLAAdapterDataCollator": "vla_adapter_hf.training.collator",
-    "quantization_config": "vla_adapter_hf.quantization",
+    "quantization_config": "vla_adapter_hf.checkpoints.quantization",
     "CheckpointCallback": "vla_adapter_hf.training.trainer",
     "VLAAdapterTrainer": "vla_adapter_hf.training.trainer",
     "VLAAdapterTrainingArguments": "vla_adapter_hf.training.trainer",

@@ -37,7 +37,7 @@ def readable_errors() -> Iterator[None]:
 @app.command()
 def info(source: str, robot: Robot = None, step: Step = None) -> None:
     """Say what a checkpoint is (either layout), without loading its weights."""
-    from vla_adapter_hf.info import checkpoint_info
+    from vla_adapter_hf.checkpoints.info import checkpoint_info
 
     with readable_errors():
         facts = checkpoint_info(source, robot, step)
@@ -56,7 +56,7 @@ def convert(
     push_to_hub: Annotated[str | None, typer.Option(help="Hub id to upload the result to.")] = None,
 ) -> None:
     """Write a published checkpoint as a normal transformers model."""
-    from vla_adapter_hf.convert import convert as run
+    from vla_adapter_hf.checkpoints.convert import convert as run
 
     with readable_errors():
         run(source, destination, robot, step, _dtype(dtype), push_to_hub, say=typer.echo)
@@ -94,8 +94,8 @@ def init(
     seed: Annotated[int, typer.Option(help="What the new parts are drawn from.")] = 0,
 ) -> None:
     """Write a model with a new policy, to train from: a base model, DINOv2 + SigLIP + Qwen2.5, or nothing at all."""
-    from vla_adapter_hf.starting_points import init as run
-    from vla_adapter_hf.untrained import init_untrained
+    from vla_adapter_hf.init.pretrained import init as run
+    from vla_adapter_hf.init.untrained import init_untrained
 
     fields = {"chunk_size": chunk_size, "action_dim": action_dim, "proprio_dim": proprio_dim, "norm_type": norm_type}
     fields |= {"cameras": cameras.split(",") if cameras else None, "policy_variant": policy_variant}
@@ -168,7 +168,7 @@ def bench(
 ) -> None:
     """Time predictions by stage, set them against the machine's matrix products, and measure memory and loading."""
     with readable_errors():
-        from vla_adapter_hf.bench import bench as run
+        from vla_adapter_hf.bench.run import bench as run
 
         run(
             checkpoint,
@@ -360,8 +360,8 @@ def demonstrate(
 ) -> None:
     """Record demonstrations of a scripted expert in the LIBERO simulator."""
     with readable_errors():
-        from vla_adapter_hf.simulation.demonstrate import RecordingSettings
-        from vla_adapter_hf.simulation.demonstrate import demonstrate as run
+        from vla_adapter_hf.recording.demonstrate import RecordingSettings
+        from vla_adapter_hf.recording.demonstrate import demonstrate as run
 
         settings = RecordingSettings(
             render_every=render_every,

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 from transformers import AutoModel, AutoProcessor
 
-from vla_adapter_hf.model_card import NOT_EVALUATED
+from vla_adapter_hf.checkpoints.model_card import NOT_EVALUATED
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
-from vla_adapter_hf.plotting import action_names, plot_prediction, save_figure
-from vla_adapter_hf.simulation.libero_install import import_libero
+from vla_adapter_hf.simulation.libero.install import import_libero
 from vla_adapter_hf.simulation.policies import embedded_folder
+from vla_adapter_hf.utils.files import write_bytes
+from vla_adapter_hf.utils.plotting import action_names, plot_prediction, save_figure
 
 
 RECORDED_SUITE = "libero_spatial"  # of the recorded observation
@@ -108,13 +109,10 @@ def play(
             report=lambda line: None,
         )
         (result,) = read_results(Path(scratch) / "episodes.jsonl")
-        output.parent.mkdir(parents=True, exist_ok=True)
         film = output.with_suffix(".gif")
         for written, wanted in ((".png", output), (".gif", film)):
             source = Path(scratch) / "rollouts" / f"{task:02d}-{episode:04d}{written}"
-            beside = wanted.with_name(f".{wanted.name}")
-            beside.write_bytes(source.read_bytes())
-            beside.replace(wanted)
+            write_bytes(wanted, source.read_bytes())
     say(f"instruction: {result.instruction}")
     say(
         f"success:     {'yes' if result.success else 'no'}, after {result.steps} steps and {len(result.latency)} chunks"

@@ -13,7 +13,7 @@ from enum import Enum
 
 import numpy as np
 
-from .modeling.normalization_vla_adapter import NORM_TYPES
+from vla_adapter_hf.modeling.normalization_vla_adapter import NORM_TYPES
 
 
 class GripperConvention(str, Enum):

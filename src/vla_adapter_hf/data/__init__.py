@@ -1,12 +1,12 @@
 """Demonstrations as training samples: readers, statistics, augmentation."""
 
-from .augmentation import ImageAugmentation, ImageResize
-from .dataset import VLAAdapterDataset
-from .episodes import BadEpisode, BadEpisodeError
-from .loading import dataset_statistics, describe_norm_stats, load_demonstrations
-from .mixture import VLAAdapterMixture
-from .statistics import compute_norm_stats
-from .streaming import VLAAdapterStreamingDataset
+from vla_adapter_hf.data.augmentation import ImageAugmentation, ImageResize
+from vla_adapter_hf.data.dataset import VLAAdapterDataset
+from vla_adapter_hf.data.episodes import BadEpisode, BadEpisodeError
+from vla_adapter_hf.data.loading import dataset_statistics, describe_norm_stats, load_demonstrations
+from vla_adapter_hf.data.mixture import VLAAdapterMixture
+from vla_adapter_hf.data.statistics import compute_norm_stats
+from vla_adapter_hf.data.streaming import VLAAdapterStreamingDataset
 
 
 __all__ = [

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..processing.image_preparation_vla_adapter import (
+from vla_adapter_hf.processing.image_preparation_vla_adapter import (
     center_crop,
     crop_and_resize,
     resize_lanczos3,

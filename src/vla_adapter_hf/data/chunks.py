@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..robots import GripperConvention, RobotPreset
-from .columns import find_column, is_list, is_number, joined_array, numbers_of
+from vla_adapter_hf.data.columns import find_column, is_list, is_number, joined_array, numbers_of
+from vla_adapter_hf.robots import GripperConvention, RobotPreset
 
 
 CHUNK_COLUMN = "action_chunk"

@@ -11,16 +11,16 @@ import datasets
 import numpy as np
 import torch
 
-from ..robots import RobotPreset, get_robot
-from .chunks import CHUNK_COLUMN, choose_chunk_size
-from .episodes import BadEpisode, BadEpisodeError, check_on_bad_episode, is_damage
-from .lerobot import LeRobotSource, lerobot_folder
-from .plain import PlainSource
-from .rlds import RLDSSource
-from .source import DemonstrationSource
-from .statistics import check_action_mask, compute_norm_stats
-from .storage import dataset_folder
-from .windows import WindowIndex, action_chunk, whole_chunk
+from vla_adapter_hf.data.chunks import CHUNK_COLUMN, choose_chunk_size
+from vla_adapter_hf.data.episodes import BadEpisode, BadEpisodeError, check_on_bad_episode, is_damage
+from vla_adapter_hf.data.lerobot.source import LeRobotSource, lerobot_folder
+from vla_adapter_hf.data.rlds.source import RLDSSource
+from vla_adapter_hf.data.source import DemonstrationSource
+from vla_adapter_hf.data.statistics import check_action_mask, compute_norm_stats
+from vla_adapter_hf.data.storage import dataset_folder
+from vla_adapter_hf.data.table import PlainSource
+from vla_adapter_hf.data.windows import WindowIndex, action_chunk, whole_chunk
+from vla_adapter_hf.robots import RobotPreset, get_robot
 
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from ..robots import RobotPreset
+from vla_adapter_hf.robots import RobotPreset
 
 
 ON_BAD_EPISODE = ("error", "skip")

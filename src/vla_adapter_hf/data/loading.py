@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,18 +10,19 @@ from typing import Any
 
 import datasets
 
-from ..robots import RobotPreset, get_robot
-from .chunks import CHUNK_COLUMN
-from .dataset import VLAAdapterDataset
-from .lerobot import LeRobotSource
-from .lerobot_metadata import read_lerobot_metadata
-from .plain import PlainSource, camera_columns
-from .rlds import RLDSSource
-from .rlds_files import find_version_folder, read_rlds_files
-from .source import DemonstrationSource
-from .statistics import compute_norm_stats
-from .storage import dataset_folder, write_beside
-from .streaming import VLAAdapterStreamingDataset
+from vla_adapter_hf.data.chunks import CHUNK_COLUMN
+from vla_adapter_hf.data.dataset import VLAAdapterDataset
+from vla_adapter_hf.data.lerobot.metadata import read_lerobot_metadata
+from vla_adapter_hf.data.lerobot.source import LeRobotSource
+from vla_adapter_hf.data.rlds.files import find_version_folder, read_rlds_files
+from vla_adapter_hf.data.rlds.source import RLDSSource
+from vla_adapter_hf.data.source import DemonstrationSource
+from vla_adapter_hf.data.statistics import compute_norm_stats
+from vla_adapter_hf.data.storage import dataset_folder
+from vla_adapter_hf.data.streaming import VLAAdapterStreamingDataset
+from vla_adapter_hf.data.table import PlainSource, camera_columns
+from vla_adapter_hf.robots import RobotPreset, get_robot
+from vla_adapter_hf.utils.files import write_json
 
 
 FORMATS = ("auto", "lerobot", "rlds", "dataset")
@@ -183,8 +183,7 @@ def dataset_statistics(
     )
     norm_stats = compute_norm_stats(source, unnorm_key, action_mask, on_bad_episode, use_cache, cache_dir, progress)
     if output is not None:
-        text = json.dumps(norm_stats, indent=2) + "\n"
-        write_beside(Path(output), lambda file: file.write(text.encode()))
+        write_json(output, norm_stats)
     return norm_stats
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .dataset import VLAAdapterDataset
+from vla_adapter_hf.data.dataset import VLAAdapterDataset
 
 
 class VLAAdapterMixture(torch.utils.data.Dataset):

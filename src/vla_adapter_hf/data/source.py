@@ -9,8 +9,8 @@ from functools import cached_property
 
 import numpy as np
 
-from ..robots import RobotPreset
-from .episodes import BadEpisode, EpisodeTable
+from vla_adapter_hf.data.episodes import BadEpisode, EpisodeTable
+from vla_adapter_hf.robots import RobotPreset
 
 
 class DemonstrationSource(ABC):

@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from .episodes import BadEpisodeError, check_on_bad_episode
-from .source import DemonstrationSource
-from .storage import cache_directory, write_beside
+from vla_adapter_hf.data.episodes import BadEpisodeError, check_on_bad_episode
+from vla_adapter_hf.data.source import DemonstrationSource
+from vla_adapter_hf.data.storage import cache_directory
+from vla_adapter_hf.utils.files import write_json
 
 
 if TYPE_CHECKING:
-    from .dataset import VLAAdapterDataset
+    from vla_adapter_hf.data.dataset import VLAAdapterDataset
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +146,7 @@ def compute_norm_stats(
         entry["num_trajectories"] = len(table) - len(table.problems)
         # With bad episodes the hash may be that of files before and after they were mended.
         if path is not None and not table.problems:
-            text = json.dumps(entry)
-            write_beside(path, lambda file: file.write(text.encode()))
+            write_json(path, entry, indent=None)
     action_dim = len(entry["action"]["mean"])
     mask = check_action_mask(action_mask if action_mask is not None else [True] * action_dim, action_dim, source.where)
     return {

@@ -1,13 +1,11 @@
-"""Where derived files are kept, how they are written, and where a dataset's folder comes from."""
+"""Where derived files are kept, and where a dataset's folder comes from."""
 
 from __future__ import annotations
 
 import os
 import re
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 from huggingface_hub import constants, snapshot_download
 
@@ -19,19 +17,6 @@ def cache_directory(cache_dir: str | os.PathLike | None = None) -> Path:
     """Folder for statistics and indices: `cache_dir`, else $VLA_ADAPTER_CACHE, else `vla-adapter-hf` in $HF_HOME."""
     chosen = cache_dir or os.environ.get("VLA_ADAPTER_CACHE") or Path(constants.HF_HOME) / "vla-adapter-hf"
     return Path(chosen).expanduser()
-
-
-def write_beside(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Write a file under another name and rename it: readers see the old file or the whole new one, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name + ".", suffix=".partial")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
 
 
 def dataset_folder(

@@ -11,13 +11,20 @@ import datasets
 import numpy as np
 import torch
 
-from ..robots import RobotPreset, get_robot
-from .chunks import CHUNK_COLUMN, choose_chunk_size
-from .dataset import ImageTransform
-from .episodes import BadEpisode, BadEpisodeError, check_on_bad_episode, is_damage
-from .statistics import check_action_mask, column_statistics, compute_norm_stats
-from .streams import EpisodeStream, FrameReader, LeRobotStream, PlainStream, RLDSStream, StreamedEpisode
-from .windows import action_chunk, whole_chunk
+from vla_adapter_hf.data.chunks import CHUNK_COLUMN, choose_chunk_size
+from vla_adapter_hf.data.dataset import ImageTransform
+from vla_adapter_hf.data.episodes import BadEpisode, BadEpisodeError, check_on_bad_episode, is_damage
+from vla_adapter_hf.data.statistics import check_action_mask, column_statistics, compute_norm_stats
+from vla_adapter_hf.data.streams import (
+    EpisodeStream,
+    FrameReader,
+    LeRobotStream,
+    PlainStream,
+    RLDSStream,
+    StreamedEpisode,
+)
+from vla_adapter_hf.data.windows import action_chunk, whole_chunk
+from vla_adapter_hf.robots import RobotPreset, get_robot
 
 
 logger = logging.getLogger(__name__)

@@ -15,20 +15,20 @@ import numpy as np
 import pyarrow as pa
 from huggingface_hub import hf_hub_download
 
-from ..robots import RobotPreset
-from .chunks import CHUNK_COLUMN, column_to_chunks, find_chunk_column
-from .columns import ACTION_NAMES, STATE_NAMES, column_to_matrix
-from .episodes import BadEpisode, check_episode, is_damage
-from .frames import decode_frame
-from .lerobot import LeRobotSource
-from .lerobot_metadata import LeRobotEpisode, read_lerobot_metadata
-from .plain import find_plain_columns, frame_from_cell, stored_chunk_shape
-from .rlds import RLDSSource, find_rlds_columns, first_readable_example, read_rlds_episode
-from .rlds_files import Shard, find_version_folder, read_rlds_files
-from .source import DemonstrationSource
-from .storage import dataset_folder
-from .tfrecord import TFRecordError, read_record, scan_records
-from .video import VideoCache
+from vla_adapter_hf.data.chunks import CHUNK_COLUMN, column_to_chunks, find_chunk_column
+from vla_adapter_hf.data.columns import ACTION_NAMES, STATE_NAMES, column_to_matrix
+from vla_adapter_hf.data.episodes import BadEpisode, check_episode, is_damage
+from vla_adapter_hf.data.frames import decode_frame
+from vla_adapter_hf.data.lerobot.metadata import LeRobotEpisode, read_lerobot_metadata
+from vla_adapter_hf.data.lerobot.source import LeRobotSource
+from vla_adapter_hf.data.lerobot.video import VideoCache
+from vla_adapter_hf.data.rlds.files import Shard, find_version_folder, read_rlds_files
+from vla_adapter_hf.data.rlds.source import RLDSSource, find_rlds_columns, first_readable_example, read_rlds_episode
+from vla_adapter_hf.data.rlds.tfrecord import TFRecordError, read_record, scan_records
+from vla_adapter_hf.data.source import DemonstrationSource
+from vla_adapter_hf.data.storage import dataset_folder
+from vla_adapter_hf.data.table import find_plain_columns, frame_from_cell, stored_chunk_shape
+from vla_adapter_hf.robots import RobotPreset
 
 
 FrameReader = Callable[[], np.ndarray]

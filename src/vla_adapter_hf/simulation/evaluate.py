@@ -13,24 +13,23 @@ from typing import Any
 
 import numpy as np
 
-from ..robots import get_robot
-from .chunks import ActionChunkQueue
-from .environment import Suite
-from .libero import LiberoSuite
-from .policies import OraclePolicy, Policy, Request, ResidentPolicy, blackened, make_policy
-from .results import (
+from vla_adapter_hf.robots import get_robot
+from vla_adapter_hf.simulation.action_queue import ActionChunkQueue
+from vla_adapter_hf.simulation.environment import Suite
+from vla_adapter_hf.simulation.libero.suite import LiberoSuite
+from vla_adapter_hf.simulation.policies import OraclePolicy, Policy, Request, ResidentPolicy, blackened, make_policy
+from vla_adapter_hf.simulation.results import (
     PUBLISHED_SUITES,
     EpisodeResult,
     ResultsFile,
-    alone_in,
     published_table,
     summarise,
     task_table,
     wilson_interval,
-    write_whole,
 )
-from .rollout import draw_contact_sheet, draw_rollout, write_picture, write_rollout
-from .workers import Begin, Execute, Report, WorkerPool
+from vla_adapter_hf.simulation.rollout import draw_contact_sheet, draw_rollout, write_picture, write_rollout
+from vla_adapter_hf.simulation.workers import Begin, Execute, Report, WorkerPool
+from vla_adapter_hf.utils.files import atomic_path, exclusive_folder, write_json, write_text
 
 
 @dataclass
@@ -184,7 +183,7 @@ def evaluate(
         **(policy.describe() if hasattr(policy, "describe") else {}),
     }
     output = Path(output)
-    with alone_in(output):
+    with exclusive_folder(output):
         results = ResultsFile(output, settings)
         missing = [(task, number) for task in chosen for number in numbers if (task, number) not in results.done]
         finished = len(chosen) * len(numbers) - len(missing)
@@ -362,10 +361,8 @@ class _Run:
             write_picture(self.output / "rollouts" / f"{name}.png", sheet)
         if self.save_actions and report.actions is not None:
             folder = self.output / "actions"
-            folder.mkdir(parents=True, exist_ok=True)
-            beside = folder / f".{name}.npy"
-            np.save(beside, report.actions)
-            beside.replace(folder / f"{name}.npy")
+            with atomic_path(folder / f"{name}.npy") as temporary:
+                np.save(temporary, report.actions)
         self.results.append(result)
         self._progress(result)
 
@@ -413,6 +410,6 @@ def _finish(
         summary |= {name: before[name] for name in ("timing",) if name in before}
     if "timing" in summary:
         text += "\n" + Timing(**summary["timing"]).table()
-    write_whole(output / "summary.json", json.dumps(summary, indent=2, ensure_ascii=False).encode("utf-8") + b"\n")
-    write_whole(output / "summary.md", text.encode("utf-8"))
+    write_json(output / "summary.json", summary)
+    write_text(output / "summary.md", text)
     return summary

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .environment import Observation
+from vla_adapter_hf.simulation.environment import Observation
 
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220)}

@@ -13,10 +13,10 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from ..devices import check_device
-from ..modeling.normalization_vla_adapter import select_norm_stats
-from ..robots import RobotPreset, get_robot
-from .environment import Environment, Observation
+from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
+from vla_adapter_hf.robots import RobotPreset, get_robot
+from vla_adapter_hf.simulation.environment import Environment, Observation
+from vla_adapter_hf.utils.devices import check_device
 
 
 PRECISIONS = ("float32", "bfloat16", "float16", "auto")
@@ -84,7 +84,7 @@ class OraclePolicy:
     name = "oracle"
 
     def attach(self, environment: Environment) -> Callable[[], np.ndarray]:
-        from .expert import LiberoObjectExpert
+        from vla_adapter_hf.recording.expert import LiberoObjectExpert
 
         return LiberoObjectExpert(environment).act
 

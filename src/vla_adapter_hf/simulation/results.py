@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
+
+from vla_adapter_hf.utils.files import write_bytes, write_json
 
 
 PUBLISHED = {
@@ -144,7 +144,7 @@ class ResultsFile:
     def sort(self) -> None:
         """Puts the lines in the order of task and episode: parallel episodes end in any order."""
         self.results.sort(key=lambda result: result.key)
-        write_whole(self.path, b"".join(_as_line(result) for result in self.results))
+        write_bytes(self.path, b"".join(_as_line(result) for result in self.results))
 
     def _check_settings(self, path: Path) -> None:
         # Settings under which no episode has ended are those of an attempt that failed.
@@ -152,7 +152,7 @@ class ResultsFile:
         if not path.exists() or not played:
             if played:
                 raise ValueError(f"{self.path} has no settings.json beside it; choose another output")
-            write_whole(path, json.dumps(self.settings, indent=2).encode("utf-8") + b"\n")
+            write_json(path, self.settings)
             return
         written = json.loads(path.read_text(encoding="utf-8"))
         names = [name for name in {**written, **self.settings} if written.get(name) != self.settings.get(name)]
@@ -168,27 +168,6 @@ class ResultsFile:
         if whole != len(data):
             with open(self.path, "r+b") as stream:
                 stream.truncate(whole)
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other processes from writing results into a folder meanwhile: each would undo what the other has written.
-
-    Raises:
-        ValueError: another process has it.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock", timeout=0)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise ValueError(
-            f"another process is writing to output={str(folder)!r}; wait for it, or choose another output"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def read_results(path: str | Path) -> list[EpisodeResult]:
@@ -208,13 +187,6 @@ def read_results(path: str | Path) -> list[EpisodeResult]:
                 f"line {number} of {path} is not an episode ({error}); repair or remove the file"
             ) from error
     return results
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes beside and renames: the file is the old one or the new one, never half of it."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    beside.write_bytes(data)
-    beside.replace(path)
 
 
 def _as_line(result: EpisodeResult) -> bytes:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from vla_adapter_hf.utils.files import atomic_path
 
 
 _MARK = np.array([255, 140, 0], dtype=np.uint8)
@@ -119,12 +120,9 @@ def draw_contact_sheet(
 
 def write_picture(path: str | Path, image: np.ndarray) -> Path:
     """Writes an image (height, width, 3) uint8 as PNG; the file appears whole."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{os.getpid()}-{path.name}")
-    Image.fromarray(image).save(beside, "PNG", optimize=True)
-    beside.replace(path)
-    return path
+    with atomic_path(path) as temporary:
+        Image.fromarray(image).save(temporary, "PNG", optimize=True)
+    return Path(path)
 
 
 def write_rollout(path: str | Path, images: Sequence[np.ndarray], fps: float = 10.0) -> Path:
@@ -138,22 +136,13 @@ def write_rollout(path: str | Path, images: Sequence[np.ndarray], fps: float = 1
         raise ValueError(f"path must end in .gif or .mp4, got {path.name!r}")
     if not len(images) or len({image.shape for image in images}) != 1:
         raise ValueError(f"images must be one or more frames of one size, got {[image.shape for image in images][:3]}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{os.getpid()}-{path.name}")
-    if path.suffix == ".gif":
-        pictures = [Image.fromarray(image).quantize(128) for image in images]
-        pictures[0].save(
-            beside,
-            "GIF",
-            save_all=True,
-            append_images=pictures[1:],
-            duration=round(1000 / fps),
-            loop=0,
-            optimize=False,
-        )
-    else:
-        _write_mp4(beside, images, fps)
-    beside.replace(path)
+    with atomic_path(path) as temporary:
+        if path.suffix == ".gif":
+            pictures = [Image.fromarray(image).quantize(128) for image in images]
+            animation = {"append_images": pictures[1:], "duration": round(1000 / fps), "loop": 0}
+            pictures[0].save(temporary, "GIF", save_all=True, optimize=False, **animation)
+        else:
+            _write_mp4(temporary, images, fps)
     return path
 
 

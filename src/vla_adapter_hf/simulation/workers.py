@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from .environment import Environment, Observation, Suite
-from .policies import ResidentPolicy
+from vla_adapter_hf.simulation.environment import Environment, Observation, Suite
+from vla_adapter_hf.simulation.policies import ResidentPolicy
 
 
 def process_pool(workers: int) -> ProcessPoolExecutor:
@@ -213,7 +213,7 @@ def begin_episode(environment: Environment, message: Begin, suite: Suite) -> tup
         # Every distractor has its turn, whatever the number of processes.
         target = objects[1 + (message.episode + message.task) % (len(objects) - 1)]
     elif objects:
-        from .libero import object_instruction
+        from vla_adapter_hf.simulation.libero.suite import object_instruction
 
         target = next((name for name in objects if object_instruction(name) == wanted), None)
     if target is None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import AutoModel, AutoProcessor
 
 from vla_adapter_hf.data import ImageResize, load_demonstrations
-from vla_adapter_hf.plotting import plot_chunks, save_figure
+from vla_adapter_hf.utils.plotting import plot_chunks, save_figure
 
 
 def plot_checkpoint(

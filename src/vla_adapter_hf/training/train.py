@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoProcessor, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from vla_adapter_hf.checkpoints.model_card import fill_model_card
 from vla_adapter_hf.data import (
     ImageAugmentation,
     ImageResize,
@@ -24,9 +25,7 @@ from vla_adapter_hf.data import (
     load_demonstrations,
 )
 from vla_adapter_hf.data.columns import last_name
-from vla_adapter_hf.model_card import fill_model_card
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
-from vla_adapter_hf.plotting import plot_chunks, plot_training, save_figure
 from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
 from vla_adapter_hf.robots import get_robot
 from vla_adapter_hf.training.arguments import DataArguments, ModelArguments
@@ -41,6 +40,7 @@ from vla_adapter_hf.training.trainer import (
     is_finished,
     last_finished_checkpoint,
 )
+from vla_adapter_hf.utils.plotting import plot_chunks, plot_training, save_figure
 
 
 @dataclass

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
-from vla_adapter_hf.model_card import fill_model_card
+from vla_adapter_hf.checkpoints.model_card import fill_model_card
 from vla_adapter_hf.training.presets import ADAPTER_NAME, merged_state_dict
 
 

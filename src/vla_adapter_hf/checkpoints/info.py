@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, PreTrainedConfig
 
-from vla_adapter_hf.model_card import describe, parameter_summary
+from vla_adapter_hf.checkpoints.model_card import describe, parameter_summary
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction
 

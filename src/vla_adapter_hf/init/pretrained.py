@@ -13,22 +13,22 @@ from typing import Any
 
 import torch
 
-from vla_adapter_hf.base_model import BaseModel, base_fields, base_state_dict, open_base
-from vla_adapter_hf.model_card import fill_model_card
-from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
-from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction
-from vla_adapter_hf.pretrained_parts import (
+from vla_adapter_hf.checkpoints.backbones import (
     expected_warnings,
     language_model_fields,
     load_language_model,
     load_tokenizer,
     load_towers,
 )
+from vla_adapter_hf.checkpoints.base_vlm import BaseModel, base_fields, base_state_dict, open_base
+from vla_adapter_hf.checkpoints.files import read_json
+from vla_adapter_hf.checkpoints.model_card import fill_model_card
+from vla_adapter_hf.checkpoints.published.layout import check_shapes
+from vla_adapter_hf.checkpoints.saving import check_destination, write_checkpoint
+from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
+from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction
 from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
-from vla_adapter_hf.published_layout import check_shapes
-from vla_adapter_hf.reading import read_json
 from vla_adapter_hf.robots import RobotPreset, get_robot
-from vla_adapter_hf.writing import check_destination, write_checkpoint
 
 
 # Of the base: what the published models were trained from.

@@ -6,11 +6,11 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from vla_adapter_hf.checkpoints.backbones import load_tokenizer
+from vla_adapter_hf.checkpoints.published.layout import PublishedLayout
 from vla_adapter_hf.modeling.configuration_vla_adapter import HUB_ARGUMENTS, VLAAdapterConfig
-from vla_adapter_hf.pretrained_parts import load_tokenizer
 from vla_adapter_hf.processing.image_processing_vla_adapter import VLAAdapterImageProcessorKwargs
 from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
-from vla_adapter_hf.published_layout import PublishedLayout
 
 
 # What can be set while loading, by what it is set in. The fields of a configuration are those that `AutoConfig` and

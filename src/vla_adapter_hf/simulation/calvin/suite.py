@@ -14,11 +14,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..robots import get_robot
-from .chunks import ActionChunkQueue
-from .environment import Observation
-from .policies import Policy, Request
-from .results import EpisodeResult, ResultsFile, alone_in
+from vla_adapter_hf.robots import get_robot
+from vla_adapter_hf.simulation.action_queue import ActionChunkQueue
+from vla_adapter_hf.simulation.environment import Observation
+from vla_adapter_hf.simulation.policies import Policy, Request
+from vla_adapter_hf.simulation.results import EpisodeResult, ResultsFile
+from vla_adapter_hf.utils.files import exclusive_folder
 
 
 SUBTASKS = 5
@@ -314,7 +315,7 @@ def evaluate_calvin(
         "schedule": schedule,
         **(policy.describe() if hasattr(policy, "describe") else {}),
     }
-    with alone_in(Path(output)):
+    with exclusive_folder(output):
         return _play_all(policy, simulation, sequences, ResultsFile(output, settings), schedule, report)
 
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from vla_adapter_hf.utils.files import atomic_path
+
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -160,7 +162,6 @@ def _replay(model: Any, processor: Any, episode: Any) -> _Replay:
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure; folders that are missing are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    return path
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110)
+    return Path(path)

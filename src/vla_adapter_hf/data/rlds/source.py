@@ -19,14 +19,15 @@ from zipfile import BadZipFile
 import numpy as np
 from tqdm.auto import tqdm
 
-from ..robots import RobotPreset
-from .columns import ACTION_NAMES, STATE_NAMES, find_cameras, find_column, last_name
-from .episodes import BadEpisode, EpisodeTable, EpisodeTableBuilder
-from .frames import decode_frame, is_jpeg
-from .rlds_files import RLDSFiles, Shard, find_version_folder, read_rlds_files, shard_key
-from .source import DemonstrationSource
-from .storage import cache_directory, write_beside
-from .tfrecord import Feature, Record, TFRecordError, parse_example, read_record, scan_records
+from vla_adapter_hf.data.columns import ACTION_NAMES, STATE_NAMES, find_cameras, find_column, last_name
+from vla_adapter_hf.data.episodes import BadEpisode, EpisodeTable, EpisodeTableBuilder
+from vla_adapter_hf.data.frames import decode_frame, is_jpeg
+from vla_adapter_hf.data.rlds.files import RLDSFiles, Shard, find_version_folder, read_rlds_files, shard_key
+from vla_adapter_hf.data.rlds.tfrecord import Feature, Record, TFRecordError, parse_example, read_record, scan_records
+from vla_adapter_hf.data.source import DemonstrationSource
+from vla_adapter_hf.data.storage import cache_directory
+from vla_adapter_hf.robots import RobotPreset
+from vla_adapter_hf.utils.files import atomic_path
 
 
 _INSTRUCTION_NAMES = ("language_instruction", "natural_language_instruction", "instruction", "language_text")
@@ -229,7 +230,8 @@ class RLDSSource(DemonstrationSource):
             pass  # not there, or not readable: made again below
         table = self._build_index()
         if not table.problems:  # a damaged record may be replaced, under the same checksum
-            write_beside(index_path, lambda file: self._save_index(file, table))
+            with atomic_path(index_path) as temporary:
+                self._save_index(temporary, table)
         return table
 
     def _build_index(self) -> EpisodeTable:
@@ -276,9 +278,9 @@ class RLDSSource(DemonstrationSource):
         kept = builder.add(index, episode.states, episode.actions, ids)
         return episode.spans[:kept] + record.offset
 
-    def _save_index(self, file: Any, table: EpisodeTable) -> None:
+    def _save_index(self, path: Path, table: EpisodeTable) -> None:
         np.savez(
-            file,
+            path,
             states=table.states,
             actions=table.actions,
             text_ids=table.text_ids,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import torch
 from transformers import AutoModel, AutoProcessor
 
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
+from vla_adapter_hf.utils.files import atomic_path
 
 
 # Largest difference of a verified reload, in physical units. The weights are the same to the bit; where they lie in
@@ -45,24 +44,15 @@ def write_checkpoint(
     Raises:
         RuntimeError: when what was written is not what was in memory. Nothing is left behind then.
     """
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
-    try:
+    with atomic_path(destination) as temporary:
         say("Writing")
-        model.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
+        model.save_pretrained(temporary)
+        processor.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")
         say("Verifying")
-        difference = verify(partial, model, processor)
+        difference = verify(temporary, model, processor)
         actions = f", actions within {difference:.1e}" if model.config.norm_stats else ""
         say(f"  read back: the same weights{actions}")
-        partial.chmod(0o755)
-        if destination.exists():
-            destination.rmdir()
-        partial.rename(destination)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def verify(folder: Path, model: torch.nn.Module, processor: object) -> float:

@@ -25,15 +25,23 @@ import numpy as np
 from PIL import Image
 from transformers import AutoConfig
 
-from ..modeling.configuration_vla_adapter import VLAAdapterConfig
-from ..robots import get_robot
-from .environment import Observation
-from .expert import LiberoObjectExpert
-from .lerobot_writer import PARTS, LeRobotLayout, assemble, encode_image, save_episode, saved_episodes
-from .libero import LiberoEnvironment, LiberoSuite, object_instruction
-from .placement import PLACEMENTS, STREAMS
-from .policies import Request, make_policy
-from .workers import process_pool
+from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
+from vla_adapter_hf.recording.expert import LiberoObjectExpert
+from vla_adapter_hf.recording.lerobot_writer import (
+    PARTS,
+    LeRobotLayout,
+    assemble,
+    encode_image,
+    save_episode,
+    saved_episodes,
+)
+from vla_adapter_hf.robots import get_robot
+from vla_adapter_hf.simulation.environment import Observation
+from vla_adapter_hf.simulation.libero.suite import LiberoEnvironment, LiberoSuite, object_instruction
+from vla_adapter_hf.simulation.placement import PLACEMENTS, STREAMS
+from vla_adapter_hf.simulation.policies import Request, make_policy
+from vla_adapter_hf.simulation.workers import process_pool
+from vla_adapter_hf.utils.files import write_json
 
 
 CONTROL_RATE = 20  # steps per second in LIBERO
@@ -600,10 +608,7 @@ def check_settings(output: Path, path: Path, settings: dict[str, Any], what: str
                 "same share and statistics."
             )
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(wanted, indent=2) + "\n", encoding="utf-8")
-    beside.replace(path)
+    write_json(path, wanted)
 
 
 def describe_driver(driver: Driver, suite: str, settings: RecordingSettings) -> dict[str, Any]:

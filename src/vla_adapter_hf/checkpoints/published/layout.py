@@ -17,9 +17,8 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers.utils import logging
 
-from vla_adapter_hf.modeling.checkpoint_names_vla_adapter import name_in_file
-from vla_adapter_hf.modeling.configuration_vla_adapter import HUB_ARGUMENTS, VLAAdapterConfig, refuse_misspelt
-from vla_adapter_hf.published_names import (
+from vla_adapter_hf.checkpoints.files import as_state_dict, open_safetensors, read_json, read_pickle
+from vla_adapter_hf.checkpoints.published.names import (
     DINOV2_PREFIX,
     POLICY_NAMES,
     SIGLIP_PREFIX,
@@ -29,7 +28,8 @@ from vla_adapter_hf.published_names import (
     renamed,
     translate_weight,
 )
-from vla_adapter_hf.reading import as_state_dict, open_safetensors, read_json, read_pickle
+from vla_adapter_hf.modeling.checkpoint_names_vla_adapter import name_in_file
+from vla_adapter_hf.modeling.configuration_vla_adapter import HUB_ARGUMENTS, VLAAdapterConfig, refuse_misspelt
 from vla_adapter_hf.robots import RobotPreset, get_robot
 
 

@@ -9,8 +9,8 @@ import torch
 from huggingface_hub import HfApi
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from vla_adapter_hf.model_card import fill_model_card, published_results
-from vla_adapter_hf.writing import check_destination, write_checkpoint
+from vla_adapter_hf.checkpoints.model_card import fill_model_card, published_results
+from vla_adapter_hf.checkpoints.saving import check_destination, write_checkpoint
 
 
 def convert(

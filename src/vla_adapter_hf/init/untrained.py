@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from vla_adapter_hf.model_card import fill_model_card
+from vla_adapter_hf.checkpoints.backbones import load_tokenizer
+from vla_adapter_hf.checkpoints.model_card import fill_model_card
+from vla_adapter_hf.checkpoints.saving import check_destination, write_checkpoint
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction
-from vla_adapter_hf.pretrained_parts import load_tokenizer
 from vla_adapter_hf.processing.processing_vla_adapter import PROMPTS, VLAAdapterProcessor
-from vla_adapter_hf.writing import check_destination, write_checkpoint
 
 
 SMALL_HEAD = 0.02  # of PyTorch's initialisation

@@ -13,8 +13,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from .chunks import check_stored_shape
-from .columns import find_cameras, find_column
+from vla_adapter_hf.data.chunks import check_stored_shape
+from vla_adapter_hf.data.columns import find_cameras, find_column
 
 
 @dataclass(frozen=True)

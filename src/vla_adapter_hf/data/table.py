@@ -12,12 +12,18 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image
 
-from ..robots import RobotPreset
-from .chunks import CHUNK_COLUMN, STEP_COLUMN, check_stored_shape, column_to_chunks, find_chunk_column
-from .columns import ACTION_NAMES, STATE_NAMES, column_to_matrix, find_cameras, find_column
-from .episodes import BadEpisode, EpisodeTable, EpisodeTableBuilder, is_damage
-from .frames import decode_frame, is_jpeg
-from .source import DemonstrationSource
+from vla_adapter_hf.data.chunks import (
+    CHUNK_COLUMN,
+    STEP_COLUMN,
+    check_stored_shape,
+    column_to_chunks,
+    find_chunk_column,
+)
+from vla_adapter_hf.data.columns import ACTION_NAMES, STATE_NAMES, column_to_matrix, find_cameras, find_column
+from vla_adapter_hf.data.episodes import BadEpisode, EpisodeTable, EpisodeTableBuilder, is_damage
+from vla_adapter_hf.data.frames import decode_frame, is_jpeg
+from vla_adapter_hf.data.source import DemonstrationSource
+from vla_adapter_hf.robots import RobotPreset
 
 
 _EPISODE_NAMES = ("episode_index", "episode", "episode_id", "trajectory_id")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import platform
 import tempfile
@@ -19,7 +18,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from vla_adapter_hf.bench_measures import (
+from vla_adapter_hf.bench.measures import (
     STAGES,
     StageClock,
     count_flops,
@@ -30,20 +29,20 @@ from vla_adapter_hf.bench_measures import (
     time_calls,
     weight_bytes,
 )
-from vla_adapter_hf.bench_turns import Rival, answer_turns, split_command
-from vla_adapter_hf.devices import check_device
+from vla_adapter_hf.bench.turns import Rival, answer_turns, split_command
+from vla_adapter_hf.checkpoints.backbones import load_tokenizer
+from vla_adapter_hf.checkpoints.quantization import quantization_config
+from vla_adapter_hf.checkpoints.saving import synthetic_observation
+from vla_adapter_hf.init.untrained import init_from_config
 from vla_adapter_hf.modeling.configuration_vla_adapter import (
     PUBLISHED_DINOV2,
     PUBLISHED_QWEN2,
     PUBLISHED_SIGLIP,
     VLAAdapterConfig,
 )
-from vla_adapter_hf.pretrained_parts import load_tokenizer
 from vla_adapter_hf.processing import jpeg_round_trip_vla_adapter as jpeg
-from vla_adapter_hf.quantization import quantization_config
-from vla_adapter_hf.simulation.results import write_whole
-from vla_adapter_hf.untrained import init_from_config
-from vla_adapter_hf.writing import synthetic_observation
+from vla_adapter_hf.utils.devices import check_device
+from vla_adapter_hf.utils.files import write_json
 
 
 # Models with random weights, by what differs from the published size.
@@ -180,7 +179,7 @@ def _write(report: dict[str, Any], output: str | Path | None) -> None:
     if output is None:
         return
     Path(output).parent.mkdir(parents=True, exist_ok=True)
-    write_whole(Path(output), json.dumps(report, indent=1).encode("utf-8") + b"\n")
+    write_json(output, report, indent=1)
 
 
 @contextmanager

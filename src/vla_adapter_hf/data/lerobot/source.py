@@ -16,15 +16,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm.auto import tqdm
 
-from ..robots import RobotPreset
-from .chunks import CHUNK_COLUMN, STEP_COLUMN, column_to_chunks, find_chunk_column
-from .columns import ACTION_NAMES, STATE_NAMES, column_to_matrix
-from .episodes import BadEpisode, BadEpisodeError, EpisodeTable, EpisodeTableBuilder, is_damage
-from .frames import decode_frame, is_jpeg
-from .lerobot_metadata import LeRobotEpisode, LeRobotMetadata, read_lerobot_metadata
-from .source import DemonstrationSource
-from .storage import cache_directory, dataset_folder
-from .video import VideoCache
+from vla_adapter_hf.data.chunks import CHUNK_COLUMN, STEP_COLUMN, column_to_chunks, find_chunk_column
+from vla_adapter_hf.data.columns import ACTION_NAMES, STATE_NAMES, column_to_matrix
+from vla_adapter_hf.data.episodes import BadEpisode, BadEpisodeError, EpisodeTable, EpisodeTableBuilder, is_damage
+from vla_adapter_hf.data.frames import decode_frame, is_jpeg
+from vla_adapter_hf.data.lerobot.metadata import LeRobotEpisode, LeRobotMetadata, read_lerobot_metadata
+from vla_adapter_hf.data.lerobot.video import VideoCache
+from vla_adapter_hf.data.source import DemonstrationSource
+from vla_adapter_hf.data.storage import cache_directory, dataset_folder
+from vla_adapter_hf.robots import RobotPreset
 
 
 _BATCH_ROWS = 1 << 15

@@ -16,11 +16,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .demonstrate import check_settings, resized
-from .lerobot_writer import encode_image
-from .libero import BASKET, CAMERAS, LiberoEnvironment, LiberoSuite
-from .placement import STREAMS
-from .workers import process_pool
+from vla_adapter_hf.recording.demonstrate import check_settings, resized
+from vla_adapter_hf.recording.lerobot_writer import encode_image
+from vla_adapter_hf.simulation.libero.suite import BASKET, CAMERAS, LiberoEnvironment, LiberoSuite
+from vla_adapter_hf.simulation.placement import STREAMS
+from vla_adapter_hf.simulation.workers import process_pool
+from vla_adapter_hf.utils.files import atomic_path
 
 
 SCENES_PER_FILE = 30
@@ -119,9 +120,8 @@ def _record_files(jobs: list[_Job]) -> None:
     try:
         for job in jobs:
             rows = _scenes(environment, job)
-            unfinished = job.path.with_suffix(".unfinished")
-            pq.write_table(pa.Table.from_pylist(rows), unfinished)
-            unfinished.replace(job.path)
+            with atomic_path(job.path) as temporary:
+                pq.write_table(pa.Table.from_pylist(rows), temporary)
     finally:
         environment.close()
 

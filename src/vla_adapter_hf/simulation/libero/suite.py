@@ -17,9 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from .environment import Observation
-from .libero_install import import_libero, load_initial_states
-from .placement import HAND, PALM_OVER_TOP, PLACEMENTS, Footprint, draw_placement, placement_generator
+from vla_adapter_hf.simulation.environment import Observation
+from vla_adapter_hf.simulation.libero.install import import_libero, load_initial_states
+from vla_adapter_hf.simulation.placement import (
+    HAND,
+    PALM_OVER_TOP,
+    PLACEMENTS,
+    Footprint,
+    draw_placement,
+    placement_generator,
+)
 
 
 STEP_LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .libero import LiberoEnvironment
+from vla_adapter_hf.simulation.libero.suite import LiberoEnvironment
 
 
 GRASPABLE_WIDTH = 0.068  # metres; the Panda gripper opens to 0.08

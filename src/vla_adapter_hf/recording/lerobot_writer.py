@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
+
+from vla_adapter_hf.utils.files import atomic_path
 
 
 CODEBASE_VERSION = "v3.0"
@@ -178,10 +179,8 @@ def save_episode(
     metadata = {"instruction": instruction, "extra": dict(extra or {}), "layout": _layout_record(layout)}
     table = pa.table(columns).replace_schema_metadata({"episode": json.dumps(metadata)})
     path = Path(output) / PARTS / f"{key}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(f".{os.getpid()}.part")
-    pq.write_table(table, beside)
-    beside.replace(path)
+    with atomic_path(path) as temporary:
+        pq.write_table(table, temporary)
     return path
 
 

@@ -11,12 +11,12 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from .crc32c import masked_crc32c
+from vla_adapter_hf.data.rlds.crc32c import masked_crc32c
+from vla_adapter_hf.utils.files import atomic_path
 
 
 _HEADER = struct.Struct("<QI")
@@ -250,13 +250,10 @@ def encode_example(features: Mapping[str, Sequence[bytes] | np.ndarray]) -> byte
 
 
 def write_records(path: str | os.PathLike, records: Iterable[bytes]) -> None:
-    """Write a TFRecord file, beside and then renamed: an interrupted run leaves no half a file."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "wb") as file:
+    """Write a TFRecord file. An interrupted run leaves no part of it."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
         for data in records:
             header = struct.pack("<Q", len(data))
             file.write(header + _FOOTER.pack(masked_crc32c(header)))
             file.write(data)
             file.write(_FOOTER.pack(masked_crc32c(data)))
-    os.replace(partial, path)
