@@ -1,14 +1,11 @@
 """VLA-Adapter as a transformers model (arXiv 2509.09372): camera frames, an instruction and a state to a chunk of actions."""
 
-import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -21,9 +18,14 @@ from .bridge_attention_vla_adapter import (
     ProprioProjector,
     RotaryTables,
 )
-from .checkpoint_names_vla_adapter import installed_renames, name_in_file
-from .configuration_vla_adapter import HUB_ARGUMENTS, VLAAdapterConfig, reader_of_layout
-from .normalization_vla_adapter import normalize, select_norm_stats, unnormalize
+
+# Older releases of transformers copy only the files that this one imports itself, so it names them all.
+from .checkpoint_names_vla_adapter import name_in_file  # noqa: F401
+from .configuration_vla_adapter import VLAAdapterConfig
+from .inference_vla_adapter import ActionPredictionMixin
+from .inputs_vla_adapter import PASSED_OVER, check_images, check_normalized, check_observation
+from .loading_vla_adapter import CheckpointMixin, rename_to_installed
+from .normalization_vla_adapter import normalize  # noqa: F401
 
 
 try:
@@ -63,15 +65,6 @@ class VLAAdapterOutput(ModelOutput):
     policy_attentions: tuple[torch.Tensor, ...] | None = None
 
 
-# Arguments of forward that it has no use for: the collator's, for metrics, and what the Trainer, PEFT and generic code
-# of transformers hand to every model.
-PASSED_OVER = {"action_scale", "action_mask", "num_items_in_batch", "return_dict", "use_cache", "task_ids"}
-
-
-# A compiled model keeps one graph per shape; torch's own limit of eight is soon used up by batches of several sizes.
-MAX_COMPILED_SHAPES = 64
-
-
 class VisionProjector(nn.Module):
     """Patch features of both towers, side by side, into the language model's space."""
 
@@ -88,10 +81,10 @@ class VisionProjector(nn.Module):
         return self.fc3(nn.functional.gelu(self.fc2(hidden)))
 
 
-class VLAAdapterPreTrainedModel(PreTrainedModel):
+class VLAAdapterPreTrainedModel(CheckpointMixin, PreTrainedModel):
     config_class = VLAAdapterConfig
     config: VLAAdapterConfig
-    base_model_prefix = "model"
+    base_model_prefix = ""  # no part of the model is a model with a head of its own
     main_input_name = "input_ids"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -117,7 +110,7 @@ class VLAAdapterPreTrainedModel(PreTrainedModel):
             super()._init_weights(module)
 
 
-class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
+class VLAAdapterForActionPrediction(ActionPredictionMixin, VLAAdapterPreTrainedModel):
     """Two vision towers, a language model that reads prompt, patches and action queries once, and the policy.
 
     [`forward`] works in normalised space and is for training; [`predict_action`] works in physical units.
@@ -143,8 +136,7 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
         self.action_queries = nn.Embedding(config.num_action_queries, config.text_config.hidden_size)
         self.proprio_projector = ProprioProjector(config)
         self.policy = BridgeAttentionPolicy(config)
-        self.register_load_state_dict_pre_hook(_rename_to_installed)
-        self._prompt_multiple: int | None = None  # of tokens, once compiled for inference
+        self.register_load_state_dict_pre_hook(rename_to_installed)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -169,7 +161,7 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
             `batch * cameras` frames.
         """
         config = self.config
-        self._check_images(pixel_values)
+        check_images(config, pixel_values)
         frames = pixel_values.unflatten(1, (config.num_cameras, 6)).flatten(0, 1)  # (batch * cameras, 6, h, w)
         dinov2 = self.dinov2(frames[:, :3], return_dict=True, **kwargs)
         siglip = self.siglip(frames[:, 3:], return_dict=True, **kwargs)
@@ -259,9 +251,9 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
         unknown = sorted(name for name in kwargs if name not in PASSED_OVER)
         if unknown:
             raise TypeError(f"forward takes no {', '.join(unknown)}; the true actions are called `actions`.")
-        self._check_observation(input_ids, attention_mask, pixel_values)
-        self._check_normalized(input_ids.shape[0], proprio, actions, action_is_pad)
         config = self.config
+        check_observation(config, input_ids, attention_mask, pixel_values)
+        check_normalized(config, input_ids.shape[0], proprio, actions, action_is_pad)
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
 
@@ -328,229 +320,6 @@ class VLAAdapterForActionPrediction(VLAAdapterPreTrainedModel):
             action_states.append(action)
         return task_states, action_states
 
-    def _check_images(self, pixel_values: torch.Tensor) -> None:
-        config = self.config
-        expected = (6 * config.num_cameras, config.image_size, config.image_size)
-        if pixel_values.ndim != 4 or tuple(pixel_values.shape[1:]) != expected:
-            raise ValueError(
-                f"pixel_values must have shape (batch, {', '.join(map(str, expected))}) for cameras {config.cameras}, "
-                f"got {tuple(pixel_values.shape)}."
-            )
-
-    def _check_observation(self, input_ids, attention_mask, pixel_values) -> None:
-        """Of what `forward` and `predict_action` both take: types and shapes."""
-        if pixel_values is None:
-            raise ValueError("pixel_values is missing: the model needs the processor's images.")
-        values = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
-        for name, value in values.items():
-            if value is not None and not isinstance(value, torch.Tensor):
-                raise TypeError(f"{name} must be a torch tensor, got {type(value).__name__}.")
-        if input_ids.ndim != 2:
-            raise ValueError(f"input_ids must have shape (batch, prompt), got {tuple(input_ids.shape)}.")
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(
-                f"attention_mask must have shape {tuple(input_ids.shape)}, got {tuple(attention_mask.shape)}."
-            )
-        self._check_images(pixel_values)
-        if pixel_values.shape[0] != input_ids.shape[0]:
-            raise ValueError(
-                f"pixel_values has a batch of {pixel_values.shape[0]}, input_ids of {input_ids.shape[0]}; they must be equal."
-            )
-
-    def _check_normalized(self, batch_size: int, proprio, actions, action_is_pad) -> None:
-        """Of what only `forward` takes."""
-        config = self.config
-        if proprio is None:
-            raise ValueError("proprio is missing: forward needs the normalised state.")
-        for name, value in (("proprio", proprio), ("actions", actions)):
-            if value is not None and not isinstance(value, torch.Tensor):
-                raise TypeError(
-                    f"{name} must be a torch tensor, got {type(value).__name__}. (What the processor returns as `state` is "
-                    "raw and belongs to predict_action.)"
-                )
-        for name, value, shape in (
-            ("proprio", proprio, (batch_size, config.proprio_dim)),
-            ("actions", actions, (batch_size, config.chunk_size, config.action_dim)),
-            ("action_is_pad", action_is_pad, (batch_size, config.chunk_size)),
-        ):
-            if value is not None and tuple(value.shape) != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}.")
-
-    @torch.no_grad()
-    def predict_action(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        pixel_values: torch.Tensor | None = None,
-        state: np.ndarray | torch.Tensor | list | None = None,
-        unnorm_key: str | None = None,
-    ) -> np.ndarray:
-        r"""
-        Predict a chunk of actions in physical units from what the processor returns.
-
-        Inputs are moved to the model's device and precision here. The state is normalised in float64 before it is
-        rounded to anything.
-
-        Args:
-            input_ids, attention_mask, pixel_values: as in [`forward`].
-            state (`np.ndarray`, `torch.Tensor` or `list`): `(batch, proprio_dim)`, or `(proprio_dim,)` for a batch of
-                one: the robot's state in physical units, float32 or float64.
-            unnorm_key (`str`, *optional*): which of the model's statistics to use; may be left out when there is one
-                set. `libero_object` finds `libero_object_no_noops`.
-
-        Returns:
-            `np.ndarray`: float64 `(batch, chunk_size, action_dim)`.
-
-        Raises:
-            ValueError: without state or statistics, with an unknown `unnorm_key`, wrong shapes or NaN; the message
-                names the field.
-        """
-        config = self.config
-        if isinstance(input_ids, Mapping):
-            raise TypeError("predict_action takes the processor's outputs one by one: predict_action(**inputs).")
-        key, stats = select_norm_stats(config.norm_stats, unnorm_key)
-        # Found here and not in the forward pass, which may be compiled: an error from there names no field.
-        input_ids, attention_mask, pixel_values = (
-            None if values is None else torch.as_tensor(values) for values in (input_ids, attention_mask, pixel_values)
-        )
-        self._check_observation(input_ids, attention_mask, pixel_values)
-        state = _check_state(state, input_ids.shape[0], config.proprio_dim)
-        if attention_mask is not None and not attention_mask.any(dim=-1).all():
-            raise ValueError("attention_mask has a row without a single real token; every row needs an instruction.")
-
-        # 1. Physical units to normalised space.
-        proprio = normalize(state, stats["proprio"], config.norm_type, config.constant_dims)
-
-        # 2. To the model's device and precision.
-        def to_model(values, dtype=None):
-            return None if values is None else torch.as_tensor(values).to(self.device, dtype)
-
-        if not pixel_values.isfinite().all():
-            raise ValueError("pixel_values holds values that are not finite.")
-        if self._prompt_multiple is not None:
-            input_ids, attention_mask = _pad_prompts(input_ids, attention_mask, self._prompt_multiple)
-        inputs = {
-            "input_ids": to_model(input_ids),
-            "attention_mask": to_model(attention_mask),
-            "pixel_values": to_model(pixel_values, self.dtype),
-            "proprio": to_model(proprio, self.dtype),
-        }
-
-        # 3. Predict, without the noise that training adds.
-        in_training = [module for module in self.modules() if module.training]
-        for module in in_training:
-            module.training = False
-        try:
-            normalized = self(**inputs, return_dict=True).actions
-        finally:
-            for module in in_training:  # and no others: towers may be kept in evaluation mode while the rest trains
-                module.training = True
-
-        # 4. Normalised space to physical units.
-        normalized = normalized.double().cpu().numpy()
-        if not np.isfinite(normalized).all():
-            raise ValueError(
-                f"the model predicted actions that are not finite in {self.dtype}. In float16 that is an overflow: use "
-                "bfloat16 or float32; otherwise the weights are broken."
-            )
-        return unnormalize(normalized, stats["action"], config.norm_type, config.constant_dims)
-
-    def compile_for_inference(self, prompt_multiple: int = 64, **options: Any) -> "VLAAdapterForActionPrediction":
-        """Compile the forward pass for [`predict_action`], which goes on returning the same actions.
-
-        It is meant for CUDA, where a prediction is mostly launches (not measured), and for quantised weights; on a CPU
-        it gains 4 % otherwise. The whole pass becomes one graph of fixed shapes, on CUDA one CUDA graph.
-        [`predict_action`] pads prompts to a multiple of `prompt_multiple` tokens, behind everything else, where they change no action; instructions of
-        other lengths thus need no compiling. What is new is compiled at its first prediction, which takes minutes at
-        the published size: the first observation, another batch size, a prompt beyond the multiple. Changed weights
-        are seen; they are no constants of the graph.
-
-        Args:
-            prompt_multiple (`int`, *optional*, defaults to 64): of tokens; the prompts of LIBERO all fit 64.
-            options: for `torch.compile`, in place of what is chosen here, e.g. `mode`, `backend`.
-
-        Returns:
-            `VLAAdapterForActionPrediction`: the model itself.
-
-        Raises:
-            ValueError: when `prompt_multiple` is not a positive int.
-        """
-        if isinstance(prompt_multiple, bool) or not isinstance(prompt_multiple, int) or prompt_multiple < 1:
-            raise ValueError(f"prompt_multiple must be an int of at least 1, got {prompt_multiple!r}.")
-        self._prompt_multiple = prompt_multiple
-        chosen: dict[str, Any] = {"fullgraph": True, "dynamic": False}
-        if self.device.type == "cuda":
-            chosen["mode"] = "reduce-overhead"
-        if "recompile_limit" in inspect.signature(torch.compile).parameters:  # not in older releases of torch
-            chosen |= {"recompile_limit": MAX_COMPILED_SHAPES, "isolate_recompiles": True}
-        self.compile(**{**chosen, **options})
-        return self
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        pretrained_model_name_or_path,
-        *args,
-        config=None,
-        output_loading_info=False,
-        ignore_mismatched_sizes=False,
-        strict=True,
-        **kwargs,
-    ):
-        """As in transformers, but a file that does not fill the model exactly is an error and not a warning.
-
-        A policy with some layers left at random predicts actions that look like actions. With
-        `ignore_mismatched_sizes=True`, for another robot's action size say, tensors of another shape than the model's
-        start anew; all of them must be there all the same. `strict=False` lets tensors be missing, which then start
-        anew, and left over.
-
-        Raises:
-            ValueError: when parameters are missing or left over; the message lists them.
-        """
-        hub = {name: kwargs[name] for name in HUB_ARGUMENTS & set(kwargs)}
-        source = pretrained_model_name_or_path
-        stored = {} if source is None else PreTrainedConfig.get_config_dict(source, **hub)[0]
-        layout = stored.get("model_type", VLAAdapterConfig.model_type)
-        if layout != VLAAdapterConfig.model_type:
-            reader = reader_of_layout(layout, source)
-            options = {"output_loading_info": output_loading_info, "strict": strict}
-            options["ignore_mismatched_sizes"] = ignore_mismatched_sizes
-            return reader.load_model(cls, source, config, **options, **kwargs)
-        if not isinstance(config, PreTrainedConfig):
-            fields = set(VLAAdapterConfig.__dataclass_fields__) - {"dtype"} | {"attn_implementation"}
-            given = {name: kwargs.pop(name) for name in fields & set(kwargs)}
-            config = cls.config_class.from_pretrained(source if config is None else config, **hub, **given)
-        model, loading_info = super().from_pretrained(
-            source,
-            *args,
-            config=config,
-            output_loading_info=True,
-            ignore_mismatched_sizes=ignore_mismatched_sizes,
-            key_mapping={**installed_renames(config), **(kwargs.pop("key_mapping", None) or {})},
-            **kwargs,
-        )
-        if strict:
-            mismatched = {mismatch[0] for mismatch in loading_info["mismatched_keys"]}
-            for kind in ("missing_keys", "unexpected_keys"):
-                names = sorted(set(loading_info[kind]) - mismatched)
-                if names:
-                    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-                    raise ValueError(
-                        f"{config.name_or_path or source}: {kind.replace('_', ' ')} {shown}. The file and the "
-                        "configuration do not belong together: the file is incomplete, or what the configuration "
-                        "describes (policy_variant, numbers of layers) is another model. ignore_mismatched_sizes=True "
-                        "starts tensors of another shape anew, but none that are missing; strict=False does."
-                    )
-        return (model, loading_info) if output_loading_info else model
-
-    def save_pretrained(self, save_directory, *args, state_dict=None, **kwargs) -> None:
-        """As in transformers, with parameter names that do not depend on the release of transformers in use."""
-        if not getattr(self, "_hf_peft_config_loaded", False):
-            state_dict = self.state_dict() if state_dict is None else state_dict
-            state_dict = {name_in_file(name): tensor for name, tensor in state_dict.items()}
-            kwargs["save_original_format"] = False
-        super().save_pretrained(save_directory, *args, state_dict=state_dict, **kwargs)
-
 
 def l1_loss(predicted: torch.Tensor, actions: torch.Tensor, action_is_pad: torch.Tensor | None = None) -> torch.Tensor:
     """Mean absolute error over all real steps and dimensions, float32."""
@@ -567,39 +336,6 @@ def _select(states: tuple[torch.Tensor, ...], wanted: bool | int | list[int] | N
         return states if wanted else None
     kept = {range(len(states))[index] for index in ([wanted] if isinstance(wanted, int) else wanted)}
     return tuple(state if index in kept else None for index, state in enumerate(states))
-
-
-def _pad_prompts(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, multiple: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Padding up to a multiple of tokens, and a mask that is always there: one graph then serves every prompt."""
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
-    padding = (0, -input_ids.shape[1] % multiple)
-    return nn.functional.pad(input_ids, padding), nn.functional.pad(mask, padding)
-
-
-def _check_state(state: Any, batch_size: int, proprio_dim: int) -> np.ndarray:
-    if state is None:
-        raise ValueError("state is missing: give the robot's state to the processor (state=...) or to predict_action.")
-    if isinstance(state, torch.Tensor):
-        if state.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(f"state is {state.dtype}, which has already lost digits; give float32 or float64.")
-        state = state.detach().cpu().numpy()
-    state = np.asarray(state, dtype=np.float64)
-    if state.ndim == 1 and batch_size == 1:
-        state = state[None]
-    if state.shape != (batch_size, proprio_dim):
-        raise ValueError(f"state must have shape ({batch_size}, {proprio_dim}), got {state.shape}.")
-    if not np.isfinite(state).all():
-        raise ValueError(f"state holds values that are not finite: {state.tolist()}.")
-    return state
-
-
-def _rename_to_installed(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args) -> None:
-    """Let `load_state_dict` (and the Trainer, which resumes with it) take the names of our files."""
-    installed = {prefix + name_in_file(name): prefix + name for name in module.state_dict()}
-    for name in [name for name in state_dict if name in installed and installed[name] != name]:
-        state_dict[installed[name]] = state_dict.pop(name)
 
 
 __all__ = ["VLAAdapterForActionPrediction", "VLAAdapterPreTrainedModel", "VLAAdapterOutput"]
