@@ -16,7 +16,7 @@ import time
 import torch
 
 from vla_adapter_hf import VLAAdapterConfig, VLAAdapterForActionPrediction, apply_preset
-from vla_adapter_hf.bench.run import SIZES
+from vla_adapter_hf.bench.random_weights import SIZES
 
 
 CASES = [(preset, checkpointing) for preset in ("frozen", "lora") for checkpointing in (False, True)]

@@ -14,8 +14,10 @@ import pytest
 import torch
 from model_fixtures import tiny_config, tiny_inputs, tiny_model
 from transformers import AutoModel, AutoProcessor
+from typer.testing import CliRunner
 
 from vla_adapter_hf import cli
+from vla_adapter_hf.bench import measures
 from vla_adapter_hf.bench.measures import (
     STAGES,
     StageClock,
@@ -25,12 +27,23 @@ from vla_adapter_hf.bench.measures import (
     peak_memory,
     weight_bytes,
 )
-from vla_adapter_hf.bench.run import SIZES, _load_options, bench, random_checkpoint
-from vla_adapter_hf.bench.turns import Rival, answer_turns
+from vla_adapter_hf.bench.random_weights import SIZES, random_checkpoint
+from vla_adapter_hf.bench.run import bench, serve_turns
+from vla_adapter_hf.bench.settings import BenchSettings
+from vla_adapter_hf.bench.turns import OtherProgram, answer_turns
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_matrix_products():
+    """The machine's rate is not what most of these tests are about, and full-size products take seconds."""
+    before = measures.MATMUL_SIZE["cpu"]
+    measures.MATMUL_SIZE["cpu"] = 512
+    yield
+    measures.MATMUL_SIZE["cpu"] = before
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +84,10 @@ class TestReport:
         folder = tmp_path_factory.mktemp("report")
         lines = []
         report = bench(
-            checkpoint,
-            batch_sizes=(1, 3),
-            runs=3,
-            warmup=1,
+            BenchSettings(checkpoint=checkpoint, batch_sizes=(1, 3), runs=3, warmup=1),
             against=program(folder, ANSWERING),
             output=folder / "new" / "bench.json",
-            say=lines.append,
+            report_progress=lines.append,
         )
         return report, lines, folder / "new" / "bench.json"
 
@@ -196,7 +206,8 @@ class TestOptions:
 
     def run(self, checkpoint: str, **options) -> tuple[dict, str]:
         lines = []
-        report = bench(checkpoint, runs=1, warmup=0, say=lines.append, **options)
+        settings = BenchSettings(checkpoint=checkpoint, runs=1, warmup=0, **options)
+        report = bench(settings, report_progress=lines.append)
         return report, "\n".join(lines)
 
     def test_compiled(self, checkpoint):
@@ -239,7 +250,7 @@ class TestOptions:
 
     def test_turns(self, checkpoint, monkeypatch, capsys):
         monkeypatch.setattr(sys, "stdin", io.StringIO("predict\npredict\n"))
-        assert bench(checkpoint, turns=True, warmup=1, say=lambda line: None) is None
+        serve_turns(BenchSettings(checkpoint=checkpoint, warmup=1), report_progress=lambda line: None)
         answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
         assert len(answers) == 2 and all(0 < answer["seconds"] < 60 for answer in answers)
 
@@ -247,12 +258,10 @@ class TestOptions:
         lines = []
         with pytest.raises(ValueError, match="exit code 3"):
             bench(
-                checkpoint,
-                runs=1,
-                warmup=0,
+                BenchSettings(checkpoint=checkpoint, runs=1, warmup=0),
                 against=program(tmp_path, "raise SystemExit(3)"),
                 output=tmp_path / "bench.json",
-                say=lines.append,
+                report_progress=lines.append,
             )
         report = json.loads((tmp_path / "bench.json").read_text(encoding="utf-8"))
         assert "against" not in report and report["predictions"]["1"]["p50"] > 0
@@ -262,14 +271,14 @@ class TestOptions:
         load = self.run(str(published_pro))[0]["load"]
         assert load["read_seconds"] > 0
 
-    def test_four_bits_are_packed_on_the_device_that_they_are_for(self):
+    def test_four_bits_are_packed_on_the_device_that_they_are_for(self, monkeypatch):
         pytest.importorskip("torchao")
-        cuda = torch.device("cuda", 0)
-        options = _load_options(None, cuda, "int4")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        options = BenchSettings(quantize="int4", device="cuda:0").load_options()
         assert (options["device_map"], options["dtype"]) == ({"": "cuda:0"}, torch.bfloat16)
-        assert "device_map" not in _load_options(None, CPU, "int4")
+        assert "device_map" not in BenchSettings(quantize="int4").load_options()
         with pytest.raises(ValueError, match="bfloat16 only, got --dtype torch.float32"):
-            _load_options(torch.float32, cuda, "int4")
+            BenchSettings(quantize="int4", device="cuda:0", dtype=torch.float32).load_options()
 
 
 class TestTurns:
@@ -280,19 +289,19 @@ class TestTurns:
         assert [json.loads(line) for line in out.getvalue().splitlines()] == [{"seconds": 0.5}, {"seconds": 0.25}]
 
     def test_other_output_is_passed_over(self, tmp_path):
-        with Rival(program(tmp_path, ANSWERING)) as rival:
-            assert [rival.predict(), rival.predict()] == [12.5, 12.5]
-        assert rival.process.returncode == 0
+        with OtherProgram(program(tmp_path, ANSWERING)) as other:
+            assert [other.predict(), other.predict()] == [12.5, 12.5]
+        assert other.process.returncode == 0
 
     @pytest.mark.parametrize("answer", ['{"seconds": true}', '{"seconds": -1}', '{"seconds": NaN}', "[1]", "1.5"])
     def test_an_answer_without_seconds_is_none(self, tmp_path, answer):
         text = f"import sys\nfor line in sys.stdin:\n    print({answer!r}, flush=True)\n    raise SystemExit(3)\n"
-        with Rival(program(tmp_path, text)) as rival, pytest.raises(ValueError, match="exit code 3"):
-            rival.predict()
+        with OtherProgram(program(tmp_path, text)) as other, pytest.raises(ValueError, match="exit code 3"):
+            other.predict()
 
     def test_a_program_that_is_not_there_is_named(self):
         with pytest.raises(ValueError, match="no-such-program"):
-            Rival("no-such-program --fast")
+            OtherProgram("no-such-program --fast")
 
 
 class TestRandomWeights:
@@ -327,14 +336,29 @@ class TestRandomWeights:
         ("--device", {"device": "warp drive"}),
         ("--device must be cpu or cuda", {"device": "meta"}),
         ("--device cuda:99", {"device": "cuda:99"}),
-        ("kind must be one of int8, int4", {"quantize": "int3"}),
-        ("no program 'no-such-program'", {"against": "no-such-program --fast"}),
-        ("no program ''", {"against": ""}),
-        ("No closing quotation", {"against": "python 'bench.py"}),
-        ("--turns answers", {"turns": True, "batch_sizes": (2,)}),
-        ("--turns answers", {"turns": True, "output": "bench.json"}),
     ],
 )
-def test_arguments_that_make_no_sense_are_refused(message, arguments):
+def test_settings_that_make_no_sense_are_refused(message, arguments):
     with pytest.raises(ValueError, match=message):
-        bench(**arguments, say=lambda line: None)
+        BenchSettings(**arguments)
+
+
+@pytest.mark.parametrize(
+    "message, settings, arguments",
+    [
+        ("kind must be one of int8, int4", {"quantize": "int3"}, {}),
+        ("no program 'no-such-program'", {}, {"against": "no-such-program --fast"}),
+        ("no program ''", {}, {"against": ""}),
+        ("No closing quotation", {}, {"against": "python 'bench.py"}),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_is_loaded(message, settings, arguments, monkeypatch):
+    monkeypatch.setattr(AutoModel, "from_pretrained", None)
+    with pytest.raises(ValueError, match=message):
+        bench(BenchSettings(**settings), **arguments, report_progress=lambda line: None)
+
+
+@pytest.mark.parametrize("options", [["--batch", "2"], ["--output", "bench.json"], ["--against", "true"]])
+def test_turns_take_no_option_of_a_report(options):
+    result = CliRunner().invoke(cli.app, ["bench", "--turns", *options])
+    assert result.exit_code == 1 and "--turns answers" in result.output

@@ -169,24 +169,28 @@ def bench(
     """Time predictions by stage, set them against the machine's matrix products, and measure memory and loading."""
     with readable_errors():
         from vla_adapter_hf.bench.run import bench as run
+        from vla_adapter_hf.bench.run import serve_turns
+        from vla_adapter_hf.bench.settings import BenchSettings
 
-        run(
-            checkpoint,
+        settings = BenchSettings(
+            checkpoint=checkpoint,
             size=size,
             dtype=_dtype(dtype),
             device=device,
             threads=threads,
-            batch_sizes=_batch_sizes(batch),
+            batch_sizes=tuple(_batch_sizes(batch)),
             runs=runs,
             warmup=warmup,
             compiled=compiled,
             quantize=quantize,
             attention=_attention(attn),
-            against=against,
-            turns=turns,
-            output=output,
-            say=lambda line: typer.echo(line, err=turns),
         )
+        if not turns:
+            run(settings, against=against, output=output, report_progress=typer.echo)
+        elif against is not None or output is not None:
+            raise ValueError("--turns answers with seconds only: leave --against and --output out.")
+        else:
+            serve_turns(settings, report_progress=lambda line: typer.echo(line, err=True))
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What `vla-adapter bench` measures with: a clock for the stages, memory, floating-point operations, matrix products."""
+"""Measurements of `vla-adapter bench`: time of the stages, memory, floating-point operations, matrix products."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction
 
 
-# The stages of a prediction, and the modules whose time they are.
+# The modules that make up each stage of a prediction.
 STAGE_MODULES = {
     "vision": ("dinov2", "siglip"),
     "projector": ("vision_projector",),
@@ -25,22 +25,22 @@ STAGE_MODULES = {
 }
 BEFORE, BETWEEN, AFTER = "checks, normalising", "embedding, gathering", "un-normalising"
 STAGES = (BEFORE, *STAGE_MODULES, BETWEEN, AFTER)
-# What linear layers and convolutions come down to; attention is products of batches of matrices, or a kernel of its own.
+# Operators of linear layers and convolutions. Attention uses products of batches of matrices, or its own kernel.
 LAYER_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
-# Large enough for the full rate, and done in an instant.
+# Large enough for the full rate, small enough to take no time.
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
+    """Wait until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class StageClock:
-    """Seconds of every stage of a prediction, by hooks on the model's modules; a context manager.
+    """Seconds of every stage of a prediction, measured by hooks on the model's modules while the context lasts.
 
-    At each boundary it waits for the device, so the sum is more than the prediction takes without a clock.
+    It waits for the device at each boundary, so the sum is more than a prediction takes without the clock.
     """
 
     def __init__(self, model: VLAAdapterForActionPrediction):
@@ -89,7 +89,7 @@ class StageClock:
 
 
 def time_calls(run: Callable[[], Any], device: torch.device, warmup: int, runs: int) -> list[float]:
-    """Seconds of every one of `runs` calls, after some that do not count."""
+    """Seconds of each of `runs` calls, after `warmup` calls that do not count."""
     for _ in range(warmup):
         run()
     seconds = []
@@ -103,20 +103,20 @@ def time_calls(run: Callable[[], Any], device: torch.device, warmup: int, runs: 
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, runs: int = 5) -> float:
-    """Floating-point operations per second of a product of two square matrices: the fastest of some."""
+    """Floating-point operations per second of a product of two square matrices, the fastest of `runs`."""
     size = MATMUL_SIZE.get(device.type, MATMUL_SIZE["cpu"])
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / min(time_calls(lambda: left @ right, device, 1, runs))
 
 
 def count_flops(config: VLAAdapterConfig, batch_size: int, prompt_length: int) -> dict[str, int]:
-    """Floating-point operations of the products in one forward pass, a multiplication and an addition being two.
+    """Floating-point operations of the products in one forward pass. A multiplication and an addition count as two.
 
-    Counted on a model without values.
+    They are counted on a model on the meta device.
 
     Returns:
-        `dict`: `"layers"`, those of linear layers and convolutions, and `"attention"`, those between tokens; causal
-        attention counts in full, as its kernels are counted everywhere.
+        `dict`: `"layers"`, of linear layers and convolutions, and `"attention"`, between tokens. Causal attention counts
+        in full, as is usual.
     """
     with torch.device("meta"), torch.no_grad():
         model = VLAAdapterForActionPrediction(config).eval()
@@ -133,7 +133,7 @@ def count_flops(config: VLAAdapterConfig, batch_size: int, prompt_length: int) -
 
 
 def weight_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all parameters as they are kept; for quantised ones, of their parts."""
+    """Bytes of all parameters as they are stored. Quantised parameters count as the sum of their parts."""
     return sum(part.numel() * part.element_size() for weight in model.parameters() for part in _parts(weight))
 
 
@@ -145,12 +145,12 @@ def _parts(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def memory_in_use(device: torch.device) -> int | None:
-    """Bytes that the process holds (on CUDA: tensors of the device), or `None` where the system does not say."""
+    """Bytes that the process holds (on CUDA: bytes of tensors), or `None` if the system does not report them."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _own_status("VmRSS")
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """The most that [`memory_in_use`] has been since the process started."""
+    """The largest value of [`memory_in_use`] since the process started."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _own_status("VmHWM")
 
 
@@ -163,7 +163,7 @@ def _own_status(field: str) -> int | None:
 
 
 def seconds_to_read(files: list[Path]) -> float:
-    """Seconds to read files into memory once, from the system's cache as far as they are in it."""
+    """Seconds to read files into memory once. They may be in the system's cache."""
     start = time.perf_counter()
     contents = [file.read_bytes() for file in files]
     seconds = time.perf_counter() - start

@@ -1,7 +1,7 @@
-"""Two implementations in turn: one asks for a prediction with a line of text, the other says how long it took.
+"""Two programs predict in turn. One asks with a line of text, the other answers with the seconds that it took.
 
-A program that is compared loads its model, warms up, and for every line that it reads from its input makes one prediction
-and prints one line, `{"seconds": 1.25}`. What else it prints is passed over. `vla-adapter bench --turns` is such a program.
+The other program loads its model and warms up. For every line of its input it makes one prediction and prints one line,
+`{"seconds": 1.25}`. All other output is ignored. `vla-adapter bench --turns` is such a program.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def split_command(command: str) -> list[str]:
     """The words of a command.
 
     Raises:
-        ValueError: when it has none, a quotation does not end, or there is no such program.
+        ValueError: if it is empty, a quotation does not end, or the program does not exist.
     """
     try:
         words = shlex.split(command)
@@ -35,14 +35,14 @@ def split_command(command: str) -> list[str]:
     return words
 
 
-class Rival:
-    """A program that predicts when it is asked to; a context manager that ends it.
+class OtherProgram:
+    """A program that predicts on request. Leaving the context ends it.
 
     Args:
-        command (`str`): how to start it, without a shell.
+        command (`str`): the command that starts it, without a shell.
 
     Raises:
-        ValueError: when there is no such program, or it ends or answers with something else than seconds.
+        ValueError: if the program does not exist, or ends without an answer.
     """
 
     def __init__(self, command: str):
@@ -53,13 +53,13 @@ class Rival:
         except OSError as error:
             raise ValueError(f"--against {command!r} cannot be started: {error}") from error
 
-    def __enter__(self) -> Rival:
+    def __enter__(self) -> OtherProgram:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with suppress(BrokenPipeError):  # when it has ended by itself
+        with suppress(BrokenPipeError):  # it has ended by itself
             self.process.stdin.close()
         try:
             self.process.wait(timeout=30)
@@ -69,7 +69,7 @@ class Rival:
 
     def predict(self) -> float:
         """Seconds of one prediction."""
-        with suppress(BrokenPipeError):  # the loop finds that it has ended
+        with suppress(BrokenPipeError):  # the loop below finds that it has ended
             self.process.stdin.write("predict\n")
             self.process.stdin.flush()
         for line in self.process.stdout:
@@ -77,7 +77,7 @@ class Rival:
             if seconds is not None:
                 return seconds
         raise ValueError(
-            f"--against {self.command!r} ended with exit code {self.process.wait()} without answering; for every line of "
+            f"--against {self.command!r} ended with exit code {self.process.wait()} before it answered; for every line of "
             'input it must print one line such as {"seconds": 1.25}.'
         )
 
