@@ -23,8 +23,9 @@ policy: $(VENV)/demo-installed $(VENV)/simulator-installed
 # The simulator in .venv, for the tests that need it.
 simulator: $(VENV)/simulator-installed
 
+# Two workers, each with one thread of torch (tests/conftest.py).
 test: $(VENV)/test-installed lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(VENV)/test-installed
 	$(BIN)/ruff check .

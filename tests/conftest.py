@@ -1,7 +1,7 @@
 """Fixtures for all tests. What they are made of is in `model_fixtures.py`, which tests may also import.
 
-No test talks to the Hub, except those with the mark `hub`: HF_HUB_OFFLINE=0 pytest -m hub. One thread makes results
-repeatable and is no slower for models this small.
+No test uses the Hub, except those with the mark `hub`: HF_HUB_OFFLINE=0 pytest -m hub. One thread makes results
+repeatable, is no slower for models this small, and leaves the other cores to the other workers.
 """
 
 import os
@@ -11,6 +11,8 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# For the programs that tests start; this process sets its own below.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
 from collections.abc import Callable
