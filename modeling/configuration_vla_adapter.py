@@ -1,10 +1,13 @@
 """Configuration of VLA-Adapter: two vision towers, a language model and a Bridge Attention policy."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from functools import wraps
 from typing import Any, ClassVar
 
+from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import Dinov2WithRegistersConfig, PreTrainedConfig, Qwen2Config, SiglipVisionConfig
 
 from .normalization_vla_adapter import CONSTANT_DIM_RULES, NORM_TYPES, check_norm_stats
@@ -12,6 +15,7 @@ from .normalization_vla_adapter import CONSTANT_DIM_RULES, NORM_TYPES, check_nor
 
 POLICY_VARIANTS = ("original", "pro")
 ROPE_DTYPES = ("bfloat16", "float32")
+PROMPT_STYLES = ("chat", "in_out")
 
 # Readers of checkpoints in other layouts, by the `model_type` in their config.json: objects with `read_config(source,
 # hub, **overrides)` and `load_model(model_class, source, config, **kwargs)`. The package registers the published layout;
@@ -61,9 +65,29 @@ PUBLISHED_QWEN2 = {
 }
 
 
+def _with_plain_errors(config_class: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """Errors of `@strict` are neither a TypeError nor a ValueError; raise the one that each of them wraps."""
+
+    def unwrapped(check: Callable[..., None]) -> Callable[..., None]:
+        @wraps(check)
+        def checked(*args: Any) -> None:
+            try:
+                check(*args)
+            except StrictDataclassError as error:
+                raise (error.__cause__ or error) from None
+
+        return checked
+
+    config_class.__setattr__ = unwrapped(config_class.__setattr__)
+    config_class.validate = unwrapped(config_class.validate)
+    return config_class
+
+
+@_with_plain_errors
+@strict
 class VLAAdapterConfig(PreTrainedConfig):
     r"""
-    Everything that a VLA-Adapter checkpoint is, apart from its weights. The defaults are the published LIBERO Pro
+    Everything that defines a VLA-Adapter model except its weights. The defaults are those of the published LIBERO Pro
     model (arXiv 2509.09372; `VLA-Adapter/LIBERO-Object-Pro` and its siblings).
 
     Args:
@@ -95,34 +119,38 @@ class VLAAdapterConfig(PreTrainedConfig):
         policy_rope_theta (`float`, *optional*, defaults to 10000.0):
             Base of the rotary frequencies of the pro policy.
         policy_rope_dtype (`str`, *optional*, defaults to `"bfloat16"`):
-            Precision in which the rotary tables are made: `"bfloat16"` for weights trained by the original code,
-            whatever precision they are run in, `"float32"` for policies trained from new.
+            Precision in which the rotary tables are computed: `"bfloat16"` for weights that the original code trained,
+            in whatever precision the model runs; `"float32"` for policies that are trained from scratch.
         policy_task_tokens (`int`, *optional*):
-            How many of a layer's states, patches first and action queries after them, the policy treats as task
-            states. By default all the patches of all cameras. The original code always takes 512, so checkpoints
-            that it trained with other than two cameras need 512 here; where there are fewer states, as with one
-            camera, that means all of them.
+            How many of a layer's states (patches first, then action queries) the policy treats as task states.
+            Defaults to the patches of all cameras. The original code always takes 512, so a checkpoint that it trained
+            with one camera or with three needs 512 here. If there are fewer states, all of them are task states.
         policy_noise_std (`float`, *optional*, defaults to 0.02):
             Standard deviation of the noise added to the zero action latent in training.
         norm_type (`str`, *optional*, defaults to `"bounds_q99"`):
-            What normalisation maps to -1 and 1: `"bounds_q99"` (the 1st and 99th percentile), `"bounds"` (minimum
-            and maximum), or `"normal"` (mean and standard deviation to 0 and 1).
+            `"bounds_q99"` maps the 1st and the 99th percentile to -1 and 1, `"bounds"` the minimum and the maximum.
+            `"normal"` maps the mean to 0 and the standard deviation to 1.
         norm_stats (`dict`, *optional*):
             `{unnorm_key: {"action": {...}, "proprio": {...}}}` with lists `min`, `max`, `mean`, `std`, `q01`,
             `q99`, and for actions a `mask` of the dimensions that are normalised (default: all of them).
         constant_dims (`str`, *optional*, defaults to `"zero"`):
-            What a dimension whose minimum equals its maximum becomes inside the model: `"zero"`, or `"published"`,
-            the inference rule of the original code (proprio -1), for converted checkpoints.
+            What a dimension whose minimum equals its maximum is normalised to: `"zero"` to 0, `"published"` to -1, as
+            the original code does at inference (for converted checkpoints).
+        prompt_style (`str`, *optional*, defaults to `"chat"`):
+            The prompt around the instruction: `"chat"` (all published checkpoints) or `"in_out"` (`In: ... Out:`).
+            `None` if it is not known, as in files written before this field existed.
         image_jpeg_round_trip (`bool`, *optional*, defaults to `True`):
-            Whether camera frames go through JPEG before they are resized, as the published models' data did.
+            Whether camera frames are encoded as JPEG and decoded before they are resized, as the frames were that the
+            published models were trained on.
         image_center_crop (`float`, *optional*, defaults to 0.9):
-            Share of a frame's area that is kept at inference by models trained with random crops; `None` for no
-            crop.
+            Share of a frame's area that the centre crop keeps at inference, for models trained with random crops.
+            `None` for no crop.
         initializer_range (`float`, *optional*, defaults to 0.02):
-            Standard deviation of new action queries and of a new vision projector.
+            Standard deviation of the initial action queries and the initial weights of the vision projector.
 
     Raises:
-        ValueError, TypeError: when values contradict each other or make no sense; the message names the field.
+        TypeError: for a value of the wrong type. The message names the field.
+        ValueError: for a value out of range, or values that contradict each other. The message names the fields.
     """
 
     model_type = "vla_adapter"
@@ -143,16 +171,17 @@ class VLAAdapterConfig(PreTrainedConfig):
     policy_variant: str = "pro"
     policy_num_layers: int = 24
     policy_num_heads: int = 8
-    policy_rope_theta: float = 10000.0
+    policy_rope_theta: float | int = 10000.0
     policy_rope_dtype: str = "bfloat16"
     policy_task_tokens: int | None = None
-    policy_noise_std: float = 0.02
+    policy_noise_std: float | int = 0.02
     norm_type: str = "bounds_q99"
     norm_stats: dict[str, Any] | None = None
     constant_dims: str = "zero"
+    prompt_style: str | None = "chat"
     image_jpeg_round_trip: bool = True
-    image_center_crop: float | None = 0.9
-    initializer_range: float = 0.02
+    image_center_crop: float | int | None = 0.9
+    initializer_range: float | int = 0.02
 
     def __post_init__(self, **kwargs):
         published = (PUBLISHED_DINOV2, PUBLISHED_SIGLIP, PUBLISHED_QWEN2)
@@ -171,7 +200,6 @@ class VLAAdapterConfig(PreTrainedConfig):
             self.norm_stats = None
         refuse_misspelt(kwargs)
         super().__post_init__(**kwargs)
-        self.validate_architecture()
 
     @property
     def num_cameras(self) -> int:
@@ -200,29 +228,48 @@ class VLAAdapterConfig(PreTrainedConfig):
         return min(self.policy_task_tokens, self.num_patch_tokens + self.num_action_queries)
 
     def validate_architecture(self) -> None:
-        """Refuse what cannot be built or would be silently wrong. Called at construction and by the model."""
-        for name in ("num_action_queries", "chunk_size", "action_dim", "proprio_dim", "policy_num_layers"):
-            _check_positive_int(name, getattr(self, name))
-        _check_positive_int("policy_num_heads", self.policy_num_heads)
+        """Check what types alone do not tell. Part of `@strict`'s validation; the model calls it too.
+
+        Raises:
+            TypeError, ValueError: naming the field, what it holds and what was expected.
+        """
+        sizes = (
+            "num_action_queries",
+            "chunk_size",
+            "action_dim",
+            "proprio_dim",
+            "policy_num_layers",
+            "policy_num_heads",
+        )
+        numbers = (
+            "policy_task_tokens",
+            "policy_rope_theta",
+            "policy_noise_std",
+            "image_center_crop",
+            "initializer_range",
+        )
+        for name in (*sizes, *numbers):
+            if isinstance(getattr(self, name), bool):  # older releases of `@strict` accept True as 1
+                raise TypeError(f"{name}: expected int or float, got bool ({getattr(self, name)}).")
+        for name in sizes:
+            _check_at_least_1(name, getattr(self, name))
         self._check_cameras()
         self._check_towers()
         self._check_policy()
         _check_choice("norm_type", self.norm_type, NORM_TYPES)
         _check_choice("constant_dims", self.constant_dims, CONSTANT_DIM_RULES)
-        if not isinstance(self.image_jpeg_round_trip, bool):
-            raise TypeError(f"image_jpeg_round_trip must be True or False, got {self.image_jpeg_round_trip!r}.")
-        if not _is_number(self.initializer_range) or self.initializer_range < 0:
+        if self.prompt_style is not None:
+            _check_choice("prompt_style", self.prompt_style, PROMPT_STYLES)
+        if not 0 <= self.initializer_range < math.inf:
             raise ValueError(f"initializer_range must be a number of at least 0, got {self.initializer_range!r}.")
         crop = self.image_center_crop
-        if crop is not None and not (_is_number(crop) and 0 < crop <= 1):
+        if crop is not None and not 0 < crop <= 1:
             raise ValueError(f"image_center_crop must be a share of the area in (0, 1] or None, got {crop!r}.")
         if self.norm_stats is not None:
             check_norm_stats(self.norm_stats, self.norm_type, self.action_dim, self.proprio_dim, self.constant_dims)
 
     def _check_cameras(self) -> None:
         cameras = self.cameras
-        if not isinstance(cameras, (list, tuple)) or not all(isinstance(name, str) for name in cameras):
-            raise TypeError(f"cameras must be a list of names, got {cameras!r}.")
         if not cameras or len(set(cameras)) != len(cameras) or not all(cameras):
             raise ValueError(f"cameras must be at least one name, each once and not empty, got {list(cameras)}.")
 
@@ -267,10 +314,10 @@ class VLAAdapterConfig(PreTrainedConfig):
                 "which rotary positions cannot turn; choose a number of heads that makes them even."
             )
         if self.policy_task_tokens is not None:
-            _check_positive_int("policy_task_tokens", self.policy_task_tokens)
-        if not _is_number(self.policy_noise_std) or self.policy_noise_std < 0:
+            _check_at_least_1("policy_task_tokens", self.policy_task_tokens)
+        if not 0 <= self.policy_noise_std < math.inf:
             raise ValueError(f"policy_noise_std must be a number of at least 0, got {self.policy_noise_std!r}.")
-        if not _is_number(self.policy_rope_theta) or self.policy_rope_theta <= 0:
+        if not 0 < self.policy_rope_theta < math.inf:
             raise ValueError(f"policy_rope_theta must be a number above 0, got {self.policy_rope_theta!r}.")
 
     @classmethod
@@ -298,7 +345,7 @@ class VLAAdapterConfig(PreTrainedConfig):
                     f"{name}={kwargs[name]!r} goes with checkpoints in the published layout; {source} says itself what it is."
                 )
         refuse_misspelt(kwargs)
-        config_dict = dict(config_dict)
+        config_dict = {"prompt_style": None, **config_dict}  # not recorded in older files
         fields = set(cls.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
         for name in fields & set(kwargs):
             value = kwargs.pop(name)
@@ -354,15 +401,9 @@ def reader_of_layout(model_type: str, source: str | None) -> Any:
     return OTHER_LAYOUTS[model_type]
 
 
-def _check_positive_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {value!r}.")
+def _check_at_least_1(name: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def refuse_misspelt(names: Iterable[str]) -> None:

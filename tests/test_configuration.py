@@ -79,6 +79,15 @@ class TestFile:
         assert loaded.to_diff_dict() == {**config.to_diff_dict(), "auto_map": loaded.auto_map}
         assert loaded.image_center_crop is None and loaded.policy_task_tokens == 10
 
+    def test_a_file_without_a_prompt_style_loads_and_does_not_guess_it(self, tmp_path):
+        tiny_config(prompt_style="in_out").save_pretrained(tmp_path)
+        assert VLAAdapterConfig.from_pretrained(tmp_path).prompt_style == "in_out"
+        stored = json.loads((tmp_path / "config.json").read_text())
+        del stored["prompt_style"]
+        (tmp_path / "config.json").write_text(json.dumps(stored))
+        assert VLAAdapterConfig.from_pretrained(tmp_path).prompt_style is None
+        assert AutoConfig.from_pretrained(tmp_path, prompt_style="chat").prompt_style == "chat"
+
     def test_sub_configs_are_real_config_objects_after_a_round_trip(self, tmp_path):
         config = tiny_config()
         config.save_pretrained(tmp_path)
@@ -160,8 +169,8 @@ REFUSED = {
     "no task tokens": (ValueError, "policy_task_tokens", {"policy_task_tokens": 0}),
     "negative noise": (ValueError, "policy_noise_std", {"policy_noise_std": -0.1}),
     "noise that is not a number": (ValueError, "policy_noise_std", {"policy_noise_std": float("nan")}),
-    "noise in words": (ValueError, "policy_noise_std", {"policy_noise_std": "a"}),
-    "no rotary base": (ValueError, "policy_rope_theta", {"policy_rope_theta": None}),
+    "noise in words": (TypeError, "policy_noise_std", {"policy_noise_std": "a"}),
+    "no rotary base": (TypeError, "policy_rope_theta", {"policy_rope_theta": None}),
     "round trip in words": (TypeError, "image_jpeg_round_trip", {"image_jpeg_round_trip": "no"}),
     "a crop that is a switch": ((ValueError, TypeError), "image_center_crop", {"image_center_crop": True}),
     "a camera without a name": (ValueError, "cameras", {"cameras": ["image", ""]}),
@@ -173,6 +182,10 @@ REFUSED = {
     "rotary base of zero": (ValueError, "policy_rope_theta", {"policy_rope_theta": 0.0}),
     "crop of nothing": (ValueError, "image_center_crop", {"image_center_crop": 0.0}),
     "crop beyond the image": (ValueError, "image_center_crop", {"image_center_crop": 1.5}),
+    "a size that is a switch": (TypeError, "chunk_size.*expected int.*got bool", {"chunk_size": True}),
+    "a number in quotes": (TypeError, "policy_noise_std", {"policy_noise_std": "0.02"}),
+    "unknown prompt": (ValueError, "prompt_style must be one of chat, in_out, got 'free'", {"prompt_style": "free"}),
+    "a prompt by number": (TypeError, "prompt_style", {"prompt_style": 1}),
     "no camera": (ValueError, "cameras", {"cameras": []}),
     "one camera twice": (ValueError, "cameras", {"cameras": ["image", "image"]}),
     "a camera without quotes": (TypeError, "cameras", {"cameras": "image"}),
@@ -190,7 +203,7 @@ REFUSED = {
     "statistics that are not finite": (ValueError, r"\['action'\]\['mean'\].*finite", {"norm_stats": stats_with("action", mean=[np.nan] * 7)}),
     "a mask of numbers": (TypeError, "mask", {"norm_stats": stats_with("action", mask=[1.0] * 7)}),
     "statistics without proprio": (ValueError, r"\['proprio'\] is missing", {"norm_stats": {"key": {"action": norm_stats()["libero_object_no_noops"]["action"]}}}),
-    "statistics that are no dict": (TypeError, "norm_stats must be a dict", {"norm_stats": [1, 2]}),
+    "statistics that are no dict": (TypeError, "norm_stats.*expected a dict, got list", {"norm_stats": [1, 2]}),
 }  # fmt: skip
 
 
@@ -199,6 +212,20 @@ def test_nonsense_is_refused_by_the_fields_name(nonsense):
     error, message, fields = REFUSED[nonsense]
     with pytest.raises(error, match=message):
         tiny_config(**fields)
+
+
+def test_a_field_set_later_is_checked_for_its_type():
+    config = tiny_config()
+    with pytest.raises(TypeError, match="chunk_size.*expected int, got str"):
+        config.chunk_size = "8"
+    assert config.chunk_size == tiny_config().chunk_size
+
+
+def test_a_configuration_that_was_made_invalid_is_not_saved(tmp_path):
+    config = tiny_config()
+    config.policy_num_layers = 3
+    with pytest.raises(ValueError, match="policy_num_layers=3"):
+        config.save_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("missing", ["q01", "q99", "min", "max"])

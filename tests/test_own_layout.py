@@ -26,7 +26,7 @@ from vla_adapter_hf import (
 REPOSITORY = Path(__file__).parents[1]
 TRAVELLING = sorted([*(REPOSITORY / "modeling").glob("*.py"), *(REPOSITORY / "processing").glob("*.py")])
 # transformers brings numpy, huggingface_hub and safetensors; simplejpeg is used where it is installed.
-ALLOWED_IMPORTS = {"torch", "transformers", "numpy", "PIL"}
+ALLOWED_IMPORTS = {"torch", "transformers", "huggingface_hub", "numpy", "PIL"}
 OPTIONAL_IMPORTS = {"simplejpeg"}
 # The same weights elsewhere in memory, or in a process with other threads: random weights amplify the rounding, see
 # test_goldens.
