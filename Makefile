@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # pip asks nobody and prints its errors only.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-loop policy simulator test lint conformance clean
+.PHONY: demo demo-loop policy simulator test lint docs conformance clean
 
 # One prediction on a recorded observation; an episode, once `make demo-loop` has brought the simulator.
 demo: $(VENV)/demo-installed
@@ -31,6 +31,10 @@ lint: $(VENV)/test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+# The documentation as a site in docs/_build/html; a warning, such as a link that leads nowhere, is an error.
+docs: $(VENV)/docs-installed
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html
+
 # transformers' own common tests for models, configurations and processors, against ours.
 conformance: $(VENV)/test-installed
 	$(BIN)/python -m pytest tests/conformance
@@ -46,9 +50,13 @@ $(VENV)/test-installed: setup.cfg constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable '.[test]'
 	touch $@
 
+$(VENV)/docs-installed: setup.cfg constraints.txt | $(VENV)/bin/python
+	$(INSTALL) --editable '.[docs,plot]'
+	touch $@
+
 $(VENV)/simulator-installed: setup.cfg constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable '.[libero]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build outputs .cache
+	rm -rf $(VENV) build dist docs/_build outputs .cache
