@@ -9,6 +9,7 @@ from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format, is_valid_image, to_numpy_array
 from transformers.processing_utils import ImagesKwargs
 
+from .camera_names_vla_adapter import matching_names
 from .image_preparation_vla_adapter import normalize, prepare
 
 # Not used here, but older releases of transformers copy only the files that this one imports itself.
@@ -88,8 +89,11 @@ class VLAAdapterImageProcessor(PilBackend):
         for a model with one camera, the frame itself. A batch is a list of samples. A flat list of frames is one
         sample, except for a model with one camera, for which it is a batch.
 
+        A camera name may be a full column name that ends in it: `observation.images.top` for the camera `top`.
+
         Raises:
-            ValueError: when a sample does not have one frame per camera, or a camera name is missing or unknown.
+            ValueError: when a sample does not have one frame per camera, or a camera's name is missing, unknown or
+                ambiguous.
         """
         cameras = self.cameras
         if isinstance(images, dict) or _is_frame(images):
@@ -105,11 +109,7 @@ class VLAAdapterImageProcessor(PilBackend):
     def _order_by_camera(self, sample: Any, index: int) -> list[Any]:
         cameras = self.cameras
         if isinstance(sample, dict):
-            if set(sample) != set(cameras):
-                raise ValueError(
-                    f"images of sample {index} have the cameras {sorted(sample)}, the model needs {list(cameras)}."
-                )
-            return [sample[name] for name in cameras]
+            return [sample[name] for name in self._find_cameras(list(sample), index)]
         frames = [sample] if _is_frame(sample) else list(sample)
         if len(frames) != len(cameras):
             raise ValueError(
@@ -117,6 +117,26 @@ class VLAAdapterImageProcessor(PilBackend):
                 f"({', '.join(cameras)}). Give one frame for each, in this order, or a dict by camera name."
             )
         return frames
+
+    def _find_cameras(self, names: list[str], index: int) -> list[str]:
+        """The names under which a sample's dict holds the cameras, in the model's order."""
+        cameras = self.cameras
+        exact = [name for name in names if name in cameras]
+        rest = [name for name in names if name not in cameras]
+        found = []
+        for camera in cameras:
+            matches = matching_names(camera, exact if camera in exact else rest)
+            if len(matches) > 1:
+                raise ValueError(
+                    f"images of sample {index}: camera {camera!r} could be any of {', '.join(matches)}; give the frames "
+                    f"under the model's own camera names {list(cameras)}."
+                )
+            found += matches
+        if len(found) != len(cameras) or sorted(found) != sorted(names):
+            raise ValueError(
+                f"images of sample {index} have the cameras {sorted(names)}, the model needs {list(cameras)}."
+            )
+        return found
 
     def preprocess(self, images: Any, *args, **kwargs) -> BatchFeature:
         """

@@ -7,6 +7,7 @@ from transformers.feature_extraction_utils import BatchFeature
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin
 
 # Older releases of transformers copy only the files that this one imports itself, so it names them all.
+from .camera_names_vla_adapter import matching_names  # noqa: F401
 from .image_preparation_vla_adapter import prepare  # noqa: F401
 from .image_processing_vla_adapter import VLAAdapterImageProcessor, VLAAdapterImageProcessorKwargs
 from .jpeg_round_trip_vla_adapter import jpeg_round_trip  # noqa: F401

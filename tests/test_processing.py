@@ -182,6 +182,30 @@ class TestSamples:
         with pytest.raises(ValueError, match=r"the model needs \['image', 'wrist_image'\]"):
             prepared(image_processor, dict(zip(names, frames, strict=False)))
 
+    @pytest.mark.parametrize("prefix", ["observation.images.", "steps/observation/"])
+    def test_full_column_names_that_end_in_the_cameras_names(self, image_processor, frames, expected, prefix):
+        images = {f"{prefix}wrist_image": frames[1], f"{prefix}image": frames[0]}
+        assert torch.equal(prepared(image_processor, images), expected)
+
+    def test_a_full_column_name_next_to_a_short_one(self, image_processor, frames, expected):
+        images = {"left.wrist_image": frames[1], "image": frames[0]}
+        assert torch.equal(prepared(image_processor, images), expected)
+
+    @pytest.mark.parametrize("prefix", ["", "observation.images."])
+    def test_cameras_whose_last_parts_are_equal(self, frames, expected, prefix):
+        two = VLAAdapterImageProcessor(size={"height": 28, "width": 28}, cameras=["left.rgb", "right.rgb"])
+        images = {f"{prefix}right.rgb": frames[1], f"{prefix}left.rgb": frames[0]}
+        assert torch.equal(prepared(two, images), expected)
+
+    def test_a_camera_that_two_names_end_in_is_refused_with_both(self, image_processor, frames):
+        names = ("image", "left.wrist_image", "right.wrist_image")
+        with pytest.raises(ValueError, match="'wrist_image' could be any of left.wrist_image, right.wrist_image"):
+            prepared(image_processor, dict(zip(names, frames, strict=False)))
+
+    def test_a_name_that_only_ends_in_the_same_letters_is_refused(self, image_processor, frames):
+        with pytest.raises(ValueError, match=r"the model needs \['image', 'wrist_image'\]"):
+            prepared(image_processor, {"front_image": frames[0], "wrist_image": frames[1]})
+
     def test_no_images_are_refused(self, image_processor):
         with pytest.raises(ValueError, match="images is empty.*image, wrist_image"):
             prepared(image_processor, [])
