@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from vla_adapter_hf.bench.measures import memory_in_use, peak_memory, seconds_to_read, weight_bytes
 from vla_adapter_hf.bench.random_weights import SIZES, random_checkpoint
 from vla_adapter_hf.checkpoints.published import names as published_names
-from vla_adapter_hf.checkpoints.published.layout import TIMM_HEADS
+from vla_adapter_hf.checkpoints.published.config import TIMM_HEADS
 from vla_adapter_hf.checkpoints.saving import synthetic_observation
 
 

@@ -7,13 +7,13 @@ from typing import Any
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
 from vla_adapter_hf._version import __version__
-from vla_adapter_hf.checkpoints.published.layout import (
-    MODEL_TYPE,
+from vla_adapter_hf.checkpoints.auto import (
+    PrismaticProcessor,
     PublishedLayout,
+    PublishedModel,
     PublishedVLAAdapterConfig,
-    UnreadConfig,
 )
-from vla_adapter_hf.checkpoints.published.processor import PrismaticProcessor
+from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.modeling.configuration_vla_adapter import OTHER_LAYOUTS, VLAAdapterConfig
 from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction, VLAAdapterOutput
 from vla_adapter_hf.processing.image_processing_vla_adapter import VLAAdapterImageProcessor
@@ -22,19 +22,19 @@ from vla_adapter_hf.robots import ROBOTS, RobotPreset, get_robot
 
 
 def _register() -> None:
-    OTHER_LAYOUTS[MODEL_TYPE] = PublishedLayout()
+    OTHER_LAYOUTS[PublishedVLAAdapterConfig.model_type] = PublishedLayout()
     AutoConfig.register(VLAAdapterConfig.model_type, VLAAdapterConfig, exist_ok=True)
-    AutoConfig.register(MODEL_TYPE, PublishedVLAAdapterConfig, exist_ok=True)
-    for config_class in (VLAAdapterConfig, UnreadConfig):
-        AutoModel.register(config_class, VLAAdapterForActionPrediction, exist_ok=True)
+    AutoConfig.register(PublishedVLAAdapterConfig.model_type, PublishedVLAAdapterConfig, exist_ok=True)
+    AutoModel.register(VLAAdapterConfig, VLAAdapterForActionPrediction, exist_ok=True)
+    AutoModel.register(PublishedVLAAdapterConfig, PublishedModel, exist_ok=True)
     AutoProcessor.register(VLAAdapterConfig, VLAAdapterProcessor, exist_ok=True)
     AutoProcessor.register(PublishedVLAAdapterConfig, PrismaticProcessor, exist_ok=True)
-    # AutoImageProcessor of older releases exists only beside torchvision; the processor does without it.
+    # In older releases, AutoImageProcessor needs torchvision. The processor does not need AutoImageProcessor.
     with suppress(ImportError):
         AutoImageProcessor.register(
             VLAAdapterConfig, image_processor_classes={"pil": VLAAdapterImageProcessor}, exist_ok=True
         )
-    # With these, save_pretrained puts the code of modeling/ and processing/ beside the weights.
+    # With these, save_pretrained copies the code of modeling/ and processing/ into the checkpoint.
     VLAAdapterConfig.register_for_auto_class()
     VLAAdapterForActionPrediction.register_for_auto_class("AutoModel")
     VLAAdapterImageProcessor.register_for_auto_class()
@@ -77,5 +77,6 @@ __all__ = [
     "VLAAdapterProcessor",
     "__version__",
     "get_robot",
+    "open_checkpoint",
     *_ON_FIRST_USE,
 ]

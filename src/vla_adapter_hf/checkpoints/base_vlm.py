@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from vla_adapter_hf.checkpoints.files import as_state_dict, read_pickle
-from vla_adapter_hf.checkpoints.published.layout import dinov2_fields, siglip_fields
+from vla_adapter_hf.checkpoints.published.config import dinov2_fields, siglip_fields
 from vla_adapter_hf.checkpoints.published.names import DINOV2_PREFIX, SIGLIP_PREFIX, has_effect, translate_weight
 from vla_adapter_hf.modeling.configuration_vla_adapter import PUBLISHED_DINOV2, PUBLISHED_QWEN2, PUBLISHED_SIGLIP
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import HfApi
-from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from vla_adapter_hf.checkpoints.model_card import fill_model_card, published_results
+from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.saving import check_destination, write_checkpoint
 
 
@@ -41,16 +41,16 @@ def convert(
         RuntimeError: when the written checkpoint does not predict what the source predicts.
     """
     destination = check_destination(destination)
-    layout = {name: value for name, value in (("robot", robot), ("step", step)) if value is not None}
-
     say(f"Looking into {source}")
-    config = AutoConfig.from_pretrained(source, **layout)
+    checkpoint = open_checkpoint(source, robot=robot, step=step)
+    checkpoint.check()
+    config = checkpoint.config
     for name, text in {"chunk": f"{config.chunk_size} actions", "cameras": ", ".join(config.cameras)}.items():
         say(f"  {name}: {text}")
     say(f"  normalisation: {config.norm_type}, statistics: {', '.join(config.norm_stats or ['none'])}")
-    processor = AutoProcessor.from_pretrained(source, **layout)
+    processor = checkpoint.load_processor()
     say("Reading the weights")
-    model = AutoModel.from_pretrained(source, dtype=dtype or "auto", **layout)
+    model = checkpoint.load_model(dtype or "auto")
 
     card = fill_model_card(
         model.config,

@@ -4,43 +4,43 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, PreTrainedConfig
-
 from vla_adapter_hf.checkpoints.model_card import describe, parameter_summary
-from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
-from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction
+from vla_adapter_hf.checkpoints.open import open_checkpoint
+from vla_adapter_hf.checkpoints.own import OwnCheckpoint
+from vla_adapter_hf.robots import RobotPreset
 
 
-def checkpoint_info(source: str, robot: str | None = None, step: str | None = None) -> dict[str, str]:
-    """What can be said of a checkpoint in either layout, as short texts by name.
+def checkpoint_info(
+    source: str | Path,
+    robot: str | RobotPreset | None = None,
+    step: str | int | None = None,
+    revision: str | None = None,
+) -> dict[str, str]:
+    """Short texts about a checkpoint in either layout, by name.
+
+    The sizes and headers of the weights' files are checked.
 
     Args:
-        source (`str`): a folder or a Hub id.
-        robot, step (`str`, *optional*): for the published layout, see [`build_config`].
+        source (`str` or `Path`): a folder or a Hub id.
+        robot, step, revision (*optional*): as in [`open_checkpoint`].
 
     Raises:
-        ValueError: when it is not a VLA-Adapter or its files are incomplete.
+        ValueError: when it is not a VLA-Adapter, or its files are incomplete or damaged.
     """
-    layout = {name: value for name, value in (("robot", robot), ("step", step)) if value is not None}
-    stored = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
-    config = AutoConfig.from_pretrained(source, **layout)
-    if not isinstance(config, VLAAdapterConfig):
-        raise ValueError(f"{source} has model_type {stored!r}; it is not a VLA-Adapter.")
-    with torch.device("meta"):
-        shapes = {
-            name: tuple(value.shape) for name, value in VLAAdapterForActionPrediction(config).state_dict().items()
-        }
-    parameters = {part: _count(count) for part, count in parameter_summary(shapes).items()}
+    checkpoint = open_checkpoint(source, robot=robot, step=step, revision=revision)
+    checkpoint.check()
+    config = checkpoint.config
+    parameters = {part: _count(count) for part, count in parameter_summary(config).items()}
     total = parameters.pop("all")
     stats = [
         f"{key} ({entry['num_transitions']} transitions)" if "num_transitions" in entry else key
         for key, entry in (config.norm_stats or {}).items()
     ]
-    own = stored == VLAAdapterConfig.model_type
+    own = checkpoint.layout == OwnCheckpoint.layout
     return {
         "checkpoint": Path(source).name,
-        "layout": "vla-adapter-hf" if own else "published (run `vla-adapter convert` to have it in transformers' own)",
+        **({"commit": checkpoint.commit} if checkpoint.commit else {}),
+        "layout": "vla-adapter-hf" if own else "published (`vla-adapter convert` writes it in transformers' own)",
         **describe(config),
         "precision": str(config.dtype).removeprefix("torch."),
         "parameters": f"{total}: " + ", ".join(f"{part} {count}" for part, count in parameters.items()),

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from math import prod
 from pathlib import Path
 from string import Template
-from typing import Any
 
+from vla_adapter_hf.checkpoints.shapes import model_shapes
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 
 
@@ -101,13 +102,10 @@ def _variable(camera: str) -> str:
     return "".join(character if character.isalnum() else "_" for character in camera)
 
 
-def parameter_summary(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
-    """Millions of parameters by part of the model, from names and shapes."""
+def parameter_summary(config: VLAAdapterConfig) -> dict[str, int]:
+    """Numbers of parameters by part of the model, and of `"all"`."""
     totals: dict[str, int] = {}
-    for name, shape in shapes.items():
-        size = 1
-        for length in shape:
-            size *= length
+    for name, shape in model_shapes(config).items():
         part = name.split(".")[0]
-        totals[part] = totals.get(part, 0) + size
+        totals[part] = totals.get(part, 0) + prod(shape)
     return {**totals, "all": sum(totals.values())}

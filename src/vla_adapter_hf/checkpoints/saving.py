@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModel, AutoProcessor
 
+from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.utils.files import atomic_path
 
@@ -67,7 +67,8 @@ def verify(folder: Path, model: torch.nn.Module, processor: object) -> float:
     Raises:
         RuntimeError: when they are not the same.
     """
-    written = AutoModel.from_pretrained(folder, dtype=model.dtype)
+    checkpoint = open_checkpoint(folder)
+    written = checkpoint.load_model(model.dtype)
     for (name, expected), (_, found) in zip(model.state_dict().items(), written.state_dict().items(), strict=True):
         if not torch.equal(expected.cpu(), found):
             raise RuntimeError(f"verification failed: {name} changed on its way to disk.")
@@ -77,7 +78,7 @@ def verify(folder: Path, model: torch.nn.Module, processor: object) -> float:
         return 0.0
     actions = [
         one.predict_action(**of(**observation), unnorm_key=keys[0])
-        for one, of in ((model, processor), (written, AutoProcessor.from_pretrained(folder)))
+        for one, of in ((model, processor), (written, checkpoint.load_processor()))
     ]
     difference = float(np.abs(actions[0] - actions[1]).max())
     if not difference <= TOLERANCE[model.dtype]:

@@ -23,8 +23,8 @@ from vla_adapter_hf.checkpoints.backbones import (
 from vla_adapter_hf.checkpoints.base_vlm import BaseModel, base_fields, base_state_dict, open_base
 from vla_adapter_hf.checkpoints.files import read_json
 from vla_adapter_hf.checkpoints.model_card import fill_model_card
-from vla_adapter_hf.checkpoints.published.layout import check_shapes
 from vla_adapter_hf.checkpoints.saving import check_destination, write_checkpoint
+from vla_adapter_hf.checkpoints.shapes import check_shapes
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction
 from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
@@ -110,9 +110,7 @@ def init_from_base(
     config = _build_config(fields, robot, {"norm_stats": norm_stats, "dtype": dtype, **config_fields})
     sources = [str(source) for source in (base, dinov2, siglip, language_model) if source is not None]
     new_parts = NEW_PARTS if opened is not None else (*NEW_PARTS, "vision_projector.")
-    with torch.device("meta"):
-        empty = VLAAdapterForActionPrediction(config)
-    check_shapes(empty, state_dict, " + ".join(sources), "what this model starts from", new_parts)
+    check_shapes(config, state_dict, " + ".join(sources), "what this model starts from", new_parts)
     processor = VLAAdapterProcessor.from_model_config(config, loaded_tokenizer, prompt_style)
     _check_tokenizer(processor, config.text_config.vocab_size, tokenizer_source)
     with expected_warnings(), torch.random.fork_rng(devices=[]):

@@ -1,0 +1,49 @@
+"""Checkpoints in our own layout: what `save_pretrained` writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from safetensors import SafetensorError
+
+from vla_adapter_hf.checkpoints.checkpoint import Checkpoint
+from vla_adapter_hf.checkpoints.files import Shapes, find_weights, read_shapes, safetensors_shapes
+from vla_adapter_hf.checkpoints.shapes import check_shapes
+from vla_adapter_hf.checkpoints.source import FolderFiles, HubFiles
+from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
+from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction
+from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
+
+
+class OwnCheckpoint(Checkpoint):
+    """A checkpoint that transformers itself can read."""
+
+    layout = VLAAdapterConfig.model_type
+
+    @classmethod
+    def open(cls, files: FolderFiles | HubFiles, stored: dict[str, Any], fields: dict[str, Any]) -> OwnCheckpoint:
+        """Read the configuration from the content of `config.json`, with some fields replaced."""
+        return cls(files, VLAAdapterConfig.from_dict(stored, name_or_path=files.source, **fields))
+
+    def load_processor(self, **options: Any) -> VLAAdapterProcessor:
+        source, hub = self.files.address
+        return VLAAdapterProcessor.from_pretrained(source, **hub, **options)
+
+    def _load(self, model_class: type[VLAAdapterForActionPrediction], **options: Any) -> Any:
+        source, hub = self.files.address
+        try:
+            loaded = model_class.from_pretrained(source, config=self.config, **hub, **options)
+        except SafetensorError as error:
+            self.tensor_shapes()  # names the damaged file
+            raise ValueError(f"The weights of {self.source} are damaged ({error}); download them again.") from error
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.config.name_or_path = model.name_or_path = self.source
+        return loaded
+
+    def tensor_shapes(self) -> Shapes:
+        return read_shapes(self.files, find_weights(self.files), safetensors_shapes)
+
+    def check(self) -> None:
+        shapes = self.tensor_shapes()
+        if getattr(self.config, "quantization_config", None) is None:  # quantized tensors have other names
+            check_shapes(self.config, shapes, self.source)
