@@ -10,7 +10,6 @@ import re
 from importlib.metadata import version as installed_version
 from pathlib import Path
 
-import typer
 from docutils import nodes
 from docutils.parsers.rst import directives
 from docutils.statemachine import StringList
@@ -105,9 +104,9 @@ class OptionTable(SphinxDirective):
         return container.children
 
     def _command(self) -> tuple[str, list[tuple[str, str, str]]]:
-        from vla_adapter_hf.cli import app
+        from vla_adapter_cli import load_command
 
-        command = typer.main.get_command(app).commands[self.arguments[0]]
+        command = load_command(self.arguments[0])
         rows = []
         for parameter in command.params:
             argument = parameter.param_type_name == "argument"

@@ -16,7 +16,7 @@ from model_fixtures import tiny_config, tiny_inputs, tiny_model
 from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner
 
-from vla_adapter_hf import cli
+from vla_adapter_cli import app
 from vla_adapter_hf.bench import measures
 from vla_adapter_hf.bench.measures import (
     STAGES,
@@ -31,6 +31,7 @@ from vla_adapter_hf.bench.random_weights import SIZES, random_checkpoint
 from vla_adapter_hf.bench.run import bench, serve_turns
 from vla_adapter_hf.bench.settings import BenchSettings
 from vla_adapter_hf.bench.turns import OtherProgram, answer_turns
+from vla_adapter_hf.cli.bench import parse_attention
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 
 
@@ -228,16 +229,16 @@ class TestOptions:
         assert "bfloat16" in text and "1 threads" in text
 
     def test_attention_by_part(self, checkpoint):
-        report, text = self.run(checkpoint, attention=cli._attention("dinov2=eager,siglip=eager"))
+        report, text = self.run(checkpoint, attention=parse_attention("dinov2=eager,siglip=eager"))
         assert report["attention"] == {"dinov2_config": "eager", "siglip_config": "eager", "text_config": "sdpa"}
         assert "attention by eager, sdpa" in text
         assert self.run(checkpoint, attention="eager")[0]["attention"]["text_config"] == "eager"
         for wrong in ("policy=eager", "dinov2=", "dinov2=eager,"):
             with pytest.raises(ValueError, match="--attn must be"):
-                cli._attention(wrong)
+                parse_attention(wrong)
 
     def test_the_command_measures_memory_in_a_process_of_its_own(self, checkpoint, tmp_path):
-        command = [sys.executable, "-c", "from vla_adapter_hf.cli import app; app()", "bench", checkpoint]
+        command = [sys.executable, "-m", "vla_adapter_hf.cli", "bench", checkpoint]
         command += ["--runs", "1", "--warmup", "0", "--batch", "1,2", "--output", str(tmp_path / "bench.json")]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -360,5 +361,5 @@ def test_what_cannot_run_is_refused_before_anything_is_loaded(message, settings,
 
 @pytest.mark.parametrize("options", [["--batch", "2"], ["--output", "bench.json"], ["--against", "true"]])
 def test_turns_take_no_option_of_a_report(options):
-    result = CliRunner().invoke(cli.app, ["bench", "--turns", *options])
+    result = CliRunner().invoke(app, ["bench", "--turns", *options])
     assert result.exit_code == 1 and "--turns answers" in result.output

@@ -7,7 +7,9 @@ import pytest
 from transformers import GPT2Config
 from typer.testing import CliRunner
 
-from vla_adapter_hf import cli
+from vla_adapter_cli import app
+from vla_adapter_hf.cli import simulation as commands
+from vla_adapter_hf.cli.options import parse_numbers
 from vla_adapter_hf.recording.demonstrate import Driver, RecordingSettings, demonstrate, describe_driver, plan_episode
 from vla_adapter_hf.simulation.evaluate import evaluate
 
@@ -20,13 +22,13 @@ def defaults(function) -> dict:
     ("text", "numbers"), [("3", [3]), ("40-49", list(range(40, 50))), ("0, 2,5-7", [0, 2, 5, 6, 7]), ("7-7", [7])]
 )
 def test_numbers_and_ranges(text, numbers):
-    assert cli._numbers(text, "--tasks") == numbers
+    assert parse_numbers(text, "--tasks") == numbers
 
 
 @pytest.mark.parametrize("text", ["", "a", "1-", "-1", "9-7", "1;2", "1,,2"])
 def test_what_is_no_range_is_refused(text):
     with pytest.raises(ValueError, match="--episodes must hold numbers and ranges"):
-        cli._numbers(text, "--episodes")
+        parse_numbers(text, "--episodes")
 
 
 @pytest.mark.parametrize(
@@ -40,14 +42,14 @@ def test_what_is_no_range_is_refused(text):
         (["eval", "--policy", "noop", "--suite", "libero_goal", "--placement", "shuffle"], "only has 'official'"),
         (
             ["eval", "--policy", "oracle", "--suite", "libero_goal"],
-            "policy='oracle' solves suite='libero_object' only",
+            "--policy oracle solves --suite libero_object only",
         ),
-        (["eval", "--policy", "noop", "--suite", "libero_10", "--instruction", "other"], "instruction='other' needs"),
+        (["eval", "--policy", "noop", "--suite", "libero_10", "--instruction", "other"], "--instruction other needs"),
         (["eval", "--policy", "noop", "--placement", "jitter", "--seed", "-1"], "seed must be 0 or more, got -1"),
         (["eval", "--policy", "noop", "--execute", "0"], "execute must be at least 1"),
         (["eval", "--policy", "embedded", "--dtype", "float8"], "dtype must be one of float32"),
         (["eval", "--policy", "embedded", "--device", "gpu"], "device must be cpu, cuda or the like, got 'gpu'"),
-        (["eval", "--policy", "embedded", "--device", "cuda:99"], "CUDA devices here"),
+        (["eval", "--policy", "embedded", "--device", "cuda:99"], "torch finds"),
         (["demonstrate", "--output", "x", "--seed", "-1"], "seed must be 0 or more, got -1"),
         (["demonstrate", "--output", "x", "--image-size", "0"], "image_size must be at least 1"),
         (["demonstrate", "--output", "x", "--states", "40-60"], "states must name initial states 0...49"),
@@ -61,14 +63,14 @@ def test_what_is_no_range_is_refused(text):
 )
 def test_commands_name_what_is_wrong(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    result = CliRunner().invoke(cli.app, arguments)
+    result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 1
     assert message in result.stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_every_recording_setting_is_an_option_with_its_default():
-    options = defaults(cli.demonstrate)
+    options = defaults(commands.demonstrate)
     settings = dataclasses.asdict(RecordingSettings())
     settings["states"] = "0-39"
     assert {name: options[name] for name in settings} == settings
@@ -77,7 +79,7 @@ def test_every_recording_setting_is_an_option_with_its_default():
 
 
 def test_every_argument_of_an_evaluation_is_an_option():
-    options = defaults(cli.evaluate)
+    options = defaults(commands.evaluate)
     arguments = {name: value for name, value in defaults(evaluate).items() if name != "report"}
     assert set(arguments) <= set(options)
     same = set(arguments) - {"policy", "suite", "output", "episodes"}

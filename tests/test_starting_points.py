@@ -30,9 +30,9 @@ from transformers import (
 from typer.testing import CliRunner
 
 import vla_adapter_hf
+from vla_adapter_cli import app
 from vla_adapter_hf.checkpoints import base_vlm
 from vla_adapter_hf.checkpoints.backbones import fold_class_position
-from vla_adapter_hf.cli import app
 from vla_adapter_hf.init.pretrained import init_from_base
 from vla_adapter_hf.modeling.checkpoint_names_vla_adapter import name_in_file
 

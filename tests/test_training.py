@@ -23,9 +23,9 @@ from vla_adapter_hf import (
     VLAAdapterProcessor,
     VLAAdapterTrainingArguments,
 )
+from vla_adapter_hf.cli.train import parse_arguments
 from vla_adapter_hf.data import ImageResize
 from vla_adapter_hf.modeling.normalization_vla_adapter import normalize
-from vla_adapter_hf.training.arguments import parse_arguments
 from vla_adapter_hf.training.metrics import make_compute_metrics
 from vla_adapter_hf.training.presets import (
     ADAPTER_NAME,

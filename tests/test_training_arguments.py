@@ -1,14 +1,16 @@
 """What a YAML file of `vla-adapter train` may say and what it means; several processes; how datasets are read."""
 
 import shutil
+from types import SimpleNamespace
 
 import data_fixtures
 import datasets
 import model_fixtures
 import numpy as np
 import pytest
+import torch
 
-from vla_adapter_hf.training.arguments import parse_arguments
+from vla_adapter_hf.cli.train import check_processes, parse_arguments
 from vla_adapter_hf.training.train import load_data
 
 
@@ -45,11 +47,19 @@ def test_a_single_dataset_or_camera_needs_no_list(parse):
     assert (data.dataset, data.cameras) == (["d"], ["front"])
 
 
-def test_processes_that_do_not_find_one_another_are_refused(parse, monkeypatch):
-    """As under torchrun without an accelerator and without --use_cpu: both would write the same folder."""
+def test_processes_that_do_not_find_one_another_are_refused(monkeypatch):
+    """Both would train the whole model and write the same folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were started .* groups of 1. .* --use_cpu true"):
-        parse("")
+        check_processes(SimpleNamespace(world_size=1))
+
+
+def test_without_an_accelerator_training_uses_the_cpu_whatever_precision_is_asked_for(parse):
+    """As README's own command: transformers refuses bf16 on a machine without a GPU unless use_cpu is true."""
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    _, _, training = parse("bf16: true\nuse_cpu: false")
+    assert (training.use_cpu, training.bf16) == (True, True)
 
 
 # How a dataset is read

@@ -7,7 +7,7 @@ import data_fixtures
 import model_fixtures
 
 from vla_adapter_hf import VLAAdapterProcessor
-from vla_adapter_hf.training.arguments import parse_arguments
+from vla_adapter_hf.cli.train import parse_arguments
 from vla_adapter_hf.training.train import train
 from vla_adapter_hf.training.trainer import last_finished_checkpoint
 

@@ -26,12 +26,12 @@ from vla_adapter_hf import VLAAdapterConfig
 from vla_adapter_hf.checkpoints.backbones import load_tokenizer
 from vla_adapter_hf.checkpoints.model_card import fill_model_card
 from vla_adapter_hf.checkpoints.saving import verify, write_checkpoint
+from vla_adapter_hf.cli.train import parse_arguments
 from vla_adapter_hf.init.untrained import cut_down_tokenizer, init_from_config
 from vla_adapter_hf.recording.demonstrate import RecordingSettings, demonstrate
 from vla_adapter_hf.recording.scenes import record_scenes
 from vla_adapter_hf.simulation.evaluate import evaluate
 from vla_adapter_hf.simulation.policies import embedded_folder
-from vla_adapter_hf.training.arguments import parse_arguments
 from vla_adapter_hf.training.train import last_finished_checkpoint, train
 
 

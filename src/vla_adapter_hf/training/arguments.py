@@ -1,18 +1,11 @@
-"""Arguments of `vla-adapter train`, beside transformers' own."""
+"""Arguments of `vla-adapter train`, in addition to those of transformers."""
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import yaml
-from transformers import HfArgumentParser
-
 from vla_adapter_hf.training.presets import PRESETS
-from vla_adapter_hf.training.trainer import VLAAdapterTrainingArguments
 
 
 @dataclass
@@ -94,71 +87,3 @@ class DataArguments:
         if given.get("chunk_column") == "none":
             given["chunk_column"] = None
         return given
-
-
-def parse_arguments(
-    arguments: list[str],
-) -> tuple[ModelArguments, DataArguments, VLAAdapterTrainingArguments]:
-    """Command-line words, the first of which may be a YAML file of the same names.
-
-    What the preset says yields to the file, and the file to the words.
-
-    Raises:
-        ValueError: for a name that does not exist, a file that is no mapping, or processes that are not connected.
-    """
-    words = list(arguments)
-    from_file: list[str] = []
-    if words and words[0].endswith((".yaml", ".yml")):
-        from_file = _as_words(_read_yaml(Path(words.pop(0))))
-    # Whole names only: what is nearly an argument is a mistake.
-    types = (ModelArguments, DataArguments, VLAAdapterTrainingArguments)
-    parser = HfArgumentParser(types, prog="vla-adapter train", allow_abbrev=False)
-    chosen = _value_after("--preset", words) or _value_after("--preset", from_file) or "lora"
-    if chosen not in PRESETS:
-        raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {chosen!r}.")
-    # Later words replace earlier ones.
-    model, data, training, unknown = parser.parse_args_into_dataclasses(
-        [*_as_words(PRESETS[chosen]), *from_file, *words], return_remaining_strings=True
-    )
-    if unknown:
-        raise ValueError(f"unknown arguments: {' '.join(unknown)}; see vla-adapter train --help.")
-    _check_processes(training)
-    return model, data, training
-
-
-def _check_processes(training: VLAAdapterTrainingArguments) -> None:
-    """Each of several processes on its own would train the whole model, and all would write the same folder."""
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if training.world_size != started:
-        raise ValueError(
-            f"{started} processes were started (WORLD_SIZE), but they train in groups of {training.world_size}. "
-            "Without an accelerator add --use_cpu true."
-        )
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"the file of arguments {path} does not exist.")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a mapping of argument names to values, got {type(content).__name__}.")
-    return content
-
-
-def _as_words(values: dict[str, Any]) -> list[str]:
-    words = []
-    for name, value in values.items():
-        if value is None:
-            continue  # `robot:` with nothing behind it leaves the default
-        items = value if isinstance(value, list) else [value]
-        words += [f"--{name}", *(json.dumps(item) if isinstance(item, dict) else str(item) for item in items)]
-    return words
-
-
-def _value_after(name: str, words: list[str]) -> str | None:
-    for index, word in enumerate(words):
-        if word == name and index + 1 < len(words):
-            return words[index + 1]
-        if word.startswith(f"{name}="):
-            return word.split("=", 1)[1]
-    return None

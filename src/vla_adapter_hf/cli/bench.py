@@ -1,0 +1,91 @@
+"""`vla-adapter bench`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vla_adapter_hf.bench.run import bench as run_bench
+from vla_adapter_hf.bench.run import serve_turns
+from vla_adapter_hf.bench.settings import BenchSettings
+from vla_adapter_hf.cli.options import parse_dtype
+
+
+def bench(
+    checkpoint: Annotated[str | None, typer.Argument(help="Folder or Hub id; by default the embedded one.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Random weights instead of a checkpoint: full, shallow or small.")
+    ] = BenchSettings.size,
+    dtype: Annotated[str | None, typer.Option(help="Precision: float32, bfloat16 or float16.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = BenchSettings.device,
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads, by default as many as torch chooses.")
+    ] = BenchSettings.threads,
+    batch: Annotated[str, typer.Option(help="Observations at once, one number or several: 1,2,4,8.")] = ",".join(
+        map(str, BenchSettings.batch_sizes)
+    ),
+    runs: Annotated[int, typer.Option(help="Predictions that are measured.")] = BenchSettings.runs,
+    warmup: Annotated[int, typer.Option(help="Predictions before them that are not.")] = BenchSettings.warmup,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Predict after compile_for_inference.")
+    ] = BenchSettings.compiled,
+    quantize: Annotated[
+        str | None, typer.Option(help="Weights in int8 or int4 (extra: quantization).")
+    ] = BenchSettings.quantize,
+    attn: Annotated[
+        str | None, typer.Option(help="Attention: sdpa, eager, ..., or by part, as in dinov2=eager,siglip=eager.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Command of a program that predicts in turn with this one.")
+    ] = None,
+    turns: Annotated[bool, typer.Option(help="Be that program: predict once for each line of input.")] = False,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the report to.")] = None,
+) -> None:
+    """Measure the time of each stage of a prediction, the share of the machine's speed, memory and loading."""
+    settings = BenchSettings(
+        checkpoint=checkpoint,
+        size=size,
+        dtype=parse_dtype(dtype),
+        device=device,
+        threads=threads,
+        batch_sizes=parse_batch_sizes(batch),
+        runs=runs,
+        warmup=warmup,
+        compiled=compiled,
+        quantize=quantize,
+        attention=parse_attention(attn),
+    )
+    if not turns:
+        run_bench(settings, against=against, output=output, report_progress=typer.echo)
+    elif against is not None or output is not None:
+        raise ValueError("--turns answers with seconds only: leave out --against and --output.")
+    else:
+        serve_turns(settings, report_progress=lambda line: typer.echo(line, err=True))
+
+
+def parse_attention(text: str | None) -> str | dict[str, str] | None:
+    """The attention implementation of all parts, or `{configuration: implementation}`.
+
+    Raises:
+        ValueError: a part that does not exist.
+    """
+    if text is None or "=" not in text:
+        return text
+    parts = {"dinov2": "dinov2_config", "siglip": "siglip_config", "language_model": "text_config"}
+    pairs = [entry.partition("=") for entry in text.split(",")]
+    if not all(part in parts and implementation for part, _, implementation in pairs):
+        raise ValueError(f"--attn must be an implementation, or one for each of {', '.join(parts)}, got {text!r}.")
+    return {parts[part]: implementation for part, _, implementation in pairs}
+
+
+def parse_batch_sizes(text: str) -> tuple[int, ...]:
+    """`"1,2,4"` is three sizes.
+
+    Raises:
+        ValueError: a text that is no list of numbers.
+    """
+    if not all(part.strip().isdigit() for part in text.split(",")):
+        raise ValueError(f"--batch must be numbers such as 1,2,4,8, got {text!r}.")
+    return tuple(int(part) for part in text.split(","))

@@ -1,0 +1,43 @@
+"""Options that several commands have, and the texts that stand for lists of numbers and precisions."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+
+
+Robot = Annotated[str | None, typer.Option(help="Robot preset for what published weights do not say: libero, ...")]
+Step = Annotated[str | None, typer.Option(help="Which of several saved steps to take, e.g. 150000 or latest.")]
+Cameras = Annotated[
+    list[str] | None,
+    typer.Option(help="Camera names, in the order in which the model sees them: --cameras front wrist."),
+]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """The precision called `name`, or None for none.
+
+    Raises:
+        ValueError: torch has no such precision, or it is of no use here.
+    """
+    if name is not None and name not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}, got {name!r}.")
+    return DTYPES.get(name)
+
+
+def parse_numbers(text: str, option: str) -> list[int]:
+    """`"0,2,5-7"` is 0, 2, 5, 6 and 7.
+
+    Raises:
+        ValueError: a text that is neither a number nor a range.
+    """
+    numbers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise ValueError(f"{option} must hold numbers and ranges such as 0,2,5-7, got {text!r}.")
+        numbers += range(int(first), int(last if dash else first) + 1)
+    return sorted(set(numbers))

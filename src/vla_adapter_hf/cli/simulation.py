@@ -1,0 +1,162 @@
+"""`vla-adapter eval`, `scores` and `demonstrate`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vla_adapter_hf.cli.options import parse_numbers
+from vla_adapter_hf.recording.demonstrate import RecordingSettings
+from vla_adapter_hf.recording.demonstrate import demonstrate as record
+from vla_adapter_hf.simulation.evaluate import evaluate as run_evaluation
+from vla_adapter_hf.simulation.results import joined_table
+
+
+def evaluate(
+    checkpoint: Annotated[str | None, typer.Option(help="Folder or Hub id of the policy.")] = None,
+    policy: Annotated[str | None, typer.Option(help="Instead of a checkpoint: embedded, oracle or noop.")] = None,
+    suite: Annotated[
+        str, typer.Option(help="libero_spatial, libero_object, libero_goal, libero_10, ...")
+    ] = "libero_object",
+    output: Annotated[Path, typer.Option(help="Folder for results; an interrupted run goes on there.")] = Path("eval"),
+    tasks: Annotated[str | None, typer.Option(help="Which, as in 3 or 0,2,5-7; all by default.")] = None,
+    episodes: Annotated[str, typer.Option(help="How many per task, or which, as in 40-49 or 0,7.")] = "50",
+    placement: Annotated[str, typer.Option(help="official, jitter, shuffle or both.")] = "official",
+    seed: Annotated[int, typer.Option(help="Of the placements.")] = 0,
+    hard_reset: Annotated[
+        bool, typer.Option(help="Rebuild the simulation for each episode: the same, slower.")
+    ] = False,
+    processes: Annotated[int, typer.Option(help="Environments in parallel, about 2 GB each.")] = 1,
+    execute: Annotated[
+        int | None, typer.Option(help="Actions of a chunk before the next query; all by default.")
+    ] = None,
+    ensemble: Annotated[
+        float | None, typer.Option(help="Temporal ensembling: how much less newer chunks count; 0 is their mean.")
+    ] = None,
+    black_images: Annotated[bool, typer.Option(help="A control: the policy sees black frames.")] = False,
+    instruction: Annotated[
+        str | None, typer.Option(help="A control: tell it this, or 'other' for another object.")
+    ] = None,
+    rollouts: Annotated[int, typer.Option(help="Episodes of each task to keep as films and contact sheets.")] = 0,
+    rollout_format: Annotated[str, typer.Option(help="gif or mp4.")] = "gif",
+    save_actions: Annotated[bool, typer.Option(help="Keep the executed actions of every episode.")] = False,
+    unnorm_key: Annotated[str | None, typer.Option(help="Which of the checkpoint's statistics to use.")] = None,
+    device: Annotated[str | None, typer.Option(help="Such as cuda; the CPU by default.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Precision: float32, bfloat16, float16 or auto; on the CPU float32 by default, else auto."),
+    ] = None,
+) -> None:
+    """Run a policy in closed loop in the LIBERO simulator, by default as published."""
+    if (checkpoint is None) == (policy is None):
+        raise ValueError("give either --checkpoint or --policy.")
+    if policy not in (None, "embedded", "oracle", "noop"):
+        raise ValueError(f"--policy must be embedded, oracle or noop, got {policy!r}; a checkpoint is --checkpoint.")
+    run_evaluation(
+        checkpoint or policy,
+        suite,
+        output,
+        tasks=None if tasks is None else parse_numbers(tasks, "--tasks"),
+        episodes=int(episodes) if episodes.isdecimal() else parse_numbers(episodes, "--episodes"),
+        placement=placement,
+        seed=seed,
+        hard_reset=hard_reset,
+        processes=processes,
+        execute=execute,
+        ensemble=ensemble,
+        black_images=black_images,
+        instruction=instruction,
+        rollouts=rollouts,
+        rollout_format=rollout_format,
+        save_actions=save_actions,
+        unnorm_key=unnorm_key,
+        device=device,
+        dtype=dtype,
+        report=typer.echo,
+    )
+    typer.echo(f"\n{(output / 'summary.md').read_text(encoding='utf-8')}\nwritten to {output}")
+
+
+def demonstrate(
+    output: Annotated[
+        Path, typer.Option(help="Folder of the LeRobot dataset; an interrupted recording goes on there.")
+    ],
+    suite: Annotated[str, typer.Option(help="libero_object, the suite with a scripted expert.")] = "libero_object",
+    official: Annotated[int, typer.Option(help="Episodes per task from the official states.")] = 10,
+    jitter: Annotated[int, typer.Option(help="Episodes per task with objects moved by up to 5 cm.")] = 0,
+    shuffle: Annotated[int, typer.Option(help="Episodes per task with objects in each other's places.")] = 0,
+    both: Annotated[int, typer.Option(help="Episodes per task, shuffled and moved.")] = 0,
+    tasks: Annotated[str | None, typer.Option(help="Which, as in 3 or 0,2,5-7; all by default.")] = None,
+    workers: Annotated[int, typer.Option(help="Processes, about 2 GB each.")] = 1,
+    minutes: Annotated[
+        float | None, typer.Option(help="Begin nothing new after this time; the dataset holds what is there.")
+    ] = None,
+    disturbed: Annotated[float, typer.Option(help="Share of episodes with pushes to recover from.")] = 0.0,
+    retargeted: Annotated[float, typer.Option(help="Share of episodes that ask for another object in view.")] = 0.0,
+    alternatives: Annotated[
+        int, typer.Option(help="Other objects for which each row also says what the expert would do.")
+    ] = 0,
+    render_every: Annotated[int, typer.Option(help="Steps from one row with frames to the next; divides 20.")] = 4,
+    chunk_size: Annotated[int, typer.Option(help="Actions stored with each row.")] = 8,
+    tail: Annotated[int, typer.Option(help="Steps that the expert goes on after success.")] = 8,
+    image_size: Annotated[int, typer.Option(help="Height and width of the stored frames.")] = 112,
+    image_format: Annotated[str, typer.Option(help="png (lossless) or jpeg.")] = "png",
+    states: Annotated[
+        str, typer.Option(help="Initial states to start from; evaluation holds out the others.")
+    ] = "0-39",
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
+    batch: Annotated[int, typer.Option(help="Episodes of a task before a process changes to another.")] = 12,
+    driver: Annotated[
+        str | None,
+        typer.Option(
+            help="Checkpoint (folder, Hub id or embedded) that acts, while the expert says what it should do."
+        ),
+    ] = None,
+    driver_share: Annotated[float, typer.Option(help="Of the chunks, how many are the driver's own.")] = 0.7,
+    driver_unnorm_key: Annotated[
+        str | None, typer.Option(help="The driver's statistics; by default those of the suite's name.")
+    ] = None,
+) -> None:
+    """Record demonstrations of a scripted expert in the LIBERO simulator."""
+    settings = RecordingSettings(
+        render_every=render_every,
+        chunk_size=chunk_size,
+        tail=tail,
+        image_size=image_size,
+        image_format=image_format,
+        disturbed=disturbed,
+        retargeted=retargeted,
+        alternatives=alternatives,
+        seed=seed,
+        states=tuple(parse_numbers(states, "--states")),
+    )
+    summary = record(
+        suite,
+        output,
+        {"official": official, "jitter": jitter, "shuffle": shuffle, "both": both},
+        tasks=None if tasks is None else parse_numbers(tasks, "--tasks"),
+        settings=settings,
+        workers=workers,
+        minutes=minutes,
+        batch=batch,
+        driver=driver,
+        driver_share=driver_share,
+        driver_unnorm_key=driver_unnorm_key,
+        report=typer.echo,
+    )
+    typer.echo(
+        f"{output}: {summary['episodes']} episodes, {summary['rows']} rows; {summary['recorded_now']} recorded now, "
+        f"{summary['failed']} failed and left out"
+    )
+
+
+def scores(
+    folders: Annotated[list[Path], typer.Argument(help="Outputs of vla-adapter eval, one per suite.")],
+    name: Annotated[
+        str | None, typer.Option(help="One name for all, if there is a checkpoint for each suite.")
+    ] = None,
+) -> None:
+    """Join finished evaluations into one table of the published form, ready for a model card."""
+    typer.echo(joined_table(folders, name), nl=False)

@@ -1,0 +1,154 @@
+"""The command line: how fast it answers, how options are written, and what an error looks like."""
+
+import os
+import subprocess
+import sys
+
+import data_fixtures
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from vla_adapter_cli import COMMANDS, app
+from vla_adapter_hf.cli.command import in_option_words, readable_errors, spread_lists
+from vla_adapter_hf.data import VLAAdapterDataset
+
+
+def run(*words, **options):
+    return CliRunner().invoke(app, list(map(str, words)), prog_name="vla-adapter", **options)
+
+
+# The overview
+
+
+def test_help_and_version_take_less_than_a_second_of_processor_time():
+    """They import neither torch nor transformers, which takes seconds."""
+    for option, expected in (("--help", "Examples:"), ("--version", "vla-adapter-hf ")):
+        program = f"from vla_adapter_cli import app; app(['{option}'])"
+        before = os.times()
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        after = os.times()
+        assert expected in done.stdout
+        assert after.children_user + after.children_system - before.children_user - before.children_system < 1
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name):
+    result = run(name, "--help")
+    assert result.exit_code == 0
+    assert result.stdout.lower().startswith(f"usage: vla-adapter {name} ")
+
+
+def test_a_misspelt_command_is_one_line_with_the_right_one():
+    result = run("statz")
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert "Did you mean 'stats'?" in result.stderr
+
+
+# How options are written
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--cameras", "a", "b"],
+        ["--cameras", "a", "--cameras", "b"],
+        ["--cameras", "a,b"],
+        ["--cameras=a", "--cameras=b"],
+    ],
+)
+def test_cameras_are_given_in_the_same_ways_to_every_command(words, monkeypatch, tmp_path):
+    """To stop each command where it has read its options: no such dataset, checkpoint or base."""
+    from vla_adapter_hf.cli import checkpoints, data, train
+
+    seen = {}
+
+    def note(name):
+        def record(*args, **kwargs):
+            seen[name] = kwargs.get("cameras") or next(arg for arg in args if isinstance(arg, list))
+            raise ValueError("enough")
+
+        return record
+
+    monkeypatch.setattr(checkpoints, "init_pretrained", note("init"))
+    monkeypatch.setattr(data, "plot_checkpoint", note("plot"))
+    run("init", tmp_path / "start", *words)
+    run("plot", "checkpoint", "dataset", *words)
+    required = ["--checkpoint", "c", "--dataset", "d", "--output_dir", str(tmp_path)]
+    seen["train"] = train.parse_arguments([*required, *words])[1].cameras
+    assert seen == dict.fromkeys(("init", "plot", "train"), ["a", "b"])
+
+
+def test_only_lists_take_several_words():
+    assert spread_lists(["x", "--cameras", "a", "b", "--robot", "r", "y"], {"--cameras"}) == [
+        *("x", "--cameras", "a", "--cameras", "b", "--robot", "r", "y")
+    ]
+    assert spread_lists(["--cameras", "a", "--", "b"], {"--cameras"}) == ["--cameras", "a", "--", "b"]
+
+
+def test_options_are_written_with_dashes_or_underscores():
+    for words in (["--on-bad-episode", "never"], ["--on_bad_episode", "never"]):
+        result = run("stats", data_fixtures.DEMOS / "lerobot_v30_image", *words)
+        assert "never" in result.stderr and result.exit_code == 1
+
+
+# Errors
+
+
+def test_a_bad_value_is_one_line():
+    result = run("plot", "c", "d", "--episodes", "many")
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1 and "Invalid value for '--episodes'" in result.stderr
+
+
+def test_a_bad_value_for_train_is_one_line_and_not_the_list_of_all_arguments(tmp_path):
+    result = run("train", "--checkpoint", "c", "--dataset", "d", "--output_dir", tmp_path, "--max_steps", "many")
+    assert result.exit_code == 1
+    assert result.stderr.strip().splitlines()[-1].startswith("error: argument --max_steps")
+    assert result.stderr.count("\n") == 1
+
+
+def broken() -> None:
+    """A command with a bug."""
+    None + 1  # noqa: B018
+
+
+def refused() -> None:
+    """A command that gets what it cannot use."""
+    VLAAdapterDataset.from_lerobot(data_fixtures.DEMOS / "lerobot_v30_image", ["image"], chunk_size=0)
+
+
+def test_a_bug_keeps_its_traceback_and_what_a_user_can_fix_is_one_line(capsys):
+    with pytest.raises(TypeError), readable_errors():
+        broken()
+    with pytest.raises(typer.Exit), readable_errors(["chunk_size"]):
+        refused()
+    assert capsys.readouterr().err == "error: --chunk_size 0; expected a positive number of actions\n"
+    with pytest.raises(ValueError, match="chunk_size=0"), readable_errors(debug=True):
+        refused()
+
+
+def test_debug_shows_the_traceback_of_what_a_user_can_fix():
+    words = ["stats", "nowhere"]
+    assert run(*words).exception.code == 1
+    for result in (run("--debug", *words), run(*words, env={"VLA_ADAPTER_DEBUG": "1"})):
+        assert isinstance(result.exception, ValueError)
+
+
+@pytest.mark.parametrize(
+    "message, expected",
+    [
+        ("give pad_chunks=True.", "give --pad_chunks true."),
+        ('pass on_bad_episode="skip"', "pass --on_bad_episode skip"),
+        ("Give cameras=[...], third", "Give --cameras ..., third"),
+        ("cameras=['a', 'b'] names", "--cameras a b names"),
+        ("give state_column=<full column name>", "give --state_column <full column name>"),
+        ("chunk_size=None", "--chunk_size None"),
+        ("my_cameras=3 and other=4", "my_cameras=3 and other=4"),
+    ],
+)
+def test_messages_speak_of_options(message, expected):
+    assert (
+        in_option_words(message, ["pad_chunks", "on_bad_episode", "cameras", "state_column", "chunk_size"]) == expected
+    )
