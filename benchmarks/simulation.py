@@ -1,4 +1,4 @@
-"""Where an evaluation's time goes: episodes per minute and the shares of rendering, physics and policy.
+"""How fast an evaluation is: episodes per minute and the shares of rendering, physics and policy.
 
 python benchmarks/simulation.py --policy embedded --processes 2 --episodes 4
 python benchmarks/simulation.py --policy embedded --processes 2 --episodes 4 --black-images
@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 from vla_adapter_hf.simulation.evaluate import evaluate
-from vla_adapter_hf.simulation.libero.suite import LiberoSuite
 from vla_adapter_hf.simulation.placement import PLACEMENTS
+from vla_adapter_hf.simulation.settings import EvaluationSettings
 
 
 def main() -> None:
@@ -27,18 +27,17 @@ def main() -> None:
     parser.add_argument("--hard-reset", action="store_true", help="2 to 4 s instead of 0.2 s, the same episode")
     parser.add_argument("--output", type=Path, default=None, help="keep the results here (resumes what is there)")
     arguments = parser.parse_args()
-    suite = LiberoSuite(arguments.suite, placement=arguments.placement, hard_reset=arguments.hard_reset)
+    settings = EvaluationSettings(
+        tasks=arguments.tasks,
+        episodes=arguments.episodes,
+        placement=arguments.placement,
+        hard_reset=arguments.hard_reset,
+        processes=arguments.processes,
+        black_images=arguments.black_images,
+    )
     with tempfile.TemporaryDirectory() as scratch:
         output = arguments.output or Path(scratch)
-        evaluate(
-            arguments.policy,
-            suite,
-            output,
-            tasks=arguments.tasks,
-            episodes=arguments.episodes,
-            processes=arguments.processes,
-            black_images=arguments.black_images,
-        )
+        evaluate(arguments.policy, arguments.suite, output, settings)
         print((output / "summary.md").read_text(encoding="utf-8"))
 
 

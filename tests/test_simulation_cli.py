@@ -10,12 +10,10 @@ from typer.testing import CliRunner
 from vla_adapter_cli import app
 from vla_adapter_hf.cli import simulation as commands
 from vla_adapter_hf.cli.options import parse_numbers
-from vla_adapter_hf.recording.demonstrate import Driver, RecordingSettings, demonstrate, describe_driver, plan_episode
-from vla_adapter_hf.simulation.evaluate import evaluate
-
-
-def defaults(function) -> dict:
-    return {name: parameter.default for name, parameter in inspect.signature(function).parameters.items()}
+from vla_adapter_hf.recording.demonstrate import Driver
+from vla_adapter_hf.recording.episodes import plan_episode
+from vla_adapter_hf.recording.settings import RecordingSettings
+from vla_adapter_hf.simulation.settings import EvaluationSettings
 
 
 @pytest.mark.parametrize(
@@ -69,27 +67,16 @@ def test_commands_name_what_is_wrong(tmp_path, monkeypatch, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_every_recording_setting_is_an_option_with_its_default():
-    options = defaults(commands.demonstrate)
-    settings = dataclasses.asdict(RecordingSettings())
-    settings["states"] = "0-39"
-    assert {name: options[name] for name in settings} == settings
-    shared = {"tasks", "workers", "minutes", "batch", "driver", "driver_share", "driver_unnorm_key"}
-    assert shared <= set(options) & set(defaults(demonstrate))
-
-
-def test_every_argument_of_an_evaluation_is_an_option():
-    options = defaults(commands.evaluate)
-    arguments = {name: value for name, value in defaults(evaluate).items() if name != "report"}
-    assert set(arguments) <= set(options)
-    same = set(arguments) - {"policy", "suite", "output", "episodes"}
-    assert {name: options[name] for name in same} == {name: arguments[name] for name in same}
-    assert options["episodes"] == str(arguments["episodes"])
+@pytest.mark.parametrize(
+    ("command", "settings"), [(commands.evaluate, EvaluationSettings), (commands.demonstrate, RecordingSettings)]
+)
+def test_every_setting_is_an_option(command, settings):
+    assert {field.name for field in dataclasses.fields(settings)} <= set(inspect.signature(command).parameters)
 
 
 def test_a_checkpoint_that_cannot_drive_is_refused(tmp_path):
-    def describe(checkpoint: str, suite: str = "libero_object", **settings) -> dict:
-        return describe_driver(Driver(checkpoint, 0.7, None, 1), suite, RecordingSettings(**settings))
+    def describe(checkpoint: str, suite: str = "libero_object", chunk_size: int = 8) -> dict:
+        return Driver(checkpoint, 0.7, None, suite, chunk_size, 1).load().describe()
 
     assert describe("embedded")["share"] == 0.7
     with pytest.raises(ValueError, match="predicts 8 actions, the recording's chunk_size is 4"):

@@ -1,5 +1,6 @@
 """The evaluation harness on the point environment: batching, resuming, controls, films."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -11,17 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from filelock import Timeout
 from PIL import Image, ImageSequence
 
+from vla_adapter_hf.recording.jobs import run_jobs
 from vla_adapter_hf.simulation.environment import Environment, Suite
 from vla_adapter_hf.simulation.evaluate import evaluate
 from vla_adapter_hf.simulation.placement import PLACEMENTS
 from vla_adapter_hf.simulation.point import COLOURS, PointEnvironment, PointSuite
 from vla_adapter_hf.simulation.policies import CheckpointPolicy, NoopPolicy, ReplayPolicy, embedded_folder
-from vla_adapter_hf.simulation.results import read_results
+from vla_adapter_hf.simulation.results import ResultsFile, read_results
 from vla_adapter_hf.simulation.rollout import draw_rollout, write_rollout
+from vla_adapter_hf.simulation.settings import EvaluationSettings
 from vla_adapter_hf.utils.files import exclusive_folder
 
 
@@ -30,6 +34,10 @@ SUITE = PointSuite()
 
 def silent(line: str) -> None:
     """No progress."""
+
+
+def play(policy, suite, output, report=silent, **settings) -> dict:
+    return evaluate(policy, suite, output, EvaluationSettings(**settings), report)
 
 
 class SeeingPolicy:
@@ -85,35 +93,28 @@ def test_the_point_environment_fits_the_protocols():
 
 
 def test_a_policy_that_sees_solves_every_episode(tmp_path):
-    summary = evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=5, processes=0, report=silent)
+    summary = play(SeeingPolicy(), SUITE, tmp_path, episodes=5, processes=0)
     assert (summary["successes"], summary["episodes"]) == (15, 15)
     assert json.loads((tmp_path / "summary.json").read_text())["successes"] == 15
     assert "| **all** | 15/15 | 100.0" in (tmp_path / "summary.md").read_text()
 
 
 def test_bounds_oracle_solves_all_and_noop_none(tmp_path):
-    oracle = evaluate(PointOracle(), SUITE, tmp_path / "oracle", episodes=5, processes=0, report=silent)
-    noop = evaluate(NoopPolicy("libero"), SUITE, tmp_path / "noop", episodes=5, processes=0, report=silent)
+    oracle = play(PointOracle(), SUITE, tmp_path / "oracle", episodes=5, processes=0)
+    noop = play(NoopPolicy("libero"), SUITE, tmp_path / "noop", episodes=5, processes=0)
     assert (oracle["success_rate"], noop["success_rate"]) == (1.0, 0.0)
     assert all(result.steps == SUITE.step_limit for result in read_results(tmp_path / "noop" / "episodes.jsonl"))
 
 
 def test_black_images_blind_the_policy(tmp_path):
-    summary = evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=5, processes=0, black_images=True, report=silent)
+    summary = play(SeeingPolicy(), SUITE, tmp_path, episodes=5, processes=0, black_images=True)
     assert summary["successes"] == 0
     assert all(result.black_images for result in read_results(tmp_path / "episodes.jsonl"))
 
 
 def test_another_instruction_is_told_and_recorded_and_does_not_move_the_goal(tmp_path):
-    summary = evaluate(
-        SeeingPolicy(),
-        SUITE,
-        tmp_path,
-        tasks=[0],
-        episodes=5,
-        processes=0,
-        instruction="move to the blue disc",
-        report=silent,
+    summary = play(
+        SeeingPolicy(), SUITE, tmp_path, tasks=[0], episodes=5, processes=0, instruction="move to the blue disc"
     )
     assert summary["successes"] < 5
     results = read_results(tmp_path / "episodes.jsonl")
@@ -122,19 +123,17 @@ def test_another_instruction_is_told_and_recorded_and_does_not_move_the_goal(tmp
 
 
 def test_the_policy_is_asked_once_per_executed_chunk(tmp_path):
-    evaluate(NoopPolicy("libero"), SUITE, tmp_path / "whole", tasks=[0], episodes=1, processes=0, report=silent)
-    evaluate(
-        NoopPolicy("libero"), SUITE, tmp_path / "part", tasks=[0], episodes=1, processes=0, execute=3, report=silent
-    )
+    play(NoopPolicy("libero"), SUITE, tmp_path / "whole", tasks=[0], episodes=1, processes=0)
+    play(NoopPolicy("libero"), SUITE, tmp_path / "part", tasks=[0], episodes=1, processes=0, execute=3)
     # 60 steps: 8 queries of 8 actions (the last is cut short), 20 of 3.
     assert len(read_results(tmp_path / "whole" / "episodes.jsonl")[0].latency) == 8
     assert len(read_results(tmp_path / "part" / "episodes.jsonl")[0].latency) == 20
 
 
 def test_parallel_environments_give_the_serial_results_in_batches(tmp_path):
-    evaluate(SeeingPolicy(), SUITE, tmp_path / "serial", episodes=6, processes=0, report=silent)
+    play(SeeingPolicy(), SUITE, tmp_path / "serial", episodes=6, processes=0)
     policy = SeeingPolicy(pause=0.5)
-    evaluate(policy, SUITE, tmp_path / "parallel", episodes=6, processes=3, report=silent)
+    play(policy, SUITE, tmp_path / "parallel", episodes=6, processes=3)
     assert outcomes(tmp_path / "parallel") == outcomes(tmp_path / "serial")
     assert max(policy.batches) > 1
 
@@ -144,7 +143,7 @@ def test_a_checkpoint_acts_alike_in_parallel_up_to_rounding(tmp_path):
     for name, processes in (("serial", 0), ("parallel", 3)):
         with embedded_folder() as folder:
             policy = CheckpointPolicy(folder / "checkpoint", SUITE.robot, unnorm_key="libero_object")
-        evaluate(policy, SUITE, tmp_path / name, episodes=2, processes=processes, save_actions=True, report=silent)
+        play(policy, SUITE, tmp_path / name, episodes=2, processes=processes, save_actions=True)
     assert outcomes(tmp_path / "parallel") == outcomes(tmp_path / "serial")
     for path in (tmp_path / "serial" / "actions").glob("*.npy"):
         other = np.load(tmp_path / "parallel" / "actions" / path.name)
@@ -155,11 +154,11 @@ def _run_until_killed(folder: str) -> None:
     def slow(line: str) -> None:
         time.sleep(0.2)
 
-    evaluate(SeeingPolicy(), SUITE, folder, episodes=20, processes=1, report=slow)
+    play(SeeingPolicy(), SUITE, folder, episodes=20, processes=1, report=slow)
 
 
 def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path):
-    evaluate(SeeingPolicy(), SUITE, tmp_path / "whole", episodes=20, processes=1, report=silent)
+    play(SeeingPolicy(), SUITE, tmp_path / "whole", episodes=20, processes=1)
     process = multiprocessing.get_context("spawn").Process(target=_run_until_killed, args=(str(tmp_path / "killed"),))
     process.start()
     lines = tmp_path / "killed" / "episodes.jsonl"
@@ -176,7 +175,7 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path):
     with open(lines, "ab") as stream:
         stream.write(b'{"suite": "poi')
     told: list[str] = []
-    summary = evaluate(SeeingPolicy(), SUITE, tmp_path / "killed", episodes=20, processes=1, report=told.append)
+    summary = play(SeeingPolicy(), SUITE, tmp_path / "killed", episodes=20, processes=1, report=told.append)
     assert len(told) == 60 - done
     assert summary["episodes"] == 60
     assert outcomes(tmp_path / "killed") == outcomes(tmp_path / "whole")
@@ -187,7 +186,7 @@ def test_processes_of_a_killed_recording_end_too(tmp_path):
     script = tmp_path / "recording.py"
     script.write_text(
         "import time\n"
-        "from vla_adapter_hf.simulation.workers import process_pool\n"
+        "from vla_adapter_hf.recording.jobs import process_pool\n"
         "if __name__ == '__main__':\n"
         "    with process_pool(2) as pool:\n"
         "        for job in [pool.submit(print, 'begun', flush=True), *(pool.submit(time.sleep, 600) for _ in range(2))]:\n"
@@ -201,23 +200,23 @@ def test_processes_of_a_killed_recording_end_too(tmp_path):
 
 
 def test_more_episodes_extend_a_run(tmp_path):
-    evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=2, processes=0, report=silent)
+    play(SeeingPolicy(), SUITE, tmp_path, episodes=2, processes=0)
     told: list[str] = []
-    summary = evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=4, processes=0, report=told.append)
+    summary = play(SeeingPolicy(), SUITE, tmp_path, episodes=4, processes=0, report=told.append)
     assert (len(told), summary["episodes"]) == (6, 12)
 
 
 def test_a_task_or_an_episode_that_is_named_twice_is_played_once(tmp_path):
-    summary = evaluate(SeeingPolicy(), SUITE, tmp_path, tasks=[1, 1], episodes=[0, 2, 0], processes=0, report=silent)
+    summary = play(SeeingPolicy(), SUITE, tmp_path, tasks=[1, 1], episodes=[0, 2, 0], processes=0)
     assert [result.key for result in read_results(tmp_path / "episodes.jsonl")] == [(1, 0), (1, 2)]
     assert summary["episodes"] == 2
 
 
 def test_a_call_that_plays_nothing_keeps_the_timing_and_says_that_it_films_nothing(tmp_path):
-    first = evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, report=silent)
+    first = play(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0)
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
     told: list[str] = []
-    again = evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, rollouts=1, report=told.append)
+    again = play(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, rollouts=1, report=told.append)
     assert again == first and (tmp_path / "summary.md").read_text(encoding="utf-8") == text
     assert len(told) == 1 and told[0].startswith("3 episodes were played before")
     assert not (tmp_path / "rollouts").exists()
@@ -225,8 +224,8 @@ def test_a_call_that_plays_nothing_keeps_the_timing_and_says_that_it_films_nothi
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
     with exclusive_folder(tmp_path), pytest.raises(ValueError, match="another process is writing to output="):
-        evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, report=silent)
-    assert evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, report=silent)["episodes"] == 3
+        play(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0)
+    assert play(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0)["episodes"] == 3
 
 
 def test_a_lock_of_somebody_else_is_not_taken_for_that_of_the_folder(tmp_path):
@@ -238,28 +237,127 @@ def test_a_lock_of_somebody_else_is_not_taken_for_that_of_the_folder(tmp_path):
 
 def test_settings_of_an_attempt_that_played_nothing_bind_nobody(tmp_path):
     with pytest.raises(ValueError, match="fewer than execute=9"):
-        evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, execute=9, report=silent)
-    evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, execute=4, report=silent)
+        play(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, execute=9)
+    play(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, execute=4)
     with pytest.raises(ValueError, match="execute=4 there, 5 here"):
-        evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, execute=5, report=silent)
+        play(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, execute=5)
 
 
 def test_what_departs_from_the_protocol_stands_over_the_table(tmp_path):
-    evaluate(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, execute=2, ensemble=0.1, report=silent)
+    play(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, execute=2, ensemble=0.1)
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert "2 actions of each chunk executed, chunks averaged with ensemble=0.1; 3 episodes" in text
 
 
 def test_replay_of_recorded_actions_ends_as_the_recording_did(tmp_path):
-    evaluate(SeeingPolicy(), SUITE, tmp_path / "seen", episodes=3, processes=0, save_actions=True, report=silent)
+    play(SeeingPolicy(), SUITE, tmp_path / "seen", episodes=3, processes=0, save_actions=True)
     replay = ReplayPolicy.from_folder(tmp_path / "seen" / "actions", "libero")
-    evaluate(replay, SUITE, tmp_path / "replayed", episodes=3, processes=0, report=silent)
+    play(replay, SUITE, tmp_path / "replayed", episodes=3, processes=0)
     seen, replayed = (read_results(tmp_path / name / "episodes.jsonl") for name in ("seen", "replayed"))
     assert [(r.key, r.steps, r.success) for r in seen] == [(r.key, r.steps, r.success) for r in replayed]
-    evaluate(NoopPolicy("libero"), SUITE, tmp_path / "noop", episodes=3, processes=0, save_actions=True, report=silent)
+    play(NoopPolicy("libero"), SUITE, tmp_path / "noop", episodes=3, processes=0, save_actions=True)
     other = ReplayPolicy.from_folder(tmp_path / "noop" / "actions", "libero")
     with pytest.raises(ValueError, match="holds another run: actions="):
-        evaluate(other, SUITE, tmp_path / "replayed", episodes=3, processes=0, report=silent)
+        play(other, SUITE, tmp_path / "replayed", episodes=3, processes=0)
+
+
+def test_a_leftover_of_a_killed_run_does_not_break_replay(tmp_path):
+    """Older releases left such files; np.load cannot read them, and their names are no numbers."""
+    play(SeeingPolicy(), SUITE, tmp_path, tasks=[0], episodes=1, processes=0, save_actions=True)
+    (tmp_path / "actions" / ".00-0001.npy").write_bytes(b"half a file")
+    replay = ReplayPolicy.from_folder(tmp_path / "actions", "libero")
+    assert play(replay, SUITE, tmp_path / "replayed", tasks=[0], episodes=1, processes=0)["successes"] == 1
+
+
+def children() -> set[psutil.Process]:
+    """The processes that this one started, without multiprocessing's resource tracker."""
+    every = psutil.Process().children(recursive=True)
+    return {child for child in every if "resource_tracker" not in " ".join(child.cmdline())}
+
+
+@dataclass(frozen=True)
+class RefusedSuite(PointSuite):
+    def describe(self):
+        return {**super().describe(), "seed": "none"}
+
+
+def test_a_suite_whose_description_is_refused_leaves_no_process_behind(tmp_path):
+    before = children()
+    with pytest.raises(ValueError, match="invalid literal"):
+        play(SeeingPolicy(), RefusedSuite(), tmp_path, episodes=1, processes=1)
+    assert children() <= before
+
+
+@dataclass(frozen=True)
+class HalfBrokenSuite(PointSuite):
+    """Task 0 fails once the other task's environment is busy for ten minutes."""
+
+    busy: str = ""
+
+    def make(self, task: int):
+        if task == 0:
+            while not Path(self.busy).exists():
+                time.sleep(0.05)
+            raise KeyError("the meshes are gone")
+        Path(self.busy).touch()
+        time.sleep(600)
+
+
+def test_an_error_of_one_environment_stops_the_others_at_once(tmp_path):
+    before = children()
+    suite = HalfBrokenSuite(busy=str(tmp_path / "busy"))
+    with pytest.raises(RuntimeError, match="the meshes are gone"):
+        play(SeeingPolicy(), suite, tmp_path / "run", tasks=[0, 1], episodes=1, processes=2)
+    failed = time.monotonic()
+    assert children() <= before
+    assert time.monotonic() - failed < 1
+    assert time.time() - (tmp_path / "busy").stat().st_mtime < 9  # closing politely waits 10 s
+
+
+def _job(number: int) -> int:
+    if number == 0:
+        raise ValueError("job 0 fails")
+    time.sleep(600)
+    return number
+
+
+def test_an_error_of_one_job_stops_the_others_at_once():
+    before, began = children(), time.monotonic()
+    with pytest.raises(ValueError, match="job 0 fails"):
+        run_jobs(_job, [1, 0], workers=2, minutes=None, finished=lambda outcome, minutes: None)
+    assert children() <= before
+    assert time.monotonic() - began < 120
+
+
+@dataclass(frozen=True)
+class BuggySuite(PointSuite):
+    def make(self, task: int):
+        environment = super().make(task)
+        environment.step = lambda action, observe=True: np.zeros(3) + np.zeros(2)
+        return environment
+
+
+def test_a_bug_in_an_environments_step_keeps_its_traceback(tmp_path):
+    """NumPy raises a ValueError, which before the first step would be taken for the caller's."""
+    with pytest.raises(RuntimeError, match="(?s)an environment failed:.*Traceback.*could not be broadcast"):
+        play(NoopPolicy("libero"), BuggySuite(), tmp_path, episodes=1, processes=1)
+
+
+def test_a_full_disk_is_one_sentence_and_keeps_the_finished_episodes(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    play(SeeingPolicy(), SUITE, tmp_path, tasks=[0], episodes=1, processes=0)
+    lines = tmp_path / "episodes.jsonl"
+    written = lines.read_bytes()
+    results = ResultsFile(tmp_path, json.loads((tmp_path / "settings.json").read_text()))
+    lines.unlink()
+    lines.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"^the disk is full: .*episodes.jsonl was not written") as error:
+        results.append(results.results[0])
+    assert error.value.errno == errno.ENOSPC
+    lines.unlink()
+    lines.write_bytes(written)
+    assert play(SeeingPolicy(), SUITE, tmp_path, tasks=[0], episodes=2, processes=0)["episodes"] == 2
 
 
 @dataclass(frozen=True)
@@ -282,11 +380,11 @@ class BrokenSuite(PointSuite):
 )
 def test_a_failing_environment_stops_the_run_with_its_reason(tmp_path, ending, error, message):
     with pytest.raises(error, match=message):
-        evaluate(SeeingPolicy(), BrokenSuite(ending=ending), tmp_path, episodes=1, processes=1, report=silent)
+        play(SeeingPolicy(), BrokenSuite(ending=ending), tmp_path, episodes=1, processes=1)
 
 
 def test_films_show_where_a_chunk_begins(tmp_path):
-    evaluate(SeeingPolicy(), SUITE, tmp_path, tasks=[1], episodes=2, processes=0, rollouts=1, report=silent)
+    play(SeeingPolicy(), SUITE, tmp_path, tasks=[1], episodes=2, processes=0, rollouts=1)
     films = sorted(path.name for path in (tmp_path / "rollouts").iterdir())
     assert films == ["01-0000.gif", "01-0000.png"]
     frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(Image.open(tmp_path / "rollouts" / films[0]))]
@@ -321,9 +419,9 @@ def test_films_can_be_mp4(tmp_path):
     ],
 )
 def test_arguments_that_cannot_work_are_named(tmp_path, arguments, message, processes):
-    given = {"episodes": 1, "processes": processes, "report": silent, **arguments}
+    given = {"episodes": 1, "processes": processes, **arguments}
     with pytest.raises(ValueError, match=message):
-        evaluate(SeeingPolicy(), SUITE, tmp_path, **given)
+        play(SeeingPolicy(), SUITE, tmp_path, **given)
 
 
 def test_placements_are_the_documented_ones():

@@ -13,20 +13,21 @@ from PIL import Image
 from simulator import need_simulator
 
 from vla_adapter_hf.recording import scenes
-from vla_adapter_hf.recording.demonstrate import (
+from vla_adapter_hf.recording.demonstrate import demonstrate
+from vla_adapter_hf.recording.episodes import (
     DrivingPolicy,
-    RecordingSettings,
-    _try_chunk,
-    demonstrate,
     plan_episode,
     record_driven_episode,
     record_episode,
+    try_chunk,
 )
 from vla_adapter_hf.recording.scenes import record_scenes
+from vla_adapter_hf.recording.settings import RecordingSettings, SceneSettings
 from vla_adapter_hf.simulation.evaluate import evaluate
 from vla_adapter_hf.simulation.libero.suite import LiberoSuite
 from vla_adapter_hf.simulation.policies import ReplayPolicy
 from vla_adapter_hf.simulation.results import read_results
+from vla_adapter_hf.simulation.settings import EvaluationSettings
 
 
 pytestmark = pytest.mark.simulator
@@ -37,6 +38,10 @@ ORACLE = {"tasks": [3], "episodes": 3}  # solved by the scripted expert, nothing
 
 def silent(line: str) -> None:
     """No progress."""
+
+
+def play(policy, suite, output, report=silent, **settings) -> dict:
+    return evaluate(policy, suite, output, EvaluationSettings(**settings), report)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -189,7 +194,7 @@ def test_black_images_keep_the_true_state_and_render_nothing(soup, monkeypatch):
 @pytest.fixture(scope="module")
 def oracle_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("oracle")
-    evaluate("oracle", OBJECT, folder, processes=0, save_actions=True, report=silent, **ORACLE)
+    play("oracle", OBJECT, folder, processes=0, save_actions=True, **ORACLE)
     return folder
 
 
@@ -197,12 +202,12 @@ def oracle_run(tmp_path_factory):
 def replay_run(oracle_run, tmp_path_factory):
     folder = tmp_path_factory.mktemp("replay")
     replay = ReplayPolicy.from_folder(oracle_run / "actions", "libero")
-    evaluate(replay, OBJECT, folder, processes=0, report=silent, **ORACLE)
+    play(replay, OBJECT, folder, processes=0, **ORACLE)
     return folder
 
 
 def test_oracle_solves_replay_repeats_it_and_noop_does_not(oracle_run, replay_run, tmp_path):
-    noop = evaluate("noop", OBJECT, tmp_path / "noop", tasks=[3], episodes=1, processes=0, report=silent)
+    noop = play("noop", OBJECT, tmp_path / "noop", tasks=[3], episodes=1, processes=0)
     oracle, replayed = (read_results(folder / "episodes.jsonl") for folder in (oracle_run, replay_run))
     assert [result.success for result in oracle] == [True] * 3
     assert [(r.steps, r.success) for r in oracle] == [(r.steps, r.success) for r in replayed]
@@ -222,7 +227,7 @@ class HaltingReplay(ReplayPolicy):
 def _replay_until_killed(actions: Path, output: Path, halted: Path) -> None:
     replay = HaltingReplay.from_folder(actions, "libero")
     replay.halted = halted
-    evaluate(replay, OBJECT, output, processes=1, report=silent, **ORACLE)
+    play(replay, OBJECT, output, processes=1, **ORACLE)
 
 
 def lines_without_seconds(folder: Path) -> list[dict]:
@@ -245,7 +250,7 @@ def test_killed_in_an_episode_and_resumed_gives_the_file_of_the_uninterrupted_ru
     assert [line["episode"] for line in lines_without_seconds(output)] == [0]
     told: list[str] = []
     replay = ReplayPolicy.from_folder(actions, "libero")
-    evaluate(replay, OBJECT, output, processes=1, report=told.append, **ORACLE)
+    play(replay, OBJECT, output, processes=1, report=told.append, **ORACLE)
     assert len(told) == 2
     assert lines_without_seconds(output) == lines_without_seconds(replay_run)
 
@@ -253,15 +258,13 @@ def test_killed_in_an_episode_and_resumed_gives_the_file_of_the_uninterrupted_ru
 def test_parallel_processes_give_the_serial_results(tmp_path):
     suite = LiberoSuite("libero_object", placement="shuffle", image_size=64)
     for name, processes in (("serial", 0), ("parallel", 2)):
-        evaluate("oracle", suite, tmp_path / name, tasks=[1, 2], episodes=2, processes=processes, report=silent)
+        play("oracle", suite, tmp_path / name, tasks=[1, 2], episodes=2, processes=processes)
     lines = [(tmp_path / name / "episodes.jsonl").read_text() for name in ("serial", "parallel")]
     assert lines[0] == lines[1]
 
 
 def test_a_named_object_is_what_success_is_about(tmp_path):
-    summary = evaluate(
-        "oracle", OBJECT, tmp_path, tasks=[7], episodes=1, processes=0, instruction="other", report=silent
-    )
+    summary = play("oracle", OBJECT, tmp_path, tasks=[7], episodes=1, processes=0, instruction="other")
     result = read_results(tmp_path / "episodes.jsonl")[0]
     assert summary["successes"] == 1
     assert result.info["target"] != "milk_1"
@@ -270,14 +273,14 @@ def test_a_named_object_is_what_success_is_about(tmp_path):
 
 
 def test_demonstrations_hold_the_actions_that_were_executed(tmp_path):
-    settings = RecordingSettings(render_every=10, image_size=32, disturbed=1.0, retargeted=0.5, states=(0, 1))
-    summary = demonstrate("libero_object", tmp_path, {"jitter": 2}, tasks=[3], settings=settings, report=silent)
+    settings = RecordingSettings(
+        render_every=10, image_size=32, disturbed=1.0, retargeted=0.5, states=(0, 1), official=0, jitter=2, tasks=[3]
+    )
+    summary = demonstrate(tmp_path, settings, silent)
     assert summary["episodes"] + summary["failed"] == 2
-    again = demonstrate("libero_object", tmp_path, {"jitter": 2}, tasks=[3], settings=settings, report=silent)
-    assert again["recorded_now"] == 0
-    other = dataclasses.replace(settings, seed=1)
+    assert demonstrate(tmp_path, settings, silent)["recorded_now"] == 0
     with pytest.raises(ValueError, match="was begun with seed=0 and not 1"):
-        demonstrate("libero_object", tmp_path, {"jitter": 3}, tasks=[3], settings=other, report=silent)
+        demonstrate(tmp_path, dataclasses.replace(settings, seed=1, jitter=3), silent)
     import pyarrow.parquet as pq
 
     rows = pq.read_table(sorted((tmp_path / "data").rglob("*.parquet"))[0]).to_pylist()
@@ -359,7 +362,7 @@ def test_a_policy_that_drives_is_told_what_the_expert_would_do(soup):
     for row, chunk in enumerate(episode["chunks"]):
         observation = soup.observe()
         np.testing.assert_array_equal(observation.state.astype(np.float32), episode["states"][row])
-        np.testing.assert_array_equal(_try_chunk(soup, target, 8, closing), chunk)
+        np.testing.assert_array_equal(try_chunk(soup, target, 8, closing), chunk)
         if row == len(episode["chunks"]) - 1:
             break
         predicted, here, following = driver.chunk(soup, observation), soup.save_state(), episode["states"][row + 1]
@@ -373,15 +376,14 @@ def test_a_policy_that_drives_is_told_what_the_expert_would_do(soup):
 
 
 def test_driven_episodes_extend_a_recording(tmp_path):
-    settings = RecordingSettings(render_every=10, image_size=16, states=(0, 1))
-    demonstrate("libero_object", tmp_path, {"jitter": 1}, tasks=[9], settings=settings, report=silent)
-    driven = {"driver": "embedded", "driver_share": 0.05, "settings": settings, "report": silent}
-    summary = demonstrate("libero_object", tmp_path, {"jitter": 1}, tasks=[9], **driven)
+    settings = RecordingSettings(render_every=10, image_size=16, states=(0, 1), official=0, jitter=1, tasks=[9])
+    demonstrate(tmp_path, settings, silent)
+    driven = dataclasses.replace(settings, driver="embedded", driver_share=0.05)
+    summary = demonstrate(tmp_path, driven, silent)
     assert summary["recorded_now"] == 1 and summary["episodes"] == 2
-    again = demonstrate("libero_object", tmp_path, {"jitter": 1}, tasks=[9], **driven)
-    assert again["recorded_now"] == 0
+    assert demonstrate(tmp_path, driven, silent)["recorded_now"] == 0
     with pytest.raises(ValueError, match="another driver 'by_embedded': share=0.05 and not 0.1"):
-        demonstrate("libero_object", tmp_path, {"jitter": 1}, tasks=[9], **(driven | {"driver_share": 0.1}))
+        demonstrate(tmp_path, dataclasses.replace(driven, driver_share=0.1), silent)
     lines = [json.loads(line) for line in (tmp_path / "meta/demonstrations.jsonl").read_text().splitlines()]
     assert [line.get("driver") for line in lines] == ["by_embedded", None]
     assert lines[0]["positions"] != lines[1]["positions"]
@@ -410,9 +412,10 @@ def test_a_thing_is_in_the_frames_where_it_is_projected_to(soup):
 def test_scenes_hold_what_the_simulator_says_and_are_recorded_once(tmp_path, monkeypatch):
     monkeypatch.setattr(scenes, "SCENES_PER_FILE", 3)
     monkeypatch.setattr(scenes, "POSES_PER_FILE", 4)
-    environment = LiberoSuite("libero_object", placement="both", stream="demonstration", states=(0, 1)).make(2)
-    job = scenes._Job(str(tmp_path), task=2, block=0, seed=0, states=(0, 1), image_size=48)
-    rows, again = scenes._scenes(environment, job), scenes._scenes(environment, job)
+    settings = SceneSettings(3, states=(0, 1), image_size=48)
+    suite = LiberoSuite("libero_object", placement="both", stream="demonstration", states=settings.states)
+    environment = suite.make(2)
+    rows, again = scenes._scenes(environment, 0, settings), scenes._scenes(environment, 0, settings)
     # Nothing has moved since the last scene was taken.
     for index, camera in enumerate(scenes.CAMERAS):
         centres = np.stack([np.mean(environment.object_box(name), axis=0) for name in rows[-1]["objects"]])
@@ -430,9 +433,9 @@ def test_scenes_hold_what_the_simulator_says_and_are_recorded_once(tmp_path, mon
 def test_scene_files_that_are_there_are_kept(tmp_path):
     for task in range(10):
         (tmp_path / f"0000-{task:02d}.parquet").write_bytes(b"")
-    assert record_scenes(tmp_path, 1, report=silent) == 10 * scenes.SCENES_PER_FILE
+    assert record_scenes(tmp_path, SceneSettings(1), silent) == 10 * scenes.SCENES_PER_FILE
     assert all(path.stat().st_size == 0 for path in tmp_path.glob("*.parquet"))
     with pytest.raises(ValueError, match="was begun with seed=0 and not 1"):
-        record_scenes(tmp_path, 1, seed=1)
-    with pytest.raises(ValueError, match="must be at least 1, got 0"):
-        record_scenes(tmp_path, 0)
+        record_scenes(tmp_path, SceneSettings(1, seed=1))
+    with pytest.raises(ValueError, match="scenes must be at least 1, got 0"):
+        SceneSettings(0)

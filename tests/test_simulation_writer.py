@@ -9,12 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from vla_adapter_hf.recording.demonstrate import RecordingSettings, plan_episode
+from vla_adapter_hf.recording.episodes import plan_episode, recording_layout
 from vla_adapter_hf.recording.lerobot_writer import assemble, encode_image, save_episode, saved_episodes
+from vla_adapter_hf.recording.settings import RecordingSettings
 
 
 SETTINGS = RecordingSettings(render_every=4, image_size=16, chunk_size=8)
-LAYOUT = SETTINGS.layout()
+LAYOUT = recording_layout(SETTINGS)
 
 
 def record(output: Path, key: str, rows: int, instruction: str, seed: int = 0) -> dict:

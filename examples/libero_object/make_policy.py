@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from textwrap import fill
@@ -28,10 +29,12 @@ from vla_adapter_hf.checkpoints.model_card import fill_model_card
 from vla_adapter_hf.checkpoints.saving import verify, write_checkpoint
 from vla_adapter_hf.cli.train import parse_arguments
 from vla_adapter_hf.init.untrained import cut_down_tokenizer, init_from_config
-from vla_adapter_hf.recording.demonstrate import RecordingSettings, demonstrate
+from vla_adapter_hf.recording.demonstrate import demonstrate
 from vla_adapter_hf.recording.scenes import record_scenes
+from vla_adapter_hf.recording.settings import RecordingSettings, SceneSettings
 from vla_adapter_hf.simulation.evaluate import evaluate
 from vla_adapter_hf.simulation.policies import embedded_folder
+from vla_adapter_hf.simulation.settings import EvaluationSettings
 from vla_adapter_hf.training.train import last_finished_checkpoint, train
 
 
@@ -118,13 +121,13 @@ def main() -> None:
     arguments = parser.parse_args()
 
     dataset, scenes = arguments.output / SUITE, arguments.output / "scenes"
-    recording = {"settings": SETTINGS, "workers": arguments.processes, "minutes": arguments.minutes}
+    recording = {"workers": arguments.processes, "minutes": arguments.minutes}
     # A training that has begun keeps the demonstrations that it began with.
     if not (arguments.output / "pro" / next(iter(TRAININGS))).exists():
-        demonstrate(SUITE, dataset, EPISODES, **recording)
+        demonstrate(dataset, replace(SETTINGS, **EPISODES, **recording))
     # So does the pretraining.
     if not (arguments.output / "pro" / "start").exists() and not (arguments.output / "pro" / "pretrained").exists():
-        record_scenes(scenes, SCENES, workers=arguments.processes, minutes=arguments.minutes)
+        record_scenes(scenes, SceneSettings(SCENES, **recording))
     for name in ("pro", *(name for name in arguments.variants if name != "pro")):
         folder = arguments.output / name
         make_start(name, scenes, arguments.output)
@@ -135,7 +138,7 @@ def main() -> None:
             for training, changes in CORRECTIONS.items():
                 if not (folder / training).exists():
                     driver = {"driver": str(checkpoint), "driver_share": DRIVER_SHARE}
-                    demonstrate(SUITE, dataset, DRIVEN_EPISODES, **recording, **driver)
+                    demonstrate(dataset, replace(SETTINGS, **DRIVEN_EPISODES, **recording, **driver))
                 checkpoint = train_variant(name, dataset, folder, {training: changes}, checkpoint)
         else:
             train_variant(name, dataset, folder, SHORT_TRAININGS, folder / "start")
@@ -238,7 +241,8 @@ def score(folder: Path, test: str, options: dict, processes: int) -> dict:
     """Evaluate a trained variant in one test, or finish doing so."""
     output = folder / "evaluation" / test
     print(f"{folder.name}: {TITLES[test]}")
-    return evaluate(str(shipped(folder)), SUITE, output, seed=SEED, processes=processes, **options)
+    settings = EvaluationSettings(seed=SEED, processes=processes, **options)
+    return evaluate(str(shipped(folder)), SUITE, output, settings)
 
 
 def pack(name: str, folder: Path, scores: dict[str, dict]) -> None:

@@ -86,6 +86,7 @@ def play(
     """Play one episode; arguments and errors as for [`demo`]. Writes `output` and the film beside it."""
     from vla_adapter_hf.simulation.evaluate import evaluate
     from vla_adapter_hf.simulation.results import read_results
+    from vla_adapter_hf.simulation.settings import EvaluationSettings
 
     output = Path(output)
     if output.suffix != ".png":
@@ -96,18 +97,15 @@ def play(
         f"playing:     {suite}, task {task}, episode {episode}, placement {placement}; building the scene takes a while"
     )
     with tempfile.TemporaryDirectory() as scratch:
-        summary = evaluate(
-            checkpoint or "embedded",
-            suite,
-            scratch,
+        settings = EvaluationSettings(
             tasks=[task],
             episodes=[episode],
             placement=placement,
             processes=0,
             rollouts=1,
             unnorm_key=unnorm_key,
-            report=lambda line: None,
         )
+        summary = evaluate(checkpoint or "embedded", suite, scratch, settings, report=lambda line: None)
         (result,) = read_results(Path(scratch) / "episodes.jsonl")
         film = output.with_suffix(".gif")
         for written, wanted in ((".png", output), (".gif", film)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 import torch
@@ -41,3 +42,8 @@ def parse_numbers(text: str, option: str) -> list[int]:
             raise ValueError(f"{option} must hold numbers and ranges such as 0,2,5-7, got {text!r}.")
         numbers += range(int(first), int(last if dash else first) + 1)
     return sorted(set(numbers))
+
+
+def format_numbers(numbers: Sequence[int]) -> str:
+    """Consecutive numbers as [`parse_numbers`] reads them: 0, 1, 2 and 3 are `"0-3"`."""
+    return f"{numbers[0]}-{numbers[-1]}"

@@ -1,7 +1,7 @@
 """Writes a LeRobot v3.0 dataset with its frames inside the parquet files, without LeRobot.
 
-Episodes are first saved one by one (`save_episode`), each as a file of its own that appears at once; `assemble` then builds
-the dataset from all that are there. A recording can thus be killed, resumed, spread over processes and read before it ends.
+Every episode is first saved as one file (`save_episode`), which appears whole. `assemble` then builds the dataset from
+all saved episodes. So a recording can be killed, resumed, spread over processes and read before it ends.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vla_adapter_hf.utils.files import atomic_path
+from vla_adapter_hf.utils.files import atomic_path, visible_files, write_json, write_text
 
 
 CODEBASE_VERSION = "v3.0"
@@ -28,7 +30,6 @@ EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
 PARTS = ".recording"
 QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 _CHUNKS_SIZE = 1000  # data files per chunk folder, LeRobot's default
-_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 _INDEX_COLUMNS = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 
 
@@ -80,23 +81,21 @@ class LeRobotLayout:
 
     def schema(self) -> pa.Schema:
         """The parquet schema, with the metadata by which `datasets` decodes frames and two-dimensional columns."""
-        fields, described = [], {}
+        columns: dict[str, Any] = {}
         for name, feature in self.features().items():
-            shape = feature["shape"]
-            if feature["dtype"] == "image":
-                fields.append(pa.field(name, _IMAGE))
-                described[name] = {"_type": "Image"}
+            shape, value = feature["shape"], feature["dtype"]
+            if value == "image":
+                columns[name] = datasets.Image()
             elif len(shape) == 2:
-                fields.append(pa.field(name, pa.list_(pa.list_(pa.float32()))))
-                described[name] = {"shape": shape, "dtype": "float32", "_type": "Array2D"}
+                columns[name] = datasets.Array2D(tuple(shape), value)
             elif name in ("observation.state", "action"):
-                fields.append(pa.field(name, pa.list_(pa.float32(), shape[0])))
-                value = {"dtype": "float32", "_type": "Value"}
-                described[name] = {"feature": value, "length": shape[0], "_type": "List"}
+                columns[name] = datasets.List(datasets.Value(value), length=shape[0])
             else:
-                fields.append(pa.field(name, pa.from_numpy_dtype(feature["dtype"])))
-                described[name] = {"dtype": feature["dtype"], "_type": "Value"}
-        return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": described}})})
+                columns[name] = datasets.Value(value)
+        schema = datasets.Features(columns).arrow_schema
+        # Plain types instead of extension types: readers without `datasets` know only those.
+        fields = [field.with_type(getattr(field.type, "storage_type", field.type)) for field in schema]
+        return pa.schema(fields, metadata=schema.metadata)
 
 
 def _vector(dtype: str, size: int, names: list[str] | None) -> dict[str, Any]:
@@ -133,7 +132,7 @@ def save_episode(
     steps: np.ndarray | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Saves one episode of T rows under `output`, to be assembled later. The file appears whole or not at all.
+    """Saves one episode of T rows in `output`, to be assembled later. The file appears whole or not at all.
 
     Args:
         key: the episode's name: saving it again replaces it, and episodes are assembled in the order of their keys.
@@ -167,13 +166,13 @@ def save_episode(
             )
         name = f"observation.images.{camera}"
         frames = [{"bytes": data, "path": f"frame-{row:06d}"} for row, data in enumerate(images[camera])]
-        columns[name] = pa.array(frames, type=_IMAGE)
+        columns[name] = pa.array(frames, type=schema.field(name).type)
     columns["observation.state"] = _fixed(states, schema.field("observation.state").type)
     columns["action"] = _fixed(actions, schema.field("action").type)
     if layout.chunk_size:
         columns["action_chunk"] = pa.array(np.asarray(chunks, np.float32).tolist(), schema.field("action_chunk").type)
         columns["step"] = pa.array(np.asarray(steps, np.int64))
-    # LeRobot derives a row's time from its place; where rows were left out, `step` has the true time.
+    # LeRobot derives a row's time from its index; where rows were left out, `step` has the true time.
     columns["timestamp"] = pa.array(np.arange(rows, dtype=np.float32) / np.float32(layout.fps))
     columns["frame_index"] = pa.array(np.arange(rows, dtype=np.int64))
     metadata = {"instruction": instruction, "extra": dict(extra or {}), "layout": _layout_record(layout)}
@@ -186,13 +185,13 @@ def save_episode(
 
 def saved_episodes(output: Path) -> list[str]:
     """Keys of the episodes saved so far, sorted."""
-    return sorted(path.stem for path in (Path(output) / PARTS).glob("*.parquet"))
+    return [path.stem for path in visible_files(Path(output) / PARTS, "*.parquet")]
 
 
 def assemble(output: Path, rows_per_file: int = 4000) -> dict[str, Any]:
     """Builds `data/` and `meta/` of the dataset from all saved episodes, replacing an earlier build.
 
-    Readable at once by LeRobot and by this package. The statistics are exact ones over all rows (LeRobot's own `stats.json`
+    LeRobot and this package read the result. The statistics are exact over all rows (LeRobot's own `stats.json`
     averages the episodes' quantiles).
 
     Returns:
@@ -211,7 +210,7 @@ def assemble(output: Path, rows_per_file: int = 4000) -> dict[str, Any]:
     for key in keys:
         builder.add(key, pq.read_table(output / PARTS / f"{key}.parquet"))
     info = builder.finish()
-    # `meta` goes first and comes last: a dataset without meta/info.json is seen to be unfinished.
+    # `meta` is removed first and moved last: readers recognise a dataset without meta/info.json as unfinished.
     for folder in ("meta", "data"):
         shutil.rmtree(output / folder, ignore_errors=True)
     for folder in ("data", "meta"):
@@ -221,7 +220,7 @@ def assemble(output: Path, rows_per_file: int = 4000) -> dict[str, Any]:
 
 
 class _Builder:
-    """Puts episodes one after the other into data files and keeps the books."""
+    """Appends episodes to data files and collects their metadata and statistics."""
 
     def __init__(self, root: Path, rows_per_file: int) -> None:
         self.root = root
@@ -289,19 +288,9 @@ class _Builder:
         self._flush()
         (self.root / "meta").mkdir(parents=True, exist_ok=True)
         names = list(self.tasks)
-        # LeRobot keeps the texts in the pandas index; the metadata below makes pandas see it as such.
-        tasks = pa.table({"task_index": pa.array(range(len(names)), pa.int64()), "__index_level_0__": names})
-        pandas = {
-            "index_columns": ["__index_level_0__"],
-            "column_indexes": [],
-            "columns": [
-                _pandas_column("task_index", "task_index", "int64"),
-                _pandas_column(None, "__index_level_0__", "unicode"),
-            ],
-            "pandas_version": "2.2.0",
-        }
-        tasks = tasks.replace_schema_metadata({"pandas": json.dumps(pandas)})
-        pq.write_table(tasks, self.root / "meta/tasks.parquet")
+        # LeRobot keeps the texts in the pandas index.
+        tasks = pandas.DataFrame({"task_index": np.arange(len(names), dtype=np.int64)}, index=names)
+        tasks.to_parquet(self.root / "meta/tasks.parquet")
         episodes = self.root / EPISODES_PATH
         episodes.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(self.episodes), episodes)
@@ -309,9 +298,9 @@ class _Builder:
             name: _summarise([episode[name] for episode in self.statistics], feature)
             for name, feature in self.features.items()
         }
-        _write_json(self.root / "meta/stats.json", statistics)
+        write_json(self.root / "meta/stats.json", statistics, indent=4)
         lines = "".join(json.dumps(extra) + "\n" for extra in self.extras)
-        (self.root / "meta/demonstrations.jsonl").write_text(lines, encoding="utf-8")
+        write_text(self.root / "meta/demonstrations.jsonl", lines)
         info = {
             "codebase_version": CODEBASE_VERSION,
             "robot_type": self.layout["robot_type"],
@@ -327,7 +316,7 @@ class _Builder:
             "video_path": None,
             "features": self.features,
         }
-        _write_json(self.root / "meta/info.json", info)
+        write_json(self.root / "meta/info.json", info, indent=4)
         return info
 
     def _flush(self) -> None:
@@ -347,7 +336,7 @@ def _fixed(values: np.ndarray, kind: pa.DataType) -> pa.Array:
 
 
 def _measure(column: pa.ChunkedArray, feature: Mapping[str, Any]) -> np.ndarray:
-    """What statistics are made of: the values themselves, or for frames a histogram (3, 256) of the levels."""
+    """Input of the statistics: the values; for frames a histogram (3, 256) of the levels, and the number of frames."""
     if feature["dtype"] != "image":
         values = np.array(column.to_pylist(), dtype=np.float64)
         return values.reshape(len(values), *feature["shape"])
@@ -396,12 +385,3 @@ def _summarise_levels(counts: np.ndarray) -> dict[str, Any]:
 
 def _layout_record(layout: LeRobotLayout) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(layout).items()}
-
-
-def _pandas_column(name: str | None, field_name: str, kind: str) -> dict[str, Any]:
-    numpy_type = "object" if kind == "unicode" else kind
-    return {"name": name, "field_name": field_name, "pandas_type": kind, "numpy_type": numpy_type, "metadata": None}
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=4) + "\n", encoding="utf-8")

@@ -1,14 +1,12 @@
-"""Single frames of many scenes, with where each object is in them: to learn to see and to read from.
+"""Single frames of many scenes, with the position of each object in them, to pretrain on.
 
-An episode shows one scene from a hundred nearly equal sides. Who has to learn what milk looks like, and where it is,
-needs many scenes and one look at each. Nothing has to move for that, so a scene costs its two renderings and little else.
+An episode shows one scene from a hundred almost equal viewpoints. Learning to recognise the objects and where they are
+needs many scenes, and one frame per camera of each is enough. Nothing moves in them, so only rendering takes time.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,145 +14,115 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from vla_adapter_hf.recording.demonstrate import check_settings, resized
+from vla_adapter_hf.recording.episodes import resized
+from vla_adapter_hf.recording.jobs import check_settings, in_turns, run_jobs
 from vla_adapter_hf.recording.lerobot_writer import encode_image
-from vla_adapter_hf.simulation.libero.suite import BASKET, CAMERAS, LiberoEnvironment, LiberoSuite
+from vla_adapter_hf.recording.settings import SceneSettings
+from vla_adapter_hf.simulation.libero.scene import BASKET
+from vla_adapter_hf.simulation.libero.suite import CAMERAS, LiberoEnvironment, LiberoSuite
 from vla_adapter_hf.simulation.placement import STREAMS
-from vla_adapter_hf.simulation.workers import process_pool
-from vla_adapter_hf.utils.files import atomic_path
+from vla_adapter_hf.utils.files import atomic_path, exclusive_folder
 
 
 SCENES_PER_FILE = 30
 POSES_PER_FILE = 30
+FILES_PER_JOB = 4  # building an environment takes as long as half a file
 HAND_BOX = np.array([[-0.25, -0.28, 0.06], [0.15, 0.32, 0.36]])  # where the hand may be over the floor, metres
-ARM_SPEED = 10.0  # actions per metre that is still to go, before clipping
+ARM_SPEED = 10.0  # actions per metre of remaining distance, before clipping
 FIRST_EPISODE = 1_000_000  # beyond any recorded episode, so that no scene is one of theirs
 
 
 @dataclass(frozen=True)
 class _Job:
-    output: str
+    """Files of one task, by their numbers."""
+
+    output: Path
     task: int
-    block: int
-    seed: int
-    states: tuple[int, ...]
-    image_size: int
+    blocks: tuple[int, ...]
+    settings: SceneSettings
 
-    @property
-    def path(self) -> Path:
-        return Path(self.output) / f"{self.block:04d}-{self.task:02d}.parquet"
+    def path(self, block: int) -> Path:
+        return self.output / f"{block:04d}-{self.task:02d}.parquet"
 
 
-def record_scenes(
-    output: str | Path,
-    scenes: int,
-    *,
-    seed: int = 0,
-    states: tuple[int, ...] = tuple(range(40)),
-    image_size: int = 112,
-    workers: int = 1,
-    minutes: float | None = None,
-    report: Callable[[str], None] = print,
-) -> int:
-    """Render scenes of libero_object, each with its objects and the hand in places of their own.
+def record_scenes(output: str | Path, settings: SceneSettings, report: Callable[[str], None] = print) -> int:
+    """Renders scenes of libero_object, in which objects and hand have positions of their own.
 
-    Objects stand as in the placement `both`. Scenes are drawn from the stream `demonstration`, which no evaluation uses. Every
-    file of `output` holds up to `SCENES_PER_FILE` scenes of one task: `image` and `wrist_image` (PNG), `objects` (names), and
-    `places` `(objects, 2 cameras, 2)`, the middle of each object as fractions of the image's width and height, not a
-    number where it is behind the camera. Files that are there already are kept, so the same call goes on after a kill.
+    Objects are placed as in the placement `both`, from the stream `demonstration`, which no evaluation uses. Every
+    file of `output` holds up to `SCENES_PER_FILE` scenes of one task: `image` and `wrist_image` (PNG), `objects`
+    (names), and `places` `(objects, 2 cameras, 2)`, the centre of each object as fractions of the image's width and
+    height, NaN behind the camera. Files that exist are kept, so the same call goes on after a kill.
 
     Args:
         output: folder of the files.
-        scenes: per task; rounded up to whole files.
-        seed: of everything that is drawn.
-        states: official initial states to start from.
-        image_size: height and width of the stored frames. Rendered are 256, as in evaluation, then Lanczos.
-        workers: processes, each with an environment of about 2 GB.
-        minutes: begin no new file after this time.
-        report: called with a line of progress after every file.
+        settings: everything else, see [`SceneSettings`].
+        report: receives a line of progress after every few files.
 
     Returns:
-        How many scenes there are at most; where no pose of the arm is free, there is one less.
+        The number of scenes; a scene is left out where no pose of the arm is free, and still counted.
 
     Raises:
-        ValueError: for numbers out of range, and for a folder that was begun with other settings.
+        ValueError: the folder was begun with other settings, or another process is writing to it.
         ImportError: LIBERO is not installed.
     """
-    if scenes < 1 or workers < 1 or image_size < 1:
-        raise ValueError(
-            f"scenes, workers and image_size must be at least 1, got {scenes}, {workers} and {image_size}"
-        )
     output = Path(output)
-    settings = {"seed": seed, "states": states, "image_size": image_size}
-    check_settings(output, output / "settings.json", settings)
     tasks = range(len(LiberoSuite("libero_object").tasks))
-    blocks = range(-(-scenes // SCENES_PER_FILE))
-    jobs = [_Job(str(output), task, block, seed, states, image_size) for block in blocks for task in tasks]
-    began = time.perf_counter()
-    # Building an environment takes as long as half a file: a process makes some files of one task with each.
-    waiting = {task: [job for job in reversed(jobs) if job.task == task and not job.path.exists()] for task in tasks}
-    done = len(jobs) - sum(map(len, waiting.values()))
-    with process_pool(workers) as pool:
-        running = {}
-        while True:
-            late = minutes is not None and time.perf_counter() - began > 60 * minutes
-            while len(running) < workers and not late and any(waiting.values()):
-                task = max(waiting, key=lambda task: len(waiting[task]))
-                batch = [waiting[task].pop() for _ in range(min(4, len(waiting[task])))]
-                running[pool.submit(_record_files, batch)] = len(batch)
-            if not running:
-                break
-            finished = next(as_completed(running))
-            finished.result()
-            done += running.pop(finished)
-            report(f"{done * SCENES_PER_FILE} scenes after {(time.perf_counter() - began) / 60:.1f} min")
-    return done * SCENES_PER_FILE
+    blocks = range(-(-settings.scenes // SCENES_PER_FILE))
+    with exclusive_folder(output):
+        found, advice = f"output={output} was begun with", "name another folder, or record with the same settings"
+        check_settings(output / "settings.json", settings.describe(), found, advice)
+        waiting = {
+            task: [block for block in blocks if not _Job(output, task, (), settings).path(block).exists()]
+            for task in tasks
+        }
+        files = len(tasks) * len(blocks) - sum(map(len, waiting.values()))
+
+        def finished(written: int, minutes: float) -> None:
+            nonlocal files
+            files += written
+            report(f"{files * SCENES_PER_FILE} scenes after {minutes:.1f} min")
+
+        jobs = [_Job(output, task, part, settings) for task, part in in_turns(waiting, FILES_PER_JOB)]
+        run_jobs(_record_files, jobs, settings.workers, settings.minutes, finished)
+    return files * SCENES_PER_FILE
 
 
-def _record_files(jobs: list[_Job]) -> None:
-    """Runs in a process of its own; the jobs are of one task."""
-    suite = LiberoSuite(
-        "libero_object", placement="both", seed=jobs[0].seed, stream="demonstration", states=jobs[0].states
-    )
-    environment = suite.make(jobs[0].task)
+def _record_files(job: _Job) -> int:
+    options = {"placement": "both", "stream": "demonstration"}
+    suite = LiberoSuite("libero_object", seed=job.settings.seed, states=job.settings.states, **options)
+    environment = suite.make(job.task)
     try:
-        for job in jobs:
-            rows = _scenes(environment, job)
-            with atomic_path(job.path) as temporary:
+        for block in job.blocks:
+            rows = _scenes(environment, block, job.settings)
+            with atomic_path(job.path(block)) as temporary:
                 pq.write_table(pa.Table.from_pylist(rows), temporary)
     finally:
         environment.close()
+    return len(job.blocks)
 
 
-def _scenes(environment: LiberoEnvironment, job: _Job) -> list[dict]:
-    generator = np.random.default_rng([STREAMS["demonstration"], job.seed, job.task, job.block, 3])
+def _scenes(environment: LiberoEnvironment, block: int, settings: SceneSettings) -> list[dict]:
+    generator = np.random.default_rng([STREAMS["demonstration"], settings.seed, environment.task, block, 3])
     environment.render = False
     environment.reset(0)
     poses = _arm_poses(environment, generator)
     names = environment.movable_objects
     rows = []
     for scene in range(SCENES_PER_FILE):
-        environment.place_objects(FIRST_EPISODE + job.block * SCENES_PER_FILE + scene)
+        environment.place_objects(FIRST_EPISODE + block * SCENES_PER_FILE + scene)
         order = generator.permutation(len(poses))
         for pose in order:
             environment.pose_arm(poses[pose])
             if not any(environment.meets_hand(name) for name in (*names, BASKET)):
                 break
         else:
-            continue  # an arm in an object is no scene
-        places = np.stack(
-            [
-                environment.project(
-                    np.stack([np.mean(environment.object_box(name), axis=0) for name in names]), camera
-                )
-                for camera in CAMERAS
-            ],
-            axis=1,
-        )
+            continue  # the arm would be inside an object
+        centres = np.stack([np.mean(environment.object_box(name), axis=0) for name in names])
+        places = np.stack([environment.project(centres, camera) for camera in CAMERAS], axis=1)
         environment.render = True
         seen = environment.look().images
         environment.render = False
-        frames = [encode_image(resized(frame, job.image_size), "png") for frame in seen]
+        frames = [encode_image(resized(frame, settings.image_size), "png") for frame in seen]
         rows.append(
             {
                 "image": frames[0],
@@ -167,7 +135,7 @@ def _scenes(environment: LiberoEnvironment, job: _Job) -> list[dict]:
 
 
 def _arm_poses(environment: LiberoEnvironment, generator: np.random.Generator) -> list[np.ndarray]:
-    """Joint angles met on a way through random points, fingers open or closed."""
+    """Joint angles on a path through random points, with fingers open or closed."""
     poses = []
     while len(poses) < POSES_PER_FILE:
         point = generator.uniform(*HAND_BOX)

@@ -1,4 +1,4 @@
-"""What an environment is to this package: a simulator, a benchmark or a real robot behind the same six names."""
+"""The environment protocol: a simulator, a benchmark or a real robot with the same six names."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Observation:
-    """What the policy is given at one step.
+    """Input of the policy at one step.
 
     Attributes:
-        images: one uint8 array of shape (height, width, 3) per camera, in the robot preset's camera order, upright as in
-            the training data.
+        images: one uint8 array of shape (height, width, 3) per camera, in the robot preset's camera order, upright as
+            in the training data.
         state: (S,) float64, raw physical units: positions in metres, angles in radians.
     """
 
@@ -25,24 +25,28 @@ class Observation:
 
 @runtime_checkable
 class Environment(Protocol):
-    """One task that can be attempted again and again.
+    """One task that can be attempted many times.
 
-    Actions are in the environment's own convention: the caller has un-normalised them and turned the gripper round
+    Actions are in the environment's own convention: the caller has un-normalised them and converted the gripper
     (`RobotPreset.to_environment`).
 
-    Where frames are costly, an environment may have an attribute `render`: while it is False nothing is rendered, and
-    `observe` gives black frames and the true state. It is set before a reset, when nobody will look at the episode.
+    Where rendering is slow, an environment may have an attribute `render`. While it is False nothing is rendered, and
+    `observe` returns black frames and the true state. It is set before a reset.
+
+    Where an episode can ask for other objects in the scene, an environment has `movable_objects` (names, the task's
+    own first), `instruction_for(name)`, and an argument `target` of `reset`.
     """
 
     instruction: str
-    """What the policy is told; known after `reset`."""
+    """Text for the policy; known after `reset`."""
     step_limit: int
     """Steps after which an episode without success has failed."""
 
     def reset(self, episode: int) -> dict[str, Any]:
         """Begins an episode. The same number gives the same episode, whatever ran before it.
 
-        Returns what was drawn for the episode (JSON values), for the record.
+        Returns:
+            What was drawn for the episode (JSON values), for the results file.
         """
 
     def observe(self) -> Observation:
@@ -51,7 +55,7 @@ class Environment(Protocol):
     def step(self, action: np.ndarray, observe: bool = True) -> bool:
         """Executes one action of shape (A,) and returns whether the task is solved.
 
-        `observe=False` promises that nobody will ask for the observation after this step, so no frame need be rendered.
+        With `observe=False` the observation after this step will not be used, so nothing has to be rendered.
         """
 
     def close(self) -> None:
@@ -64,11 +68,11 @@ class Suite(Protocol):
 
     name: str
     robot: str
-    """The robot preset's name (`vla_adapter_hf.robots`), which knows the action convention."""
+    """Name of the robot preset (`vla_adapter_hf.robots`), which defines the action convention."""
 
     @property
     def tasks(self) -> Sequence[str]:
-        """The tasks' instructions; a task is named by its place in this list."""
+        """The tasks' instructions; a task's number is its index in this list."""
 
     def make(self, task: int) -> Environment:
         """Builds the environment of one task."""

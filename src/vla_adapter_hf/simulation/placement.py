@@ -1,7 +1,7 @@
-"""Where the objects of a scene stand: as the benchmark fixed them, jittered, permuted, or both.
+"""Positions of the objects of a scene: as in the benchmark, jittered, permuted, or both.
 
-libero_object's initial states hardly move (0 to 2 cm), so a policy can solve them without looking. These placements move
-the target and the distractors on the floor plane and leave heights and orientations alone.
+libero_object's initial states hardly move (0 to 2 cm), so a policy can solve them without looking. These placements
+move the target and the distractors in the floor plane; heights and orientations stay.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ import numpy as np
 
 
 PLACEMENTS = ("official", "jitter", "shuffle", "both")
-"""`official`: untouched. `jitter`: every object moves by up to ±5 cm in x and in y. `shuffle`: the objects swap places, and
-the first one (the target) never keeps its own. `both`: shuffle, then jitter."""
+"""`official`: unchanged. `jitter`: every object moves by up to ±5 cm in x and in y. `shuffle`: the objects swap
+positions, and the first one (the target) always gets another. `both`: shuffle, then jitter."""
 
 STREAMS = {"evaluation": 0, "demonstration": 1, "correction": 2}
-"""The first word of every seed: an evaluation and a recording draw from different streams whatever their seeds are."""
+"""First number of every seed: evaluations and recordings draw different numbers, whatever their seeds are."""
 
 FINGERS = (0.02, 0.066)
-"""Half sizes (x, y) of what the open fingers of LIBERO's gripper take up round the object between them, metres."""
+"""Half sizes (x, y) of the space that the open fingers of LIBERO's gripper need around an object, metres."""
 HAND = (0.03, 0.10)
 """The same for the hand above the fingers."""
 PALM_OVER_TOP = 0.01
-"""How far the palm stays over the top of the object that is grasped, metres."""
+"""Distance of the palm above the top of the grasped object, metres."""
 
 _ATTEMPTS = 2000
 
@@ -72,20 +72,20 @@ def draw_placement(
 
     Args:
         placement: one of `PLACEMENTS`.
-        centres: (N, 2), where the objects stand now; the target comes first.
+        centres: (N, 2), present positions of the objects, the target first.
         halves: (N, 2), half sizes of their footprints.
         tops: (N,), heights of the objects' tops over the floor.
-        obstacles: footprints that stay, such as the basket.
+        obstacles: footprints that do not move, such as the basket.
         generator: the episode's random numbers.
-        amplitude: the largest jitter along x and along y, metres.
-        clearance: the least free distance between any two footprints, metres.
-        reachable: a disc in which jittered centres stay, given as centre and (radius, radius); None for no limit.
+        amplitude: largest jitter along x and along y, metres.
+        clearance: smallest free distance between two footprints, metres.
+        reachable: a disc in which jittered centres stay, as centre and (radius, radius); None for no limit.
 
-    Round every object there is room for an open gripper (`FINGERS`) and, where a neighbour is so tall that it would meet
-    the palm, for the hand (`HAND`): whichever object is asked for can be grasped.
+    Around every object there is room for an open gripper (`FINGERS`) and, where a neighbour is tall enough to touch
+    the palm, for the hand (`HAND`), so every object can be grasped.
 
     Returns:
-        The new centres (N, 2) and the place each object took (N,): `places[i]` is the object whose place i has now.
+        The new centres (N, 2) and the source of each (N,): object i is now where object `places[i]` was.
 
     Raises:
         ValueError: an unknown placement, or no free arrangement after many draws.
@@ -116,19 +116,19 @@ def draw_placement(
             continue
         return drawn, places
     raise ValueError(
-        f"no collision-free {placement!r} placement of {count} objects found in {_ATTEMPTS} draws with amplitude={amplitude} "
-        f"and clearance={clearance}; lower one of them"
+        f"no collision-free {placement!r} placement of {count} objects found in {_ATTEMPTS} draws with "
+        f"amplitude={amplitude} and clearance={clearance}; lower one of them"
     )
 
 
 def _jitter(centres, halves, obstacles, generator, amplitude, clearance, reachable) -> np.ndarray | None:
-    """Places one object after the other in random order; None if one of them found no room."""
+    """Places the objects one by one in random order; None if there is no room for one of them."""
     placed = list(obstacles)
     drawn = np.empty_like(centres)
     for index in generator.permutation(len(centres)):
         for _ in range(50):
             candidate = Footprint(centres[index] + generator.uniform(-amplitude, amplitude, size=2), halves[index])
-            # A place that is itself out of the disc may stay as far out as it is.
+            # An object outside the disc may stay at its distance.
             near = reachable is None or _distance(candidate.centre, reachable) <= max(
                 reachable.half[0], _distance(centres[index], reachable)
             )

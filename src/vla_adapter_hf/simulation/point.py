@@ -1,6 +1,6 @@
 """A small environment that needs no simulator: a point moves over a table to a coloured disc.
 
-Deterministic, with frames that show where the goal is, for trying out the evaluation and for testing it.
+It is deterministic and its frames show the goal, so it serves to try out and to test an evaluation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class PointSuite:
 
     Args:
         image_size: height and width of the frames.
-        seed: of the positions.
+        seed: seed of the positions.
         step_limit: steps per episode.
     """
 
@@ -90,16 +90,16 @@ class PointEnvironment:
 
     @property
     def goal(self) -> np.ndarray:
-        """(2,) the disc that the task asks for."""
+        """(2,) position of the task's disc."""
         return self._discs[self.task]
 
     @property
     def position(self) -> np.ndarray:
-        """(2,) where the point is."""
+        """(2,) position of the point."""
         return self._position
 
     def _draw(self, size: int, window: float = 1.0) -> np.ndarray:
-        """The table from above, or the part of it round the point."""
+        """The table from above, or a window of it around the point."""
         grid = (np.arange(size) + 0.5) / size
         corner = np.zeros(2) if window == 1.0 else self._position - window / 2
         x, y = np.meshgrid(corner[0] + window * grid, corner[1] + window * grid)

@@ -1,4 +1,4 @@
-"""Who chooses the actions in an evaluation: a checkpoint, or one of the bounds and controls."""
+"""Policies for evaluations: checkpoints, bounds and controls."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
 from vla_adapter_hf.robots import RobotPreset, get_robot
 from vla_adapter_hf.simulation.environment import Environment, Observation
 from vla_adapter_hf.utils.devices import check_device
+from vla_adapter_hf.utils.files import visible_files
 
 
 PRECISIONS = ("float32", "bfloat16", "float16", "auto")
@@ -28,7 +29,7 @@ class Request:
 
     Attributes:
         observation: None for policies that look at nothing.
-        instruction: what the policy is told.
+        instruction: text for the policy.
         task, episode, step: where the environment is.
     """
 
@@ -48,7 +49,7 @@ class Policy(Protocol):
     """False saves the rendering."""
 
     def predict(self, requests: Sequence[Request]) -> list[np.ndarray]:
-        """One chunk (K, A) per request, in physical units as after un-normalising: LIBERO's gripper is 0 closed ... 1 open."""
+        """One chunk (K, A) per request, un-normalised: in physical units, LIBERO's gripper from 0 closed to 1 open."""
 
 
 @runtime_checkable
@@ -84,7 +85,7 @@ class OraclePolicy:
     name = "oracle"
 
     def attach(self, environment: Environment) -> Callable[[], np.ndarray]:
-        from vla_adapter_hf.recording.expert import LiberoObjectExpert
+        from vla_adapter_hf.simulation.libero.expert import LiberoObjectExpert
 
         return LiberoObjectExpert(environment).act
 
@@ -117,7 +118,7 @@ class ReplayPolicy:
             ValueError: the folder holds none.
         """
         actions = {}
-        for path in sorted(Path(folder).glob("*-*.npy")):
+        for path in visible_files(folder, "*-*.npy"):
             task, episode = path.stem.split("-")
             actions[int(task), int(episode)] = np.load(path)
         if not actions:
@@ -145,11 +146,11 @@ class ReplayPolicy:
 
 
 class CheckpointPolicy:
-    """A VLA-Adapter checkpoint, asked for all waiting environments in one batch.
+    """A VLA-Adapter checkpoint, which predicts for all waiting environments in one batch.
 
     Args:
         checkpoint: folder or Hub id, in transformers' layout or as published.
-        robot: preset of the suite, whose camera names say what the environment's frames are.
+        robot: preset of the suite, which names the cameras of the environment's frames.
         unnorm_key: statistics to use; by default those of the suite's name.
         suite: name of the suite that is played; without one, a checkpoint's only statistics are taken.
         device: such as `cuda`; None is the CPU.
@@ -157,8 +158,8 @@ class CheckpointPolicy:
         name: what results call the policy; the last part of `checkpoint` by default.
 
     Raises:
-        ValueError: an unknown device or precision; or the checkpoint has no statistics of that name, learnt the gripper in
-            another convention, or wants other cameras than there are.
+        ValueError: an unknown device or precision; or the checkpoint has no statistics of that name, was trained with
+            another gripper convention, or needs other cameras than the environment has.
     """
 
     needs_observation = True
@@ -183,14 +184,13 @@ class CheckpointPolicy:
         self.name = name or Path(checkpoint).name
         self.processor = AutoProcessor.from_pretrained(checkpoint)
         self.model = AutoModel.from_pretrained(checkpoint, dtype=dtype).eval().to(device)
-        # Both are checked before an environment is built. Statistics of another suite would give actions of another size,
-        # and frames in another order than the model's are a silent error.
+        # Checked before an environment is built: other statistics give actions of another size, without an error.
         self.unnorm_key, stats = select_norm_stats(self.model.config.norm_stats, unnorm_key or suite)
         check_gripper(stats["action"], robot)
         self.camera_order = camera_order(self.model.config.cameras, get_robot(robot).cameras)
 
     def describe(self) -> dict[str, Any]:
-        """What decides its actions besides the name (JSON values): a retrained checkpoint does not resume the old one's run."""
+        """What decides its actions (JSON values), so that a retrained checkpoint does not resume another's run."""
         import torch
 
         checksum = 0
@@ -212,50 +212,52 @@ class CheckpointPolicy:
     def predict(self, requests: Sequence[Request]) -> list[np.ndarray]:
         images = [[request.observation.images[index] for index in self.camera_order] for request in requests]
         state = np.stack([request.observation.state for request in requests])
-        # One instruction may be shorter than another: the processor pads.
         inputs = self.processor(images=images, text=[request.instruction for request in requests], state=state)
         return list(self.model.predict_action(**inputs, unnorm_key=self.unnorm_key))
 
 
 def check_gripper(stats: Mapping[str, Any], robot: str) -> None:
-    """Refuses a model whose gripper was learnt as it was recorded: where this robot's closes, that one's would open.
+    """Refuses a model that was trained on the recorded gripper convention: it would open where it should close.
 
     Args:
-        stats: of the model's actions.
+        stats: statistics of the model's actions.
         robot: preset of the suite. The physical units of a binary gripper are 0...1 for every preset that has one.
 
     Raises:
         ValueError: the gripper's values go below 0.
     """
-    # Which of them there are depends on the kind of normalisation; means and deviations alone do not tell.
+    # Which of these exist depends on the kind of normalisation; means and deviations alone say nothing about the
+    # range.
     lowest = min((float(stats[name][-1]) for name in ("min", "q01") if name in stats), default=0.0)
     if not get_robot(robot).action_mask[-1] and lowest < -0.1:
         raise ValueError(
-            f"the checkpoint's gripper goes down to {lowest:g} in its statistics, and that of robot {robot!r} is 0...1: it was "
-            f"trained on recorded actions as they are. Train it with robot={robot!r} (vla-adapter train --robot {robot})."
+            f"the checkpoint's gripper goes down to {lowest:g} in its statistics, but robot {robot!r} has 0...1: it "
+            "was trained on recorded actions without conversion. "
+            f"Train with robot={robot!r} (vla-adapter train --robot {robot})."
         )
 
 
 def camera_order(wanted: Sequence[str], present: Sequence[str]) -> list[int]:
-    """For every camera of a model, the place of its frame among the environment's.
+    """For every camera of a model, the index of its frame among the environment's.
 
-    Cameras are told apart by name. A model that has names of its own for all of them takes the frames in the order they come.
+    Cameras are matched by name. A model that has other names for all of them takes the frames in the environment's
+    order.
 
     Raises:
-        ValueError: some names are known and others are not, or there are other numbers of cameras and no known names.
+        ValueError: only some names are known, or the numbers of cameras differ and no name is known.
     """
     if set(wanted) <= set(present):
         return [list(present).index(name) for name in wanted]
     if len(wanted) == len(present) and not set(wanted) & set(present):
         return list(range(len(present)))
     raise ValueError(
-        f"the checkpoint's cameras are {', '.join(wanted)}; the environment has {', '.join(present)}. Name them alike, by "
-        "loading the checkpoint with cameras=[...] and saving it."
+        f"the checkpoint's cameras are {', '.join(wanted)}; the environment has {', '.join(present)}. Load the "
+        "checkpoint with cameras=[...] of the same names and save it."
     )
 
 
 def blackened(observation: Observation | None) -> Observation | None:
-    """The same observation with black frames: what a policy does then, it does without seeing."""
+    """The same observation with black frames."""
     if observation is None:
         return None
     return Observation(tuple(np.zeros_like(image) for image in observation.images), observation.state)
@@ -263,7 +265,7 @@ def blackened(observation: Observation | None) -> Observation | None:
 
 @contextmanager
 def embedded_folder() -> Iterator[Path]:
-    """The folder of what ships with the package: `checkpoint/`, and `observation.npz`, a recorded LIBERO observation."""
+    """The folder that ships with the package: `checkpoint/`, and `observation.npz`, a recorded LIBERO observation."""
     with as_file(files("vla_adapter_hf").joinpath("embedded")) as folder:
         yield folder
 

@@ -7,12 +7,13 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vla_adapter_hf.utils.files import write_bytes, write_json
+from vla_adapter_hf.utils.files import readable_disk_errors, record_settings, write_bytes, write_json, write_text
 
 
 PUBLISHED = {
@@ -80,12 +81,12 @@ class EpisodeResult:
         suite, task, episode: which episode; `task` is the task's number.
         seed, placement: how its scene was drawn.
         black_images: whether the policy saw black frames (a control).
-        instruction: what the policy was told.
+        instruction: the text that the policy got.
         steps: executed steps, no-ops at the beginning not counted.
         success: whether the task was solved within the limit.
         latency: seconds of each query to the policy; the queries of a batch share the time of the batch.
         info: what was drawn for the episode, such as object positions.
-        task_instruction: what the task itself says, if the policy was told something else.
+        task_instruction: the task's own instruction, if the policy got another text.
     """
 
     suite: str
@@ -109,8 +110,8 @@ class EpisodeResult:
 class ResultsFile:
     """Append-only JSON lines that survive a kill at any moment.
 
-    The run's settings are kept beside them in `settings.json`: another run's episodes are never mixed in. A last line that
-    was torn by a kill is cut off when the file is opened again; its episode is simply run again.
+    The run's settings are in `settings.json` in the same folder: episodes of another run are never mixed in. A last
+    line that was torn by a kill is cut off when the file is opened again, and its episode is run again.
 
     Args:
         folder: holds `episodes.jsonl` and `settings.json`; created if it does not exist.
@@ -122,9 +123,8 @@ class ResultsFile:
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
         self.path = Path(folder) / "episodes.jsonl"
-        self.settings = json.loads(json.dumps(dict(settings)))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._check_settings(self.path.with_name("settings.json"))
+        self._check_settings(self.path.with_name("settings.json"), settings)
         self._cut_torn_line()
         self.results = read_results(self.path)
 
@@ -134,8 +134,12 @@ class ResultsFile:
         return {result.key for result in self.results}
 
     def append(self, result: EpisodeResult) -> None:
-        """Writes one episode; when this returns, a kill no longer loses it."""
-        with open(self.path, "ab") as stream:
+        """Writes one episode; when this returns, a kill no longer loses it.
+
+        Raises:
+            OSError: the disk is full. The episodes before this one are kept.
+        """
+        with readable_disk_errors(self.path), open(self.path, "ab") as stream:
             stream.write(_as_line(result))
             stream.flush()
             os.fsync(stream.fileno())
@@ -146,20 +150,15 @@ class ResultsFile:
         self.results.sort(key=lambda result: result.key)
         write_bytes(self.path, b"".join(_as_line(result) for result in self.results))
 
-    def _check_settings(self, path: Path) -> None:
-        # Settings under which no episode has ended are those of an attempt that failed.
+    def _check_settings(self, path: Path, settings: Mapping[str, Any]) -> None:
         played = self.path.exists() and b"\n" in self.path.read_bytes()
-        if not path.exists() or not played:
-            if played:
-                raise ValueError(f"{self.path} has no settings.json beside it; choose another output")
-            write_json(path, self.settings)
-            return
-        written = json.loads(path.read_text(encoding="utf-8"))
-        names = [name for name in {**written, **self.settings} if written.get(name) != self.settings.get(name)]
-        if names:
-            changes = ", ".join(
-                f"{name}={written.get(name)!r} there, {self.settings.get(name)!r} here" for name in names
-            )
+        if played and not path.exists():
+            raise ValueError(f"{self.path} has no settings.json next to it; choose another output")
+        if not played:
+            path.unlink(missing_ok=True)  # of an attempt in which no episode ended
+        differing = record_settings(path, settings)
+        if differing:
+            changes = ", ".join(f"{name}={there!r} there, {here!r} here" for name, (there, here) in differing.items())
             raise ValueError(f"{path.parent} holds another run: {changes}. Choose another output.")
 
     def _cut_torn_line(self) -> None:
@@ -265,13 +264,14 @@ def joined_table(folders: Sequence[str | Path], name: str | None = None) -> str:
     """The table in the published form over several finished evaluations: one row per policy, with its average.
 
     Args:
-        folders: outputs of `evaluate`. The published rows are added if all are runs of the published protocol: every task from
-            each of its 50 states, whole chunks.
+        folders: outputs of `evaluate`. The published rows are added if all are runs of the published protocol: every
+            task from each of its 50 states, whole chunks.
         name: puts all into one row, where each suite has a checkpoint of its own; by default there is a row for each
             policy's name.
 
     Raises:
-        ValueError: a folder without a summary, controls that are no part of such a table, or two runs of a policy on a suite.
+        ValueError: a folder without a summary, controls that are no part of such a table, or two runs of a policy on a
+            suite.
     """
     measured: dict[str, dict[str, Any]] = {}
     compare = True
@@ -309,3 +309,92 @@ def _cell(summary: Mapping[str, Any] | None) -> str:
         return "—"
     low, high = summary["interval_95"]
     return f"{100 * summary['success_rate']:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+
+
+@dataclass
+class Timing:
+    """Seconds of an evaluation, summed over all environments; `wall` is elapsed time.
+
+    Attributes:
+        physics: steps without frames, and the share of the other steps that physics would have taken.
+        rendering: the rest of the steps with frames.
+        policy: queries.
+    """
+
+    wall: float = 0.0
+    build: float = 0.0
+    reset: float = 0.0
+    physics: float = 0.0
+    rendering: float = 0.0
+    policy: float = 0.0
+    episodes: int = 0
+    steps: int = 0
+
+    def add(self, seconds: Mapping[str, float], counts: Mapping[str, int]) -> None:
+        """Adds an episode: the `seconds` and `counts` of a worker's last report."""
+        per_blind_step = seconds["blind"] / counts["blind"] if counts["blind"] else 0.0
+        physics = min(seconds["observed"], per_blind_step * counts["observed"])
+        self.build += seconds["build"]
+        self.reset += seconds["reset"]
+        self.physics += seconds["blind"] + physics
+        self.rendering += seconds["observed"] - physics
+        self.episodes += 1
+        self.steps += counts["blind"] + counts["observed"]
+
+    def table(self) -> str:
+        """A Markdown table: episodes per minute and the share of each part in the time spent."""
+        parts = {name: getattr(self, name) for name in ("rendering", "physics", "policy", "reset", "build")}
+        total = sum(parts.values()) or 1.0
+        head = "| Episodes per minute | Steps per second | " + " | ".join(f"{name}, %" for name in parts) + " |"
+        rates = f"| {60 * self.episodes / (self.wall or 1.0):.1f} | {self.steps / (self.wall or 1.0):.1f} | "
+        shares = " | ".join(f"{100 * seconds / total:.0f}" for seconds in parts.values())
+        return "\n".join([head, "|---|---|" + "---|" * len(parts), rates + shares + " |"]) + "\n"
+
+
+def write_summary(
+    output: Path,
+    results: Sequence[EpisodeResult],
+    tasks: Sequence[str],
+    settings: Mapping[str, Any],
+    timing: Timing,
+) -> dict[str, Any]:
+    """Writes `summary.json` and `summary.md` of an evaluation and returns the former's content.
+
+    Args:
+        output: the evaluation's folder.
+        results: its episodes.
+        tasks: the instructions of the suite's tasks.
+        settings: as in `settings.json`; they name the policy and every control.
+        timing: of this call. If it played no episode, the timing of the call before is kept.
+    """
+    summary = summarise(results, tasks)
+    suite, policy = summary["suite"], settings["policy"]
+    controls = [f"placement {settings.get('placement', 'official')}"]
+    if settings["black_images"]:
+        controls.append("black images")
+    if settings["instruction"]:
+        controls.append(f"instruction: {settings['instruction']}")
+    if settings["execute"]:
+        controls.append(f"{settings['execute']} actions of each chunk executed")
+    if settings["ensemble"] is not None:
+        controls.append(f"chunks averaged with ensemble={settings['ensemble']:g}")
+    # Published scores are compared with runs of the published protocol only: every task from each of its 50 states.
+    is_published = (
+        suite in PUBLISHED_SUITES
+        and controls == ["placement official"]
+        and {result.key for result in results} == set(product(range(len(tasks)), range(50)))
+    )
+    summary |= {"settings": dict(settings), "published_protocol": is_published}
+    text = f"## {policy} on {suite}\n\n{', '.join(controls)}; {len(results)} episodes; 95 % Wilson intervals.\n\n"
+    text += published_table({policy: {suite: summary}}, compare=is_published) + "\n" + task_table(summary)
+    path = output / "summary.json"
+    if timing.episodes:
+        summary["timing"] = {name: round(value, 3) for name, value in vars(timing).items()}
+    elif path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        summary |= {name: before[name] for name in ("timing",) if name in before}
+    if "timing" in summary:
+        text += "\n" + Timing(**summary["timing"]).table()
+    write_json(path, summary)
+    write_text(output / "summary.md", text)
+    return summary

@@ -25,16 +25,16 @@ _MARGIN = 6
 def draw_rollout(
     frames: Sequence[tuple[int, np.ndarray]], queries: Sequence[int], steps: int, success: bool
 ) -> list[np.ndarray]:
-    """Frames with an orange border where a new chunk begins, and a bar of progress with a notch per query below.
+    """Frames with an orange border where a chunk begins, above a progress bar with a mark for every query.
 
     Args:
         frames: (step, image) pairs, uint8 (height, width, 3).
-        queries: steps at which the policy was asked.
+        queries: steps at which the policy was queried.
         steps: the episode's length.
         success: green bar if true, red if not.
 
     Returns:
-        Images of one size, (height + bar, width, 3), both even (MP4 encoders want that).
+        Images of one size, (height + bar, width, 3), both even, as MP4 encoders require.
 
     Raises:
         ValueError: no frames.
@@ -69,14 +69,14 @@ def draw_contact_sheet(
     instruction: str,
     most: int = 30,
 ) -> np.ndarray:
-    """One picture of an episode: its frames in rows under the instruction and how it ended.
+    """One picture of an episode: the instruction, how the episode ended, and its frames in rows.
 
     Frames where a new chunk begins have the orange border of the film, and an orange label.
 
     Args:
         frames, queries, steps, success: as for `draw_rollout`.
-        instruction: what the policy was told.
-        most: of more frames than this, evenly spread ones are shown, the first and the last among them.
+        instruction: text that the policy got.
+        most: number of frames to show at most; they are evenly spread, from the first to the last.
 
     Returns:
         uint8 (height, width, 3).
@@ -92,7 +92,7 @@ def draw_contact_sheet(
     height = round(cells[0].shape[0] * _CELL_WIDTH / cells[0].shape[1])
     columns = min(_COLUMNS, len(cells))
     width = columns * (_CELL_WIDTH + _MARGIN) + _MARGIN
-    # The letters of Pillow's own font are about half as wide as they are high.
+    # Letters of Pillow's default font are about half as wide as high.
     title = textwrap.wrap(f"“{instruction}”", max(20, width // 10))
     ending = f"{'solved' if success else 'not solved'} after {steps} steps"
     if queries:

@@ -1,15 +1,15 @@
-"""Environments in processes of their own. The parent asks the policy; a worker only resets, steps and renders."""
+"""Environments in processes of their own. The parent queries the policy; a worker only resets, steps and renders.
+
+The pool is hand-written because a worker keeps its environment between messages, which executors cannot promise.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -20,29 +20,14 @@ from vla_adapter_hf.simulation.environment import Environment, Observation, Suit
 from vla_adapter_hf.simulation.policies import ResidentPolicy
 
 
-def process_pool(workers: int) -> ProcessPoolExecutor:
-    """Processes for jobs with environments of their own. They end with this one, even if it is killed."""
-    # A forked copy of a process that has rendered or computed on a GPU is broken.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(max_workers=workers, mp_context=context, initializer=_end_with_parent)
-
-
-def _end_with_parent() -> None:
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
-
-
 @dataclass(frozen=True)
 class Begin:
     """Parent to worker: reset to this episode and report.
 
     Attributes:
-        instruction: what to tell the policy instead of the task's own words; `other` names another object in view.
-        observe: whether the policy looks at observations.
-        render: whether anyone looks at the frames; without, environments that can do so render nothing.
+        instruction: text for the policy instead of the task's instruction; `other` names another object in view.
+        observe: whether the policy uses observations.
+        render: whether anyone uses the frames. If not, environments that can do so render nothing.
         frames_every: keep a frame every so many steps for a rollout; 0 keeps none.
         resident: plays the whole episode in the worker, without the parent.
     """
@@ -87,8 +72,9 @@ class Report:
     actions: np.ndarray | None = None
 
 
-# What is wrong with a call or an installation, and not with an environment.
-USERS_ERRORS = (ValueError, TypeError, ImportError, OSError)
+USERS_ERRORS = (ValueError, ImportError, OSError)
+"""Before the first step these come from the call or the installation, and the message is for the user. Afterwards they
+are bugs, like all other errors, and are reported with the worker's traceback."""
 
 
 @dataclass(frozen=True)
@@ -105,11 +91,18 @@ class EpisodeRunner:
 
     def __init__(self, suite: Suite) -> None:
         self.suite = suite
+        self.steps = 0  # of the present episode
         self._task: int | None = None
         self._environment: Environment | None = None
 
+    def answer(self, message: Begin | Execute) -> Report:
+        """Does what the message says."""
+        return self.begin(message) if isinstance(message, Begin) else self.execute(message)
+
     def begin(self, message: Begin) -> Report:
+        """Resets to an episode; with a resident policy, plays it to its end."""
         self._message = message
+        self.steps = 0
         self._seconds = {"build": 0.0, "reset": 0.0, "observed": 0.0, "blind": 0.0}
         self._counts = {"observed": 0, "blind": 0}
         self._frames: list[tuple[int, np.ndarray]] = []
@@ -123,7 +116,7 @@ class EpisodeRunner:
         environment = self._environment
         if hasattr(environment, "render"):
             environment.render = message.render
-        self._told, self._info, self._official = begin_episode(environment, message, self.suite)
+        self._instruction, self._info, self._task_instruction = begin_episode(environment, message, self.suite)
         self._seconds["build"] = built - started
         self._seconds["reset"] = time.perf_counter() - built
         if message.frames_every:
@@ -137,10 +130,10 @@ class EpisodeRunner:
         limit = self._environment.step_limit
         last = len(message.actions) - 1
         for index, action in enumerate(message.actions):
-            # After the limit's step nobody is asked any more.
-            asked = self._message.observe and index == last and len(self._actions) + 1 < limit
-            success = self._step(action, observe=asked)
-            if success or len(self._actions) >= limit:
+            # There is no query after the last step.
+            observe = self._message.observe and index == last and self.steps + 1 < limit
+            success = self._step(action, observe=observe)
+            if success or self.steps >= limit:
                 return self._report(None, success=success, finished=True)
         return self._report(self._environment.observe() if self._message.observe else None)
 
@@ -152,14 +145,14 @@ class EpisodeRunner:
     def _play_out(self, resident: ResidentPolicy) -> Report:
         act = resident.attach(self._environment)
         success = False
-        while not success and len(self._actions) < self._environment.step_limit:
+        while not success and self.steps < self._environment.step_limit:
             success = self._step(act(), observe=False)
         return self._report(None, success=success, finished=True)
 
     def _step(self, action: np.ndarray, observe: bool) -> bool:
-        number = len(self._actions) + 1
+        self.steps += 1
         every = self._message.frames_every
-        keep = bool(every) and number % every == 0
+        keep = bool(every) and self.steps % every == 0
         kind = "observed" if observe or keep else "blind"
         started = time.perf_counter()
         success = self._environment.step(action, observe=observe or keep)
@@ -173,15 +166,15 @@ class EpisodeRunner:
     def _keep_frame(self, observation: Observation) -> None:
         height = min(image.shape[0] for image in observation.images)
         tiles = [image[:height] for image in observation.images]
-        self._frames.append((len(self._actions), np.concatenate(tiles, axis=1)))
+        self._frames.append((self.steps, np.concatenate(tiles, axis=1)))
 
     def _report(self, observation: Observation | None, success: bool = False, finished: bool = False) -> Report:
         return Report(
             observation=observation,
-            instruction=self._told,
-            task_instruction=self._official,
+            instruction=self._instruction,
+            task_instruction=self._task_instruction,
             info=self._info,
-            steps=len(self._actions),
+            steps=self.steps,
             success=success,
             finished=finished,
             seconds=dict(self._seconds),
@@ -192,39 +185,36 @@ class EpisodeRunner:
 
 
 def begin_episode(environment: Environment, message: Begin, suite: Suite) -> tuple[str, dict[str, Any], str]:
-    """Resets the environment and returns what the policy is told, what was drawn, and the task's own words.
+    """Resets the environment and returns the policy's instruction, what was drawn, and the task's instruction.
 
-    If the instruction names another object of a libero_object scene, success is that object's; any other text is only
-    told to the policy, and success stays the task's.
+    If the text names another object of a libero_object scene, success is that object's. Any other text only goes to
+    the policy, and success stays the task's.
 
     Raises:
-        ValueError: the instruction is another task's, and this scene does not hold its object.
+        ValueError: the text is another task's instruction, and this scene does not hold its object.
     """
-    objects = list(getattr(environment, "movable_objects", ()))
-    wanted = message.instruction
-    if wanted is None:
+    text = message.instruction
+    if text is None:
         info = environment.reset(message.episode)
         return environment.instruction, info, environment.instruction
     official = suite.tasks[message.task]
+    objects = list(getattr(environment, "movable_objects", ()))
     target = None
-    if wanted == "other":
+    if text == "other":
         if len(objects) < 2:
             raise ValueError(f"instruction='other' needs a suite whose scenes hold other objects, not {suite.name!r}")
         # Every distractor has its turn, whatever the number of processes.
         target = objects[1 + (message.episode + message.task) % (len(objects) - 1)]
     elif objects:
-        from vla_adapter_hf.simulation.libero.suite import object_instruction
-
-        target = next((name for name in objects if object_instruction(name) == wanted), None)
-    if target is None:
-        if objects and wanted in suite.tasks:
-            raise ValueError(
-                f"instruction={wanted!r}: the scene of task {message.task} does not hold that object; choose tasks that do"
-            )
-        info = environment.reset(message.episode)
-        return wanted, info, official
-    info = environment.reset(message.episode, target=target)
-    return environment.instruction, {**info, "target": target}, official
+        target = next((name for name in objects if environment.instruction_for(name) == text), None)
+    if target is not None:
+        info = environment.reset(message.episode, target=target)
+        return environment.instruction, {**info, "target": target}, official
+    if objects and text in suite.tasks:
+        raise ValueError(
+            f"instruction={text!r}: the scene of task {message.task} does not hold that object; choose tasks that do"
+        )
+    return text, environment.reset(message.episode), official
 
 
 def _serve(connection: Connection, suite: Suite) -> None:
@@ -232,14 +222,15 @@ def _serve(connection: Connection, suite: Suite) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     runner = EpisodeRunner(suite)
     try:
-        failed = False
-        while not failed:
+        report: Report | Failure | None = None
+        while not isinstance(report, Failure):
             message = connection.recv()
             try:
-                report = runner.begin(message) if isinstance(message, Begin) else runner.execute(message)
-            except Exception as error:  # whatever it was, the parent must hear of it
-                kind = next((kind for kind in USERS_ERRORS if isinstance(error, kind)), RuntimeError)
-                report, failed = Failure(kind, str(error), traceback.format_exc()), True
+                report = runner.answer(message)
+            except Exception as error:
+                is_users = not runner.steps and isinstance(error, USERS_ERRORS)
+                kind = next(kind for kind in (*USERS_ERRORS, Exception) if isinstance(error, kind))
+                report = Failure(kind if is_users else RuntimeError, str(error), traceback.format_exc())
             connection.send(report)
     except (EOFError, ConnectionError):
         pass  # the parent has finished, or was killed
@@ -248,11 +239,13 @@ def _serve(connection: Connection, suite: Suite) -> None:
 
 
 class WorkerPool:
-    """Environments side by side, one per process; with `processes=0` a single one in this process.
+    """Environments in parallel, one per process; with `processes=0` a single one in this process.
+
+    A context manager: where the block ends with an error, all processes are stopped at once.
 
     Raises:
-        RuntimeError: from `receive`, with the worker's traceback, if an environment failed; what the user can mend stays
-            what it was, one of `USERS_ERRORS`.
+        RuntimeError: from `receive`, with the worker's traceback, if an environment failed. An error that the user can
+            repair keeps its type, one of `USERS_ERRORS`, and has the traceback as its cause.
         ChildProcessError: from `receive`, if a process died.
     """
 
@@ -263,26 +256,36 @@ class WorkerPool:
         self._connections: list[Connection] = []
         # A forked copy of a process that has rendered or computed on a GPU is broken.
         context = multiprocessing.get_context("spawn")
-        for _ in range(processes):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, suite), daemon=True)
-            process.start()
-            theirs.close()
-            self._processes.append(process)
-            self._connections.append(ours)
+        try:
+            for _ in range(processes):
+                ours, theirs = context.Pipe()
+                self._connections.append(ours)
+                process = context.Process(target=_serve, args=(theirs, suite), daemon=True)
+                process.start()
+                self._processes.append(process)
+                theirs.close()
+        except BaseException:
+            self.close(at_once=True)
+            raise
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *unused: Any) -> None:
+        self.close(at_once=kind is not None)
 
     def __len__(self) -> int:
         return max(1, len(self._processes))
 
     def send(self, worker: int, message: Begin | Execute) -> None:
+        """Gives a worker something to do."""
         if self._local is not None:
-            begun = isinstance(message, Begin)
-            self._inbox.append(self._local.begin(message) if begun else self._local.execute(message))
+            self._inbox.append(self._local.answer(message))
         else:
             self._connections[worker].send(message)
 
     def receive(self, waiting: Sequence[int]) -> list[tuple[int, Report]]:
-        """Reports of all workers among `waiting` that have one, at least one of them; in the order of their numbers."""
+        """Waits for a report of the workers in `waiting` and returns all that have come, in the workers' order."""
         if self._local is not None:
             return [(0, self._inbox.pop())]
         ready = wait([self._connections[worker] for worker in waiting])
@@ -295,8 +298,9 @@ class WorkerPool:
             except EOFError as error:
                 self._processes[worker].join(timeout=10)
                 raise ChildProcessError(
-                    f"an environment's process ended unexpectedly (exit code {self._processes[worker].exitcode}; -9 is often too "
-                    "little memory: use fewer processes). Episodes that had ended are kept; the same call goes on with the rest."
+                    f"an environment's process ended unexpectedly (exit code {self._processes[worker].exitcode}; -9 "
+                    "often means too little memory: use fewer processes). Finished episodes are kept; the same call "
+                    "plays the rest."
                 ) from error
             if isinstance(report, Failure):
                 failure = RuntimeError(f"an environment failed:\n{report.trace}")
@@ -306,12 +310,15 @@ class WorkerPool:
             reports.append((worker, report))
         return reports
 
-    def close(self) -> None:
+    def close(self, at_once: bool = False) -> None:
+        """Ends all processes. `at_once` does not wait for what they are doing."""
         if self._local is not None:
             self._local.close()
         for connection in self._connections:
             connection.close()
         for process in self._processes:
-            process.join(timeout=10)
-            if process.is_alive():
-                process.terminate()
+            if not at_once:
+                process.join(timeout=10)
+            process.terminate()  # does nothing to a process that has ended
+        for process in self._processes:
+            process.join()

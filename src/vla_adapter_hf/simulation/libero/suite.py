@@ -10,7 +10,6 @@ import contextlib
 import gc
 import io
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,14 +18,8 @@ import numpy as np
 
 from vla_adapter_hf.simulation.environment import Observation
 from vla_adapter_hf.simulation.libero.install import import_libero, load_initial_states
-from vla_adapter_hf.simulation.placement import (
-    HAND,
-    PALM_OVER_TOP,
-    PLACEMENTS,
-    Footprint,
-    draw_placement,
-    placement_generator,
-)
+from vla_adapter_hf.simulation.libero.scene import BASKET, BASKET_REGION, LiberoScene, PhysicalState
+from vla_adapter_hf.simulation.placement import PLACEMENTS, Footprint, draw_placement, placement_generator
 
 
 STEP_LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
@@ -35,14 +28,13 @@ CAMERAS = ("agentview", "robot0_eye_in_hand")
 NO_OP = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 NO_OP_STEPS = 10
 REACH = 0.76  # metres from the robot's base; farther out the stretched arm meets its elbow's limit while lifting
-BASKET, BASKET_REGION = "basket_1", "basket_1_contain_region"
 
 
 def quaternion_to_axis_angle(quaternion: np.ndarray) -> np.ndarray:
     """Axis-angle of a unit quaternion (x, y, z, w), as LIBERO's demonstrations hold it: shape (3,), radians.
 
-    w is only clipped, never made positive, so the norm runs up to 2*pi. LIBERO's gripper points down, near pi, where the
-    shortest rotation vector (what rotation libraries return) flips its sign.
+    w is clipped but never made positive, so the norm goes up to 2*pi. LIBERO's gripper points down, near pi, where the
+    shortest rotation vector (what rotation libraries return) changes its sign.
 
     Raises:
         ValueError: the quaternion does not have shape (4,).
@@ -59,7 +51,7 @@ def quaternion_to_axis_angle(quaternion: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class LiberoSuite:
-    """A LIBERO suite and everything that decides what its episodes are.
+    """A LIBERO suite and every setting that decides what its episodes are.
 
     Args:
         name: one of `SUITES`.
@@ -69,12 +61,12 @@ class LiberoSuite:
         image_size: height and width of the frames, pixels (published: 256).
         states: initial states that the episodes cycle through; all 50 by default. Episode e starts from
             `states[e % len(states)]`.
-        hard_reset: rebuild the simulation before each episode, as the published loop does (2 to 4 s). A soft reset takes
-            0.2 s and gives the same episode bit for bit, since what it would keep of the last one is cleared here.
+        hard_reset: rebuild the simulation before each episode, as the published loop does (2 to 4 s). A soft reset
+            takes 0.2 s and gives the same episode bit for bit: what it keeps of the last episode is cleared here.
 
     Raises:
-        ValueError: an unknown suite or placement, a placement that the suite does not support, a seed below 0, a state outside
-            0...49.
+        ValueError: an unknown suite or placement, a placement that the suite does not support, a seed below 0, a state
+            outside 0...49.
     """
 
     name: str
@@ -92,9 +84,7 @@ class LiberoSuite:
         if self.placement not in PLACEMENTS:
             raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}")
         if self.placement != "official" and self.name != "libero_object":
-            raise ValueError(
-                f"placement={self.placement!r} moves the objects of libero_object's floor; {self.name} only has 'official'"
-            )
+            raise ValueError(f"placement={self.placement!r} is for libero_object; {self.name} only has 'official'")
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
         if self.states is not None and not (self.states and all(0 <= state < 50 for state in self.states)):
@@ -128,31 +118,25 @@ class LiberoSuite:
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        # The benchmark object is rebuilt in the other process rather than sent there.
+        # The other process builds its own benchmark object.
         return {key: value for key, value in self.__dict__.items() if key != "_benchmark"}
 
 
 @dataclass(frozen=True)
 class SavedState:
-    """A moment of an episode to go back to; see `LiberoEnvironment.save_state`."""
+    """A moment of an episode, see `LiberoEnvironment.save_state`."""
 
-    physics: np.ndarray
-    controller: dict[str, Any]
-    gripper: np.ndarray
-    clock: tuple[int, float, bool]
+    physics: PhysicalState
     goal: list[list[str]]
     instruction: str
     latest: dict[str, np.ndarray] | None
 
 
-class LiberoEnvironment:
-    """One LIBERO task, with frames rendered only for the steps that someone looks at.
-
-    Besides the protocol it shows the simulator's true state (`object_position`, `is_grasped`, ...) to scripted experts;
-    a policy under test must not look there.
+class LiberoEnvironment(LiberoScene):
+    """One LIBERO task. Frames are rendered only for the steps whose observation is used.
 
     Attributes:
-        render: False renders nothing: `observe` then gives black frames and the true state.
+        render: False renders nothing: `observe` then returns black frames and the true state.
     """
 
     def __init__(self, suite: LiberoSuite, task: int) -> None:
@@ -171,10 +155,9 @@ class LiberoEnvironment:
                 camera_widths=suite.image_size,
                 hard_reset=suite.hard_reset,
             )
-        self._env = self._wrapper.env
+        super().__init__(self._wrapper.env)
         self._goal = self._official_goal = list(self._env.parsed_problem["goal_state"])
         self._latest: dict[str, np.ndarray] | None = None
-        self._geoms: dict[str, list[int]] = {}
 
     # -- the protocol ------------------------------------------------------------------------------------------------
 
@@ -183,8 +166,8 @@ class LiberoEnvironment:
 
         Args:
             episode: chooses the initial state and, with the suite's seed, the placement.
-            target: libero_object only: name of another object in the scene. The instruction then asks for it, and success
-                means that it, and not the task's own object, lies in the basket.
+            target: libero_object only: name of another object in the scene. The instruction then asks for it, and
+                success means that it, and not the task's own object, lies in the basket.
 
         Raises:
             ValueError: a negative episode, or a target that is not among `movable_objects`.
@@ -200,7 +183,7 @@ class LiberoEnvironment:
         state_index, state = self._initial_state(episode)
         info: dict[str, Any] = {"initial_state": state_index, "placement": self.suite.placement}
         if self.suite.placement != "official":
-            # The footprints are read from the simulation, so it must stand in the official state first.
+            # The footprints are read from the simulation, which must be in the official state first.
             self._wrapper.set_init_state(state)
             info.update(self._move_objects(state, episode))
         self._wrapper.set_init_state(state)
@@ -209,7 +192,8 @@ class LiberoEnvironment:
         return info
 
     def observe(self) -> Observation:
-        """Frames of shape (image_size, image_size, 3), third person first, and the state (8,): position, axis-angle, gripper.
+        """Frames of shape (image_size, image_size, 3), third person first, and the state (8,): position, axis-angle,
+        gripper.
 
         Raises:
             RuntimeError: the last step was taken with `observe=False`.
@@ -245,99 +229,14 @@ class LiberoEnvironment:
     def close(self) -> None:
         if self._wrapper is None:
             return
-        # What is freed is looked up by number in the current context, where another environment may have the same numbers.
+        # OpenGL objects are freed by number in the current context; other environments may use the same numbers.
         self._use_own_renderer()
         self._wrapper.close()
         self._wrapper = self._env = None
         gc.collect()
 
-    # -- going back in time, to see what another choice would lead to ------------------------------------------------
-
-    def save_state(self) -> SavedState:
-        """All that decides how the episode goes on: physics, controller, gripper, goal and the frames last rendered."""
-        import mujoco
-
-        robot = self._env.robots[0]
-        model, data = self._env.sim.model._model, self._env.sim.data._data
-        physics = np.empty(mujoco.mj_stateSize(model, mujoco.mjtState.mjSTATE_INTEGRATION))
-        mujoco.mj_getState(model, data, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
-        return SavedState(
-            physics=physics,
-            controller={
-                name: np.copy(value) if isinstance(value, np.ndarray) else value
-                for name, value in vars(robot.controller).items()
-                if isinstance(value, (np.ndarray, bool, int, float, type(None)))
-            },
-            gripper=np.copy(robot.gripper.current_action),
-            clock=(self._env.timestep, self._env.cur_time, self._env.done),
-            goal=self._goal,
-            instruction=self.instruction,
-            latest=self._latest,
-        )
-
-    def restore_state(self, saved: SavedState) -> None:
-        """Goes back to a state saved in this episode."""
-        import mujoco
-
-        robot, sim = self._env.robots[0], self._env.sim
-        model, data = sim.model._model, sim.data._data
-        mujoco.mj_setState(model, data, saved.physics, mujoco.mjtState.mjSTATE_INTEGRATION)
-        sim.forward()
-        # What follows from positions and velocities has been computed; the solver's guess must be the saved one again.
-        mujoco.mj_setState(model, data, saved.physics, mujoco.mjtState.mjSTATE_INTEGRATION)
-        for name, value in saved.controller.items():
-            setattr(robot.controller, name, np.copy(value) if isinstance(value, np.ndarray) else value)
-        robot.gripper.current_action = np.copy(saved.gripper)
-        self._env.timestep, self._env.cur_time, self._env.done = saved.clock
-        self._goal, self.instruction, self._latest = saved.goal, saved.instruction, saved.latest
-
-    def ask_for(self, target: str) -> None:
-        """Asks for another object from now on; see `reset`. `restore_state` takes it back."""
-        self._set_target(target)
-
-    # -- scenes without a story: things are put somewhere and looked at, nothing moves ---------------------------------
-
-    def place_objects(self, episode: int) -> None:
-        """Puts the objects where `reset(episode)` would, at once and without the steps that follow there."""
-        state = self._initial_state(episode)[1]
-        self._wrapper.set_init_state(state)
-        if self.suite.placement != "official":
-            self._move_objects(state, episode)
-            self._wrapper.set_init_state(state)
-
-    @property
-    def arm_pose(self) -> np.ndarray:
-        """Angles of the arm's joints (7,), radians, and of the fingers' (2,), metres."""
-        return self._env.sim.data.qpos[self._arm_joints].copy()
-
-    def pose_arm(self, pose: np.ndarray) -> None:
-        """Puts arm and fingers into an `arm_pose`, through whatever is in the way, and at rest."""
-        self._env.sim.data.qpos[self._arm_joints] = pose
-        self._env.sim.data.qvel[:] = 0.0
-        self._env.sim.forward()
-
-    def look(self) -> Observation:
-        """As `observe`, but of things as they are now, whatever was last rendered."""
-        self._set_cameras(self.render)
-        self._latest = self._env._get_observations(force_update=True)
-        return self.observe()
-
-    def project(self, points: np.ndarray, camera: str) -> np.ndarray:
-        """Where points (N, 3) of the world are in the frames of one of `CAMERAS`.
-
-        Returns:
-            (N, 2): fractions of the frame's width from the left and of its height from the top, below 0 or over 1 outside of
-            it; not a number behind the camera.
-        """
-        model, data = self._env.sim.model._model, self._env.sim.data._data
-        index = self._env.sim.model.camera_name2id(camera)
-        seen = (points - data.cam_xpos[index]) @ data.cam_xmat[index].reshape(3, 3)
-        focal_length = 0.5 / math.tan(math.radians(model.cam_fovy[index]) / 2)
-        depth = np.where(seen[:, 2] < 0, -seen[:, 2], np.nan)  # the camera looks along its negative z
-        # y points up and a frame's rows go down; frames are mirrored, as in the training data.
-        return 0.5 - focal_length * seen[:, :2] / depth[:, None]
-
-    # -- the true state, for scripted experts ------------------------------------------------------------------------
+    # -- for experts and recorders
+    # -------------------------------------------------------------------------------------
 
     @property
     def target(self) -> str:
@@ -346,76 +245,40 @@ class LiberoEnvironment:
 
     @cached_property
     def movable_objects(self) -> list[str]:
-        """Everything that can be picked, the task's own object first; the basket is not among it."""
+        """Everything that can be picked up, the task's own object first, without the basket."""
         own = self._official_goal[0][1]
         return [own] + [name for name in self._env.objects_dict if name not in (own, BASKET)]
 
-    @property
-    def gripper_position(self) -> np.ndarray:
-        """(3,) the point between the fingertips, metres."""
-        robot = self._env.robots[0]
-        return self._env.sim.data.site_xpos[robot.eef_site_id].copy()
+    def instruction_for(self, target: str) -> str:
+        """The instruction that asks for an object, see [`object_instruction`]."""
+        return object_instruction(target)
 
-    @property
-    def closing_direction(self) -> np.ndarray:
-        """(3,) unit vector from one fingertip to the other."""
-        pads = self._env.robots[0].gripper.important_geoms
-        data, model = self._env.sim.data, self._env.sim.model
-        ends = [data.geom_xpos[model.geom_name2id(pads[f"{side}_fingerpad"][0])] for side in ("left", "right")]
-        return (ends[1] - ends[0]) / np.linalg.norm(ends[1] - ends[0])
+    def ask_for(self, target: str) -> None:
+        """Asks for another object from now on; see `reset`. `restore_state` takes it back."""
+        self._set_target(target)
 
-    @property
-    def gripper_speed(self) -> float:
-        """Closing or opening speed of the fingers, metres per second."""
-        robot = self._env.robots[0]
-        return float(np.abs(self._env.sim.data.qvel[robot._ref_gripper_joint_vel_indexes]).max())
+    def save_state(self) -> SavedState:
+        """Everything that decides how the episode goes on: physics, goal and the frames rendered last."""
+        return SavedState(self.save_physics(), self._goal, self.instruction, self._latest)
 
-    @property
-    def basket_region(self) -> Footprint:
-        """The region of the basket that counts, on the floor plane."""
-        data, model = self._env.sim.data, self._env.sim.model
-        site = model.site_name2id(BASKET_REGION)
-        half = np.abs(data.site_xmat[site].reshape(3, 3) @ model.site_size[site])
-        return Footprint(data.site_xpos[site][:2].copy(), half[:2])
+    def restore_state(self, saved: SavedState) -> None:
+        """Goes back to a state that was saved in this episode."""
+        self.restore_physics(saved.physics)
+        self._goal, self.instruction, self._latest = saved.goal, saved.instruction, saved.latest
 
-    def object_position(self, name: str) -> np.ndarray:
-        """(3,) position of an object's body, metres."""
-        return self._env.sim.data.body_xpos[self._env.obj_body_id[name]].copy()
+    def place_objects(self, episode: int) -> None:
+        """Puts the objects where `reset(episode)` would put them, without any simulation step."""
+        state = self._initial_state(episode)[1]
+        self._wrapper.set_init_state(state)
+        if self.suite.placement != "official":
+            self._move_objects(state, episode)
+            self._wrapper.set_init_state(state)
 
-    def object_box(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper corner, each (3,), of the axis-aligned box round an object's collision shapes, metres."""
-        model, data = self._env.sim.model._model, self._env.sim.data._data
-        lower, upper = np.full(3, np.inf), np.full(3, -np.inf)
-        for geom in self._collision_geoms(name):
-            rotation = data.geom_xmat[geom].reshape(3, 3)
-            centre = data.geom_xpos[geom] + rotation @ model.geom_aabb[geom][:3]
-            half = np.abs(rotation) @ model.geom_aabb[geom][3:]
-            lower, upper = np.minimum(lower, centre - half), np.maximum(upper, centre + half)
-        return lower, upper
-
-    def object_width(self, name: str, direction: np.ndarray) -> float:
-        """Extent of an object's collision shapes along a unit vector (3,), metres."""
-        model, data = self._env.sim.model._model, self._env.sim.data._data
-        ends = []
-        for geom in self._collision_geoms(name):
-            rotation = data.geom_xmat[geom].reshape(3, 3)
-            middle = direction @ (data.geom_xpos[geom] + rotation @ model.geom_aabb[geom][:3])
-            half = np.abs(direction @ rotation) @ model.geom_aabb[geom][3:]
-            ends += [middle - half, middle + half]
-        return float(max(ends) - min(ends))
-
-    def meets_hand(self, name: str) -> bool:
-        """Whether the hand stands in an object, or so close over it that it would touch it on its way elsewhere."""
-        lower, upper = self.object_box(name)
-        fingers = self.gripper_position
-        apart = np.maximum(np.maximum(lower[:2] - fingers[:2], fingers[:2] - upper[:2]), 0.0)
-        return bool(np.hypot(*apart) < HAND[1] and fingers[2] < upper[2] + PALM_OVER_TOP)
-
-    def is_grasped(self, name: str) -> bool:
-        """Whether both fingers touch the object, with their pads or beside them."""
-        fingers = self._env.robots[0].gripper.important_geoms
-        sides = [fingers["left_finger"], fingers["right_finger"]]
-        return bool(self._env._check_grasp(gripper=sides, object_geoms=self._env.objects_dict[name]))
+    def look(self) -> Observation:
+        """Renders and returns the present state, whatever was rendered last."""
+        self._set_cameras(self.render)
+        self._latest = self._env._get_observations(force_update=True)
+        return self.observe()
 
     # -- inside ------------------------------------------------------------------------------------------------------
 
@@ -425,16 +288,11 @@ class LiberoEnvironment:
         index = states[episode % len(states)]
         return index, self._initial_states[index].copy()
 
-    @cached_property
-    def _arm_joints(self) -> list[int]:
-        robot = self._env.robots[0]
-        return [*robot._ref_joint_pos_indexes, *robot._ref_gripper_joint_pos_indexes]
-
     def _set_cameras(self, enabled: bool) -> None:
         """Switches rendering on or off for the next step.
 
-        robosuite samples an observable once per control step, on a clock of the observable's own that stands still while
-        it is off. Setting the camera's clock by one that always runs gives the frames that an uninterrupted camera gives.
+        robosuite samples an observable once per control step, by the observable's own clock, which stops while it is
+        off. A camera whose clock is set from one that always runs gives the frames of an uninterrupted camera.
         """
         if enabled:
             self._use_own_renderer()
@@ -450,7 +308,7 @@ class LiberoEnvironment:
                 observable._sampled = clock._sampled
 
     def _use_own_renderer(self) -> None:
-        """robosuite draws into whatever OpenGL context is current: that of the environment made last in this process."""
+        """Makes this environment's OpenGL context current: robosuite draws into whatever context is current."""
         context = self._env.sim._render_context_offscreen
         if context is not None:
             context.gl_ctx.make_current()
@@ -458,9 +316,9 @@ class LiberoEnvironment:
     def _seed_like_published(self, episode: int) -> None:
         """Brings the simulator's random numbers to where the published loop has them in this episode.
 
-        That loop seeds an environment once with 0 and resets it before each episode. A reset draws places for objects
-        and fixtures; the initial state overwrites the former, but fixtures keep theirs. Drawing what `episode` resets
-        draw makes the episode the published one and independent of what ran before it in this process.
+        That loop seeds an environment once with 0 and resets it before each episode. A reset draws positions of
+        objects and fixtures. The initial state overwrites those of objects, but not those of fixtures. Drawing what
+        `episode` resets draw gives the published episode, whatever ran before it in this process.
         """
         self._wrapper.seed(0)
         for _ in range(episode):
@@ -485,7 +343,7 @@ class LiberoEnvironment:
         return True
 
     def _forget_last_episode(self) -> None:
-        """A soft reset keeps two things of the episode before: the gripper's smoothed command and the solver's guess."""
+        """Clears what a soft reset keeps: the gripper's smoothed command and the solver's initial guess."""
         gripper = self._env.robots[0].gripper
         gripper.current_action = np.zeros_like(gripper.current_action)
         self._env.sim.data.qacc_warmstart[:] = 0.0
@@ -509,7 +367,7 @@ class LiberoEnvironment:
         """Writes a drawn placement into a flattened simulator state and returns what was drawn."""
         names = self.movable_objects
         boxes = [self.object_box(name) for name in names]
-        # A shape need not be centred on its body's origin: footprints are drawn, bodies are shifted.
+        # Shapes are not always centred on their body's origin: footprints are drawn, bodies are shifted.
         centres = np.array([(lower + upper)[:2] / 2 for lower, upper in boxes])
         halves = np.array([(upper - lower)[:2] / 2 for lower, upper in boxes])
         lower, upper = self.object_box(BASKET)
@@ -530,25 +388,8 @@ class LiberoEnvironment:
         }
         return {"positions": positions, "places": [int(place) for place in places]}
 
-    def _collision_geoms(self, name: str) -> Sequence[int]:
-        # Looked up once per object: walking over all shapes in Python costs as much as a step of physics. A hard reset
-        # builds the same model again, so the indices stay.
-        if name in self._geoms:
-            return self._geoms[name]
-        model = self._env.sim.model._model
-        root = self._env.obj_body_id[name]
-        geoms = []
-        for geom in range(model.ngeom):
-            body = model.geom_bodyid[geom]
-            while body not in (0, root):
-                body = model.body_parentid[body]
-            if body == root and (model.geom_contype[geom] or model.geom_conaffinity[geom]):
-                geoms.append(geom)
-        self._geoms[name] = geoms
-        return geoms
-
 
 def object_instruction(name: str) -> str:
-    """The libero_object instruction that asks for an object: `cream_cheese_1` -> `pick up the cream cheese and ...`."""
+    """The libero_object instruction for an object: `cream_cheese_1` -> `pick up the cream cheese and ...`."""
     words = name.rsplit("_", 1)[0].replace("_", " ")
     return f"pick up the {words} and place it in the basket"

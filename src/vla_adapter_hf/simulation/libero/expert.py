@@ -1,9 +1,10 @@
 """A scripted expert for libero_object that reads the simulator's state.
 
-It goes above the object with the gripper open, down, closes, lifts, carries the object over the basket and opens. What it
-does next depends on where things are now, hardly on what it did before: it therefore recovers from disturbances, and a
-policy without memory can imitate it. It has one way to grasp in each situation: where the object's narrow side can be
-gripped from two yaws half a turn apart, it takes the nearer one, from a half-open range in which each direction occurs once.
+It moves above the object with the gripper open, moves down, closes the gripper, lifts the object, carries it over the
+basket and opens the gripper. The next action depends on the present state and hardly on earlier actions. So the expert
+recovers from disturbances, and a policy without memory can imitate it. In each state there is one grasp: where the
+object's narrow side can be gripped from two yaws half a turn apart, the expert takes the nearer one, from a half-open
+range in which each direction occurs once.
 """
 
 from __future__ import annotations
@@ -26,22 +27,22 @@ class ExpertSettings:
     """Distances in metres.
 
     Attributes:
-        gain: how much of the remaining distance one action asks for (the arm moves about a quarter of what is asked).
-        slope: how steeply the fingers may come down as they close in: height over the grasp point per metre sideways.
+        gain: factor from the remaining distance to the commanded one (the arm moves about a quarter of the command).
+        slope: height of the fingers over the grasp point per metre of sideways distance while they approach it.
         reach: horizontal distance within which they go all the way down.
         aligned: distance to the grasp point at which the gripper closes.
-        overhead: free height over the object's top while the fingers are beside it.
-        depth: how far below an object's top the fingers grip it; beyond 0.037 the palm would rest on it.
-        floor: the lowest height of the point between the fingertips; lower, they would stand on the floor.
-        patience: steps after which a gripper that touches the object on both sides counts as closed, still or not.
+        overhead: free height over the object's top while the fingers are not yet above the grasp point.
+        depth: distance of the grip below the object's top; beyond 0.037 the palm would touch the object.
+        floor: lowest height of the point between the fingertips; lower, they would touch the floor.
+        patience: steps after which a gripper that touches the object on both sides counts as closed, even if it moves.
         rim: height of the basket's rim over the floor.
         clearance: free height under the object while it is carried over the rim.
         stretched: forward position (x) beyond which the arm draws back while it lifts.
         skim: free height under the object while the arm draws back.
         still: finger speed (m/s) below which a closing gripper has closed.
         release: horizontal distance to the basket's centre at which the gripper opens.
-        yaw_tolerance: yaw error (radians) that is left alone. All objects of libero_object stand so that no turn is needed;
-            without this margin every demonstration would hold rotations of a few thousandths, noise to a policy.
+        yaw_tolerance: yaw error (radians) that is not corrected. No object of libero_object needs a turn; without this
+            margin every demonstration would contain rotations of a few thousandths, which are noise to a policy.
     """
 
     gain: float = 2.0
@@ -67,7 +68,7 @@ class LiberoObjectExpert:
     Args:
         environment: a libero_object environment after `reset`.
         settings: distances and speeds.
-        closing: for how many steps the gripper has been told to close, where this expert takes over from somebody else.
+        closing: number of steps for which the gripper has been commanded to close before this expert takes over.
 
     Raises:
         ValueError: the environment is not of libero_object.
@@ -94,7 +95,7 @@ class LiberoObjectExpert:
         centre = (lower + upper) / 2
         grasped = env.is_grasped(target)
         over_basket = bool(np.all(np.abs(centre[:2] - basket.centre) < basket.half))
-        # Contact flickers while an object is carried: it has been let go only where the gripper was told to open.
+        # Contact flickers while an object is carried: it was released only if the gripper was commanded to open.
         self._released = over_basket and (self._released or lower[2] < self.settings.rim / 2)
         if self._released:
             return self._release(centre, basket)  # falling, or already in
@@ -113,10 +114,10 @@ class LiberoObjectExpert:
         along = float(offset[:2] @ np.array([-self._direction[1], self._direction[0]]))
         sideways = math.hypot(across, along / 2)
         distance = max(sideways, abs(offset[2]))
-        # Closing nudges the object; it goes on unless the fingers are clearly beside it.
+        # Closing pushes the object a little: go on closing unless the fingers are clearly next to it.
         if grasped or distance < settings.aligned * (2.5 if self._closing else 1.0):
             self._closing += 1
-            return self._action(offset, closed=True)  # holds its place: with no command, the arm drifts
+            return self._action(offset, closed=True)  # commands the position: without a command the arm drifts
         self._closing = 0
         self.is_approaching = True
         straddling = fingers[2] < upper[2] and sideways < 0.03
@@ -138,7 +139,7 @@ class LiberoObjectExpert:
         risen = lower[2] / height
         offset[:2] *= np.clip((risen - 0.3) / 0.5, 0.0, 1.0)
         if fingers[0] > settings.stretched:
-            # A stretched arm that lifts runs into its elbow's limit and stays there: it draws back first.
+            # A stretched arm that lifts gets stuck at its elbow's limit, so it draws back first.
             offset[0] = min(offset[0], -0.05 * np.clip(risen / 0.15, 0.0, 1.0))
             offset[1] = 0.0  # not towards the basket, whose rim is higher
             offset[2] = np.clip(settings.skim - lower[2], -0.02, 0.02)
@@ -146,7 +147,7 @@ class LiberoObjectExpert:
 
     def _release(self, centre, basket) -> np.ndarray:
         self._released = True
-        # Held over the basket's centre: without a command the arm drifts, and an object that is slow to fall drifts with it.
+        # Commands the basket's centre: without a command the arm drifts, together with an object that falls slowly.
         return self._action(np.array([*(basket.centre - centre[:2]), 0.0]), closed=False)
 
     def _action(self, offset: np.ndarray, closed: bool, yaw: float = 0.0) -> np.ndarray:
@@ -166,12 +167,12 @@ class LiberoObjectExpert:
         return angle if abs(angle) > self.settings.yaw_tolerance else 0.0
 
     def _nearest_closing_direction(self) -> np.ndarray:
-        """Unit vector (2,) along which the fingers should close: the nearest one in which the object fits between them."""
+        """Unit vector (2,) along which the fingers should close: the nearest one in which the object fits."""
         env = self.environment
         fingers = env.closing_direction[:2]
         present = math.atan2(fingers[1], fingers[0])
-        # From nearest to farthest. The half-open range -90 < yaw <= 90 holds every direction once: with both ends, two
-        # opposite turns would lead to the same grasp and a policy trained on both would average them to none.
+        # From nearest to farthest. -90 < yaw <= 90 contains every direction once: with both ends, two opposite turns
+        # would lead to the same grasp, and a policy trained on both would predict their average.
         yaws = sorted(range(-75, 91, 15), key=lambda degrees: (abs(degrees), -degrees))
         widths = {}
         for degrees in yaws:

@@ -1,0 +1,87 @@
+"""How an evaluation is run. Every default stands here, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vla_adapter_hf.simulation.action_queue import ActionChunkQueue
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """Settings of [`~vla_adapter_hf.simulation.evaluate.evaluate`]. The defaults are the published protocol.
+
+    Args:
+        tasks: task numbers; None plays all tasks.
+        episodes: how many episodes per task, or their numbers. Episode e starts from initial state e.
+        placement: libero_object only: `official`, `jitter`, `shuffle` or `both`.
+        seed: seed of the placements. The simulator's own seed is 0, as published.
+        hard_reset: LIBERO only: rebuild the simulation before each episode, see `LiberoSuite`.
+        processes: environments in parallel, one process each; 0 runs a single environment in this process.
+        execute: actions of a chunk that are executed before the next query; None executes the whole chunk, as
+            published.
+        ensemble: temporal ensembling, see `ActionChunkQueue`.
+        black_images: a control: the policy sees black frames.
+        instruction: a control: the policy gets this text instead of the task's instruction. `other` names another
+            object in view, and success is then that object's, as for a text that names one in libero_object's words.
+        rollouts: episodes of each task to save as a film and a contact sheet (PNG). Episodes that an earlier call
+            played are not played again for this, nor for `save_actions`.
+        rollout_format: `gif` or `mp4`.
+        save_actions: save the executed actions of every episode, for `ReplayPolicy`.
+        unnorm_key: checkpoints only: which statistics to use. By default those with the suite's name.
+        device: checkpoints only: such as `cuda`; None is the CPU.
+        dtype: checkpoints only: such as `bfloat16`; None is float32 on the CPU and the checkpoint's own on a GPU.
+
+    Raises:
+        ValueError: a number out of range, an unknown format, or `ensemble` without overlapping chunks.
+    """
+
+    tasks: Sequence[int] | None = None
+    episodes: int | Sequence[int] = 50
+    placement: str = "official"
+    seed: int = 0
+    hard_reset: bool = False
+    processes: int = 1
+    execute: int | None = None
+    ensemble: float | None = None
+    black_images: bool = False
+    instruction: str | None = None
+    rollouts: int = 0
+    rollout_format: str = "gif"
+    save_actions: bool = False
+    unnorm_key: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.processes < 0:
+            raise ValueError(f"processes must be 0 or more, got {self.processes}")
+        if self.rollout_format not in ("gif", "mp4"):
+            raise ValueError(f"rollout_format must be 'gif' or 'mp4', got {self.rollout_format!r}")
+        if self.rollouts < 0:
+            raise ValueError(f"rollouts must be 0 or more films of each task, got {self.rollouts}")
+        if not self.episode_numbers or min(self.episode_numbers) < 0:
+            raise ValueError(f"episodes must be a positive number or numbers of 0 or more, got {self.episodes!r}")
+        self.action_queue()
+
+    @property
+    def episode_numbers(self) -> list[int]:
+        """The episodes of each task, each once."""
+        return list(range(self.episodes)) if isinstance(self.episodes, int) else list(dict.fromkeys(self.episodes))
+
+    def action_queue(self) -> ActionChunkQueue:
+        """A new queue that executes chunks as these settings say."""
+        return ActionChunkQueue(self.execute, self.ensemble)
+
+
+def choose_tasks(tasks: Sequence[int] | None, count: int) -> list[int]:
+    """The task numbers to play, each once; None is all of them.
+
+    Raises:
+        ValueError: no task, or a number that is not in 0...count-1.
+    """
+    chosen = list(range(count)) if tasks is None else list(dict.fromkeys(tasks))
+    if not chosen or any(not 0 <= task < count for task in chosen):
+        raise ValueError(f"tasks must be among 0...{count - 1}, got {chosen}")
+    return chosen
