@@ -48,7 +48,7 @@ def test_what_is_no_range_is_refused(text):
         (["eval", "--policy", "embedded", "--dtype", "float8"], "dtype must be one of float32"),
         (["eval", "--policy", "embedded", "--device", "gpu"], "device must be cpu, cuda or the like, got 'gpu'"),
         (["eval", "--policy", "embedded", "--device", "cuda:99"], "torch finds"),
-        (["demonstrate", "--output", "x", "--seed", "-1"], "seed must be 0 or more, got -1"),
+        (["demonstrate", "--output", "x", "--seed", "-1"], "seed must be at least 0, got -1"),
         (["demonstrate", "--output", "x", "--image-size", "0"], "image_size must be at least 1"),
         (["demonstrate", "--output", "x", "--states", "40-60"], "states must name initial states 0...49"),
         (["demonstrate", "--output", "x", "--render-every", "3"], "render_every must divide 20"),
