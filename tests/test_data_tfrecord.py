@@ -6,10 +6,10 @@ from data_fixtures import RLDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vla_adapter_hf.data.rlds.crc32c import crc32c, masked_crc32c
 from vla_adapter_hf.data.rlds.tfrecord import (
     TFRecordError,
     encode_example,
+    masked_crc32c,
     parse_example,
     read_record,
     scan_records,
@@ -18,44 +18,6 @@ from vla_adapter_hf.data.rlds.tfrecord import (
 
 
 SHARD = next(RLDS.glob("*.tfrecord-*"))
-
-
-def bitwise_crc32c(data):
-    """The definition, a bit at a time."""
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc ^= byte
-        for _ in range(8):
-            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
-    return crc ^ 0xFFFFFFFF
-
-
-def test_crc32c_has_the_standards_check_values():
-    assert crc32c(b"123456789") == 0xE3069283
-    # RFC 3720, B.4
-    assert crc32c(bytes(32)) == 0x8A9136AA
-    assert crc32c(b"\xff" * 32) == 0x62A8AB43
-    assert crc32c(b"") == 0
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.binary(max_size=3000))
-def test_crc32c_is_that_of_the_definition(data):
-    assert crc32c(data) == bitwise_crc32c(data)
-
-
-def test_crc32c_joins_pieces_of_a_long_string():
-    data = np.random.default_rng(0).bytes((1 << 22) + 777)
-    value = 0xFFFFFFFF
-    step = [0] * 256
-    for byte in range(256):
-        crc = byte
-        for _ in range(8):
-            crc = (crc >> 1) ^ (0x82F63B78 if crc & 1 else 0)
-        step[byte] = crc
-    for byte in data:
-        value = step[(value ^ byte) & 255] ^ (value >> 8)
-    assert crc32c(data) == value ^ 0xFFFFFFFF
 
 
 def test_records_written_by_tensorflow_are_found_and_their_checksums_hold():

@@ -1,5 +1,7 @@
 """TFRecord files and the `tf.train.Example` in them, read and written without TensorFlow.
 
+Written by hand because random access needs the place of every frame's bytes in the file, which no protobuf library tells.
+
 A record is: length (8 bytes, little endian), masked CRC-32C of those 8 bytes, data, masked CRC-32C of the data. The
 data is a protocol buffer `Example { Features { map<string, Feature> } }`; a feature is a list of byte strings, floats
 or integers. Only what that message needs of the wire format is here.
@@ -13,9 +15,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import BinaryIO
 
+import google_crc32c
 import numpy as np
 
-from vla_adapter_hf.data.rlds.crc32c import masked_crc32c
 from vla_adapter_hf.utils.files import atomic_path
 
 
@@ -24,13 +26,19 @@ _FOOTER = struct.Struct("<I")
 _VARINT, _FIXED64, _LENGTH_DELIMITED, _FIXED32 = 0, 1, 2, 5
 
 
+def masked_crc32c(data: bytes) -> int:
+    """The checksum as TFRecord stores it: CRC-32C, rotated right by 15 bits, plus a constant."""
+    crc = google_crc32c.value(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
 class TFRecordError(ValueError):
     """A TFRecord file that is cut short, damaged, or does not hold `tf.train.Example` records."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """Where one record's data lies in its file, and the checksum stored for it."""
+    """Where one record's data is in its file, and the checksum stored for it."""
 
     offset: int
     length: int
@@ -88,34 +96,31 @@ def read_record(file: BinaryIO, record: Record, name: str, verify: bool = True) 
     return data
 
 
-def _read_varint(data: bytes, position: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[position]
-        position += 1
-        value |= (byte & 0x7F) << shift
+def _read_varint(data: bytes, position: int, stop: int) -> tuple[int, int]:
+    """(value, where it ends) of the varint at a position; raises TFRecordError if `stop` or 64 bits cut it off."""
+    value = 0
+    for shift, byte in enumerate(data[position : min(stop, position + 10)]):
+        value |= (byte & 0x7F) << 7 * shift
         if byte < 0x80:
-            return value, position
-        shift += 7
+            return value, position + shift + 1
+    raise TFRecordError(f"the integer at byte {position} is cut off or has more than 64 bits")
 
 
 def _fields(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int, int]]:
     """(field number, wire type, start, stop) of every field in data[start:stop]; of a varint the span of its bytes."""
     position = start
     while position < stop:
-        tag, position = _read_varint(data, position)
+        tag, position = _read_varint(data, position, stop)
         number, wire = tag >> 3, tag & 7
         if wire == _LENGTH_DELIMITED:
-            length, position = _read_varint(data, position)
+            length, position = _read_varint(data, position, stop)
             end = position + length
         elif wire == _FIXED32:
             end = position + 4
         elif wire == _FIXED64:
             end = position + 8
         elif wire == _VARINT:
-            end = position + 1
-            while data[end - 1] >= 0x80:
-                end += 1
+            end = _read_varint(data, position, stop)[1]
         else:
             raise TFRecordError(f"wire type {wire} at byte {position} does not occur in a tf.train.Example")
         if end > stop:
@@ -126,7 +131,7 @@ def _fields(data: bytes, start: int, stop: int) -> Iterator[tuple[int, int, int,
 
 @dataclass(frozen=True)
 class Feature:
-    """One feature of an Example, not decoded until asked: its kind and where its list lies in the record's data."""
+    """One feature of an Example, not decoded until asked: its kind and where its list is in the record's data."""
 
     data: bytes
     kind: str  # "bytes", "float", "int64", or "empty"
@@ -155,6 +160,8 @@ class Feature:
             if number != 1:
                 continue
             if self.kind == "float":  # packed or one by one, the bytes are the same
+                if (stop - start) % 4:
+                    raise TFRecordError(f"the list of floats at byte {start} is cut off")
                 parts.append(np.frombuffer(self.data, "<f4", (stop - start) // 4, start))
             else:
                 parts.append(_varints(np.frombuffer(self.data, np.uint8, stop - start, start)))
@@ -195,7 +202,7 @@ def parse_example(data: bytes) -> dict[str, Feature]:
                 if entry_wire == _LENGTH_DELIMITED:
                     name, feature = _parse_entry(data, entry_start, entry_stop)
                     features[name] = feature
-    except (IndexError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise TFRecordError(f"the record is no tf.train.Example: {error}") from error
     return features
 
