@@ -10,9 +10,10 @@ import pytest
 from data_fixtures import DEMOS, edit_info, libero_gripper
 
 from vla_adapter_hf.data import BadEpisodeError, VLAAdapterDataset, VLAAdapterStreamingDataset, load_demonstrations
-from vla_adapter_hf.data.chunks import column_to_chunks
+from vla_adapter_hf.data.arrow import column_to_chunks
 from vla_adapter_hf.data.loading import dataset_statistics
-from vla_adapter_hf.data.statistics import column_statistics
+from vla_adapter_hf.data.reader import index_episodes
+from vla_adapter_hf.data.statistics import column_statistics, table_statistics, with_key_and_mask
 from vla_adapter_hf.recording.lerobot_writer import LeRobotLayout, assemble, encode_image, save_episode
 
 
@@ -149,7 +150,8 @@ def test_streams_give_the_samples_and_statistics_of_random_access(both, options)
     whole, stream = (maker() for maker in make(robot="libero", **options))
     assert_same(stream, whole)
     assert stream.norm_stats == whole.norm_stats
-    assert stream._stream_norm_stats() == whole.norm_stats  # as a stream from the Hub computes them
+    reader = stream.reader  # as a stream from the Hub computes them
+    assert with_key_and_mask(table_statistics(index_episodes(reader), reader), reader, "x", None) == whole.norm_stats
     if "chunk_column" not in options:
         size = options.get("chunk_size", K)
         actions = np.stack([sample["actions"] for sample in stream])
@@ -248,7 +250,7 @@ def test_a_column_of_another_name_is_used_when_named(recording):
 
 def test_a_dataset_without_stored_chunks_has_none():
     dataset = VLAAdapterDataset.from_lerobot(DEMOS / "lerobot_v30_image", robot="libero")
-    assert dataset.source.stored_chunk_size is None and dataset.source.table.chunks is None
+    assert dataset.reader.chunk_shape is None and dataset.source.table.chunks is None
 
 
 # Statistics

@@ -2,7 +2,7 @@
 
 import errno
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import datasets
 import huggingface_hub
@@ -14,12 +14,12 @@ from data_fixtures import DEMOS, RLDS, TASKS, copy_of, edit_info
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from vla_adapter_hf.data import BadEpisodeError, VLAAdapterDataset, VLAAdapterStreamingDataset, load_demonstrations
+from vla_adapter_hf.data.chunks import WindowIndex, action_chunk
+from vla_adapter_hf.data.columns import Columns
 from vla_adapter_hf.data.episodes import BadEpisode
-from vla_adapter_hf.data.lerobot.source import LeRobotSource
-from vla_adapter_hf.data.loading import detect_format
+from vla_adapter_hf.data.lerobot.reader import LeRobotReader
+from vla_adapter_hf.data.opening import detect_format, random_access
 from vla_adapter_hf.data.rlds.tfrecord import encode_example, write_records
-from vla_adapter_hf.data.streams import LeRobotStream
-from vla_adapter_hf.data.windows import WindowIndex, action_chunk
 
 
 @pytest.fixture(autouse=True)
@@ -442,14 +442,14 @@ def no_more_open_files():
 
 def test_no_episode_is_given_up_when_the_system_opens_no_more_files():
     folder = DEMOS / "lerobot_v30_image"
-    cameras = ["image", "wrist_image"]
-    stream, source = LeRobotStream(folder, cameras), LeRobotSource(folder, cameras)
-    whole = len(list(stream.episodes(0)))  # and everything that is imported late is there
-    for read in (lambda: list(stream.episodes(0)), source.content_digest, lambda: source.table):
+    reader = LeRobotReader(folder, Columns(cameras=("image", "wrist_image")))
+    source = random_access(reader)
+    whole = len(list(reader.episodes(0)))  # and everything that is imported late is there
+    for read in (lambda: list(reader.episodes(0)), source.content_digest, lambda: source.table):
         with no_more_open_files(), pytest.raises(OSError) as raised:
             read()
         assert raised.value.errno == errno.EMFILE
-    assert whole == len(list(stream.episodes(0))) == len(source.table)
+    assert whole == len(list(reader.episodes(0))) == len(source.table)
 
 
 def test_a_hub_that_does_not_answer_makes_no_episode_a_bad_one(monkeypatch):
@@ -457,11 +457,13 @@ def test_a_hub_that_does_not_answer_makes_no_episode_a_bad_one(monkeypatch):
     folder = DEMOS / "lerobot_v30_video"
     dataset = VLAAdapterStreamingDataset.from_lerobot(folder, robot="libero", on_bad_episode="skip")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    dataset.stream.repo_id, dataset.stream.revision = "somebody/something", "0" * 40
+    reader = dataset.reader
+    reader.is_local, reader.repo_id = False, "somebody/something"
     with pytest.raises(OSError, match="offline|Hub"):
         list(dataset)
     assert dataset.num_skipped_episodes == 0
-    monkeypatch.setattr(dataset.stream, "_url", lambda path: str(folder / path))  # the numbers come, the videos do not
+    # The numbers come, the videos do not.
+    monkeypatch.setattr(reader, "_open", lambda path: nullcontext(pq.ParquetFile(folder / path)))
     with pytest.raises(LocalEntryNotFoundError):
         list(dataset)
 

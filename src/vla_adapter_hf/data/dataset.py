@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 
-from vla_adapter_hf.data.chunks import CHUNK_COLUMN, choose_chunk_size
-from vla_adapter_hf.data.episodes import BadEpisode, BadEpisodeError, check_on_bad_episode, is_damage
-from vla_adapter_hf.data.lerobot.source import LeRobotSource, lerobot_folder
-from vla_adapter_hf.data.rlds.source import RLDSSource
+from vla_adapter_hf.data.chunks import WindowIndex
+from vla_adapter_hf.data.episodes import BAD_EPISODE_HINT, BadEpisode, BadEpisodeError, too_short
+from vla_adapter_hf.data.opening import random_access
+from vla_adapter_hf.data.reader import DemonstrationReader
+from vla_adapter_hf.data.samples import DemonstrationSamples, ImageTransform, SampleSettings
 from vla_adapter_hf.data.source import DemonstrationSource
 from vla_adapter_hf.data.statistics import check_action_mask, compute_norm_stats
-from vla_adapter_hf.data.storage import dataset_folder
-from vla_adapter_hf.data.table import PlainSource
-from vla_adapter_hf.data.windows import WindowIndex, action_chunk, whole_chunk
-from vla_adapter_hf.robots import RobotPreset, get_robot
 
 
 logger = logging.getLogger(__name__)
 
-ImageTransform = Callable[..., list[np.ndarray]]
 
-
-class VLAAdapterDataset(torch.utils.data.Dataset):
+class VLAAdapterDataset(DemonstrationSamples, torch.utils.data.Dataset):
     """Recorded demonstrations, one sample per step at which an action chunk begins.
 
     A chunk is cut from the actions of consecutive rows, unless the dataset stores one with each row (LeRobot and plain
-    datasets, column `action_chunk`): then every row is a sample, whatever follows it.
+    datasets, column `action_chunk`): then every row is a sample.
 
     Made by `from_lerobot`, `from_rlds` or `from_dataset`. A sample is a dict:
 
@@ -43,24 +37,19 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
     - `actions`: float32 (K, A), the robot's units after its gripper convention; the first is the sample's step;
     - `action_is_pad`: bool (K,), true after the end of the episode, where the last action is repeated;
     - `unnorm_key`: the key of this dataset's statistics;
-    - `episode_index`, `frame_index`: where the sample comes from.
+    - `episode_index`, `frame_index`: the step that the sample begins at.
 
     Args:
-        source: the recorded episodes.
-        chunk_size: actions per sample (K); by default the robot's, else all of a stored chunk, else 8. Of stored chunks
-            the first K actions are taken.
-        pad_chunks: False: only chunks that fit, n - K + 1 from an episode of n steps. True: one from every step,
-            padded at the end of the episode, as LeRobot does. Stored chunks are whole, with them it changes nothing.
-        unnorm_key: key of the statistics; by default the dataset's name.
-        action_mask: for each action dimension whether it is normalised; by default the robot's, else all are.
-        on_bad_episode: `"error"` raises for the first episode that cannot be used; `"skip"` leaves such episodes out,
-            says how many in a warning and lists them in `bad_episodes`.
-        image_transform: called as `transform(images, epoch=..., index=...)`, see `augmentation`; None leaves frames as
-            decoded.
+        reader: the recorded episodes, in local files.
+        settings: chunk length, statistics key, image transform and so on.
         split: only episodes of a split that the dataset itself declares, such as "train".
         episodes: only these episode indices.
         cache_dir: where statistics, indices and unpacked frames are kept; see `storage.cache_directory`.
         progress: show progress bars; by default where standard error is a terminal.
+
+    Attributes:
+        source: the episodes with random access.
+        bad_episodes: those that were left out, with the reasons.
 
     Raises:
         BadEpisodeError: an episode that cannot be used, with `on_bad_episode="error"`; names episode and frame.
@@ -69,54 +58,32 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        source: DemonstrationSource,
-        chunk_size: int | None = None,
-        pad_chunks: bool = False,
-        unnorm_key: str | None = None,
-        action_mask: Sequence[bool] | None = None,
-        on_bad_episode: str = "error",
-        image_transform: ImageTransform | None = None,
+        reader: DemonstrationReader,
+        settings: SampleSettings = SampleSettings(),  # noqa: B008 - frozen
         split: str | None = None,
         episodes: Iterable[int] | None = None,
         cache_dir: str | os.PathLike | None = None,
         progress: bool | None = None,
     ) -> None:
-        check_on_bad_episode(on_bad_episode)
-        robot = source.robot
-        self.source = source
-        stored = source.stored_chunk_size
-        self.chunk_size = choose_chunk_size(chunk_size, robot, stored, source.chunk_column, source.where)
-        # Rows that a sample needs: its own one, or as many as the chunk is cut from.
-        self._window_size = self.chunk_size if stored is None else 1
-        self.pad_chunks = pad_chunks
-        self.unnorm_key = unnorm_key or source.name
-        self.on_bad_episode = on_bad_episode
-        self.image_transform = image_transform
+        self._set_up(reader, settings)
         self.cache_dir = cache_dir
         self.progress = progress
-        # Shared memory: workers that live over several epochs see `set_epoch` too.
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._norm_stats: dict[str, Any] | None = None
-
-        table = source.table
-        if action_mask is None and robot is not None:
-            action_mask = robot.action_mask
-        self.action_mask = (
-            check_action_mask(action_mask, table.actions.shape[1], source.where)
-            if action_mask is not None and len(table.actions)
-            else None
-        )
+        self.source: DemonstrationSource = random_access(reader, cache_dir, progress)
+        table = self.source.table
+        if self.action_mask is not None and len(table.actions):
+            self.action_mask = check_action_mask(self.action_mask, table.actions.shape[1], reader.where)
         chosen = self._choose_positions(split, episodes)
         self.bad_episodes = self._find_bad_episodes(chosen)
         bad = {episode.episode_index for episode in self.bad_episodes}
-        usable = [position for position in chosen if int(table.episode_indices[position]) not in bad]
-        self._use(usable)
+        self._use([position for position in chosen if int(table.episode_indices[position]) not in bad])
         if len(self) == 0:
+            reason = f", the first because {self.bad_episodes[0]}" if self.bad_episodes else ""
             raise ValueError(
-                f"{source.where}: there are no samples; {len(chosen)} episodes, {len(self.bad_episodes)} of "
-                "them skipped" + (f", the first because {self.bad_episodes[0]}" if self.bad_episodes else "")
+                f"{reader.where}: there are no samples; {len(chosen)} episodes, {len(self.bad_episodes)} of them "
+                f"skipped{reason}"
             )
-        source.prepare_images()
+        self.source.prepare_images()
 
     def _use(self, positions: Sequence[int]) -> None:
         self._positions = np.asarray(positions, np.int64)
@@ -138,173 +105,21 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
         return [position for position in chosen if int(indices[position]) in wanted]
 
     def _find_bad_episodes(self, chosen: list[int]) -> list[BadEpisode]:
-        table = self.source.table
-        frame_problems = self.source.frame_problems()
+        table, where = self.source.table, self.source.where
         bad = []
         for position in chosen:
-            problem = table.problems.get(position) or frame_problems.get(position)
-            length = int(table.lengths[position])
-            if problem is None and not self.pad_chunks and length < self._window_size:
-                problem = BadEpisode(
-                    int(table.episode_indices[position]),
-                    length - 1,
-                    f"the episode ends after {length} steps, a chunk needs {self.chunk_size}",
-                )
+            problem = table.problems.get(position) or table.unusable.get(position)
+            if problem is None and not self.pad_chunks:
+                index, length = int(table.episode_indices[position]), int(table.lengths[position])
+                problem = too_short(index, length, self._window_size, self.chunk_size)
             if problem is not None:
                 bad.append(problem)
         if bad and self.on_bad_episode == "error":
-            raise BadEpisodeError(
-                self.source.where,
-                bad,
-                'Mend the dataset, leave it out with episodes=[...], or pass on_bad_episode="skip"',
-            )
+            hint = f"{BAD_EPISODE_HINT}, or leave it out with episodes=[...]"
+            raise BadEpisodeError(where, bad, hint)
         if bad:
-            logger.warning("%s: skipped %d bad episodes, the first: %s", self.source.where, len(bad), bad[0])
+            logger.warning("%s: skipped %d bad episodes, the first: %s", where, len(bad), bad[0])
         return bad
-
-    @classmethod
-    def from_lerobot(
-        cls,
-        path: str | os.PathLike,
-        cameras: Sequence[str] | None = None,
-        chunk_size: int | None = None,
-        robot: str | RobotPreset | None = None,
-        state_column: str | None = None,
-        action_column: str | None = None,
-        instruction: str | None = None,
-        revision: str | None = None,
-        max_open_videos: int = 16,
-        chunk_column: str | None = CHUNK_COLUMN,
-        **options: Any,
-    ) -> VLAAdapterDataset:
-        """A LeRobot dataset, v2.0, v2.1 or v3.0, with frames in its parquet files or as MP4.
-
-        Args:
-            path: a folder, or the id of a Hub dataset repository.
-            cameras: camera names in the order the model sees them, third person first; may be left out with one
-                camera, or with a robot whose cameras all exist.
-            chunk_size: see the class.
-            robot: a preset of `robots` whose gripper and state conventions the recordings follow; None applies none.
-            state_column, action_column: where their names are not `observation.state` and `action`.
-            instruction: one text for all episodes, instead of the dataset's tasks.
-            revision: branch, tag or commit on the Hub.
-            max_open_videos: MP4 files each process keeps open.
-            chunk_column: column with the actions that follow each row, (stored K, A) raw; the usual one may be missing.
-                None cuts chunks from consecutive rows, which must then be consecutive control steps.
-            options: the class's other arguments.
-        """
-        preset = get_robot(robot) if robot is not None else None
-        source = LeRobotSource(
-            lerobot_folder(path, cameras, preset, revision),
-            cameras,
-            preset,
-            state_column,
-            action_column,
-            instruction,
-            # A repository's snapshot folder is named after its commit.
-            name=os.fspath(path).rstrip("/").rsplit("/", 1)[-1] or None,
-            max_open_videos=max_open_videos,
-            chunk_column=chunk_column,
-            cache_dir=options.get("cache_dir"),
-            progress=options.get("progress"),
-        )
-        return cls(source, chunk_size, **options)
-
-    @classmethod
-    def from_rlds(
-        cls,
-        path: str | os.PathLike,
-        cameras: Sequence[str] | None = None,
-        chunk_size: int | None = None,
-        robot: str | RobotPreset | None = None,
-        name: str | None = None,
-        state_column: str | None = None,
-        action_column: str | None = None,
-        instruction_column: str | None = None,
-        instruction: str | None = None,
-        revision: str | None = None,
-        verify_checksums: bool = True,
-        split: str | None = "train",
-        **options: Any,
-    ) -> VLAAdapterDataset:
-        """An RLDS / TFDS dataset of TFRecord files.
-
-        Statistics are those of all splits, samples come from `split`.
-
-        Args:
-            path: the folder with the shards or one above it, or the id of a Hub dataset repository.
-            cameras: camera names in the order the model sees them; see `from_lerobot`.
-            chunk_size: see the class.
-            robot: a preset of `robots` whose gripper and state conventions the recordings follow; None applies none.
-            name: which dataset, where the folder or repository holds several.
-            state_column, action_column, instruction_column: where their names are not the usual ones.
-            instruction: one text for all episodes, instead of the recorded ones.
-            revision: branch, tag or commit on the Hub.
-            verify_checksums: check the data's checksums when it is indexed.
-            split: the split; None for all of them.
-            options: the class's other arguments.
-        """
-        preset = get_robot(robot) if robot is not None else None
-        source = RLDSSource(
-            dataset_folder(path, revision, (f"{name}/**",) if name is not None else None),
-            cameras,
-            preset,
-            state_column,
-            action_column,
-            instruction_column,
-            instruction,
-            name=name,
-            verify_checksums=verify_checksums,
-            cache_dir=options.get("cache_dir"),
-            progress=options.get("progress"),
-        )
-        return cls(source, chunk_size, split=split, **options)
-
-    @classmethod
-    def from_dataset(
-        cls,
-        dataset: datasets.Dataset,
-        cameras: Sequence[str] | None = None,
-        chunk_size: int | None = None,
-        robot: str | RobotPreset | None = None,
-        state_column: str | None = None,
-        action_column: str | None = None,
-        episode_column: str | None = None,
-        frame_column: str | None = None,
-        instruction_column: str | None = None,
-        instruction: str | None = None,
-        unnorm_key: str = "dataset",
-        chunk_column: str | None = CHUNK_COLUMN,
-        **options: Any,
-    ) -> VLAAdapterDataset:
-        """A plain `datasets.Dataset` with one row per step.
-
-        Args:
-            dataset: the rows.
-            cameras: image columns in the order the model sees them; see `from_lerobot`.
-            chunk_size: see the class.
-            robot: a preset of `robots` whose gripper and state conventions the recordings follow; None applies none.
-            state_column, action_column, episode_column, frame_column, instruction_column: where their names are not
-                the usual ones. `frame_column` orders the rows of an episode; without one they are taken as they come.
-            instruction: one text for all episodes, instead of a column.
-            unnorm_key: key of the statistics.
-            chunk_column: see `from_lerobot`.
-            options: the class's other arguments.
-        """
-        source = PlainSource(
-            dataset,
-            cameras,
-            get_robot(robot) if robot is not None else None,
-            state_column,
-            action_column,
-            episode_column,
-            frame_column,
-            instruction_column,
-            instruction,
-            name=unnorm_key,
-            chunk_column=chunk_column,
-        )
-        return cls(source, chunk_size, unnorm_key=unnorm_key, **options)
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -317,7 +132,7 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
 
         Args:
             index: which; negative numbers count from the end.
-            draw_index: what the image transform is told instead of `index`, where one sample is drawn more than once.
+            draw_index: the index given to the image transform instead of `index`, if one sample is drawn more than once.
             load_images: False leaves `images` out: nothing is read from disk.
 
         Raises:
@@ -333,38 +148,23 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
         position = int(self._positions[episode])
         table = self.source.table
         steps = table.steps(position)
-        episode_index = int(table.episode_indices[position])
-        if table.chunks is not None:
-            actions, is_pad = whole_chunk(table.chunks[steps.start + frame], self.chunk_size)
-        else:
-            actions, is_pad = action_chunk(table.actions[steps], frame, self.chunk_size)
+        chunks = None if table.chunks is None else table.chunks[steps]
         sample: dict[str, Any] = {
             "text": table.texts[table.text_ids[steps.start + frame]],
-            "state": table.states[steps.start + frame].copy(),
-            "actions": actions,
-            "action_is_pad": is_pad,
-            "unnorm_key": self.unnorm_key,
-            "episode_index": episode_index,
+            **self._numbers(table.states[steps], table.actions[steps], chunks, frame),
+            "episode_index": int(table.episode_indices[position]),
             "frame_index": frame,
         }
         if load_images:
-            try:
-                images = self.source.read_images(position, frame)
-            except (ValueError, OSError) as error:
-                if not is_damage(error):
-                    raise
-                raise BadEpisodeError(self.source.where, BadEpisode(episode_index, frame, str(error))) from error
-            if self.image_transform is not None:
-                images = self.image_transform(
-                    images, epoch=self.epoch, index=index if draw_index is None else draw_index
-                )
-            sample["images"] = images
-            sample["images_are_prepared"] = self.image_transform is not None
+            index = index if draw_index is None else draw_index
+            self._add_images(sample, lambda: self.source.read_images(position, frame), index)
         return sample
 
     def control_step(self, index: int) -> int:
-        """The control step of its episode at which a sample's chunk begins: the recorded one where rows are farther apart
-        than steps and a column `step` beside the stored chunks says so, else the sample's `frame_index`."""
+        """The control step of its episode at which a sample's chunk begins.
+
+        It is the recorded one if the dataset has a column `step` with its stored chunks, else the `frame_index`.
+        """
         episode, frame = self._windows.locate(index)
         table = self.source.table
         if table.control_steps is None:
@@ -372,28 +172,14 @@ class VLAAdapterDataset(torch.utils.data.Dataset):
         return int(table.control_steps[int(table.starts[self._positions[episode]]) + frame])
 
     @property
-    def epoch(self) -> int:
-        """The epoch that image transforms draw for."""
-        return int(self._epoch)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Draw for another epoch from now on; reaches running workers too."""
-        self._epoch.fill_(int(epoch))
-
-    @property
     def norm_stats(self) -> dict[str, dict[str, Any]]:
-        """`{unnorm_key: statistics}` over the whole dataset, whatever part of it this is; see `statistics`."""
+        """`{unnorm_key: statistics}` of the whole dataset, even if this is a part of it; see `statistics`."""
         if self._norm_stats is None:
-            # Bad episodes among the chosen ones have been dealt with; others must not stand in the way now.
+            # Bad episodes among the chosen ones were reported or skipped already; others do not matter here.
             self._norm_stats = compute_norm_stats(
                 self, on_bad_episode="skip", cache_dir=self.cache_dir, progress=self.progress
             )
         return self._norm_stats
-
-    @property
-    def cameras(self) -> tuple[str, ...]:
-        """Camera columns, in the order of `images`."""
-        return self.source.cameras
 
     @property
     def action_dim(self) -> int:

@@ -1,21 +1,20 @@
-"""States, actions and instructions of all episodes as arrays, and the record of what is wrong with some of them.
-
-A million steps of a robot with 15 numbers per step are 60 MB of float32: small enough to keep, so windows are cut and
-statistics are computed from here, and files are only opened again for camera frames.
-"""
+"""One episode, all episodes as arrays, and the record of what is wrong with some of them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from vla_adapter_hf.robots import RobotPreset
-
 
 ON_BAD_EPISODE = ("error", "skip")
+BAD_EPISODE_HINT = 'Repair the dataset or pass on_bad_episode="skip"'
+
+# Decodes one camera frame: uint8 (height, width, 3).
+FrameReader = Callable[[], np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class BadEpisodeError(ValueError):
     def __init__(self, source: str, bad: BadEpisode | Sequence[BadEpisode] = (), hint: str = "") -> None:
         self.bad_episodes = [bad] if isinstance(bad, BadEpisode) else list(bad)
         if not self.bad_episodes:
-            # So a DataLoader makes anew, from its text alone, what a worker has raised.
+            # A DataLoader rebuilds a worker's error from its text alone.
             super().__init__(source)
             return
         more = f" (and {len(self.bad_episodes) - 1} more)" if len(self.bad_episodes) > 1 else ""
@@ -48,12 +47,12 @@ class BadEpisodeError(ValueError):
 def is_damage(error: Exception) -> bool:
     """Whether an error met while reading says that the data are damaged or missing.
 
-    Other errors are the machine's or the network's (too many open files, a disk that fails, a Hub that does not
-    answer): the same file may be read well a moment later, so no episode must be given up for them.
+    Other errors come from the machine or the network: too many open files, a disk that fails, a Hub that does not
+    answer. The same file may be readable a moment later, so no episode is given up for them.
     """
     if isinstance(error, OSError):
-        # Arrow raises a plain OSError without a number for damage. The network's errors are subclasses, often without
-        # a number too; one of them, a file that is not in the Hub's cache, derives from FileNotFoundError.
+        # Arrow raises a plain OSError without a number for damage. Errors of the network are subclasses, and one of
+        # them, for a file that is not in the Hub's cache, derives from FileNotFoundError.
         return type(error) is FileNotFoundError or (type(error) is OSError and error.errno is None)
     return isinstance(error, (ValueError, pa.ArrowException))
 
@@ -65,8 +64,64 @@ def check_on_bad_episode(value: str) -> None:
 
 
 @dataclass
+class Episode:
+    """One episode.
+
+    Attributes:
+        index: the dataset's own number.
+        states: (n, S). A reader yields float32 in physical units, after the robot's conventions.
+        actions: (n, A), likewise.
+        texts: an instruction per step, "" where there is none.
+        frames: `frames(t)` gives a function per camera that decodes the frame of step t and holds no more than the
+            frame's own bytes.
+        chunks: (n, K, A), the chunk stored with each step; None if chunks are cut from the actions.
+        control_steps: int64 (n,), the control step of each row, if stored with the chunks.
+        unusable: why no sample can be made of it although its numbers are good. Statistics count such episodes.
+        location: where its frames are, in the form its format's index needs.
+    """
+
+    index: int
+    states: np.ndarray
+    actions: np.ndarray
+    texts: Sequence[str] = ()
+    frames: Callable[[int], list[FrameReader]] | None = None
+    chunks: np.ndarray | None = None
+    control_steps: np.ndarray | None = None
+    unusable: BadEpisode | None = None
+    location: Any = None
+
+
+def check_episode(episode: Episode, expected_length: int | None = None) -> BadEpisode | None:
+    """What is wrong with the numbers of an episode, None if nothing is."""
+    states, actions, chunks = episode.states, episode.actions, episode.chunks
+    if len(states) != len(actions):
+        return BadEpisode(episode.index, None, f"has {len(states)} states and {len(actions)} actions")
+    if expected_length is not None and len(actions) != expected_length:
+        reason = f"should have {expected_length} frames by the metadata, the data has {len(actions)}"
+        return BadEpisode(episode.index, None, reason)
+    if len(actions) == 0:
+        return BadEpisode(episode.index, None, "is empty")
+    for name, values in (("state", states), ("action", actions), ("action_chunk", chunks)):
+        if values is not None and not np.isfinite(values).all():
+            frame, *place = np.argwhere(~np.isfinite(values))[0].tolist()
+            return BadEpisode(episode.index, frame, f"{name}{place} is {values[(frame, *place)]}")
+    return None
+
+
+def too_short(episode_index: int, length: int, rows: int, chunk_size: int) -> BadEpisode | None:
+    """A BadEpisode if an episode of `length` rows has less than the `rows` that a sample needs."""
+    if length >= rows:
+        return None
+    reason = f"the episode ends after {length} steps, a chunk needs {chunk_size}"
+    return BadEpisode(episode_index, length - 1, reason)
+
+
+@dataclass
 class EpisodeTable:
-    """All episodes of a source, in its order. Episodes whose numbers cannot be used have no steps here.
+    """All episodes of a dataset, in its order. Episodes whose numbers cannot be used have no steps here.
+
+    A million steps of a robot with 15 numbers per step are 60 MB, so they are kept in memory: windows and statistics
+    come from here, and files are only opened again for camera frames.
 
     Attributes:
         states: float32 (steps, S), physical units.
@@ -76,10 +131,11 @@ class EpisodeTable:
         episode_indices: int64 (episodes,), the dataset's own numbers.
         starts: int64 (episodes + 1,): the steps of episode e are starts[e] ... starts[e + 1] - 1.
         problems: by position, the episodes whose numbers cannot be used.
-        chunks: float32 (steps, K, A), the chunk stored with each step, in the units of `actions`; None where chunks are
+        unusable: by position, the episodes with good numbers of which no sample can be made.
+        chunks: float32 (steps, K, A), the chunk stored with each step, in the units of `actions`; None if chunks are
             cut from `actions`.
-        control_steps: int64 (steps,), the control step of each row where the dataset stores it beside its chunks; None
-            where rows are consecutive.
+        control_steps: int64 (steps,), the control step of each row, if stored with the chunks; None if rows are
+            consecutive.
     """
 
     states: np.ndarray
@@ -89,6 +145,7 @@ class EpisodeTable:
     episode_indices: np.ndarray
     starts: np.ndarray
     problems: dict[int, BadEpisode] = field(default_factory=dict)
+    unusable: dict[int, BadEpisode] = field(default_factory=dict)
     chunks: np.ndarray | None = None
     control_steps: np.ndarray | None = None
 
@@ -101,7 +158,7 @@ class EpisodeTable:
         return np.diff(self.starts)
 
     def steps(self, position: int) -> slice:
-        """Where the episode at `position` lies in the arrays."""
+        """The rows of the arrays that hold the episode at `position`."""
         return slice(int(self.starts[position]), int(self.starts[position + 1]))
 
     @property
@@ -110,141 +167,57 @@ class EpisodeTable:
         return self.actions if self.chunks is None else self.chunks.reshape(-1, self.chunks.shape[-1])
 
 
-class TextTable:
-    """Instructions, each stored once."""
+class EpisodeTableBuilder:
+    """Collects episodes one by one into an `EpisodeTable`."""
 
     def __init__(self) -> None:
-        self.texts: list[str] = []
-        self._ids: dict[str, int] = {}
-
-    def id_of(self, text: str) -> int:
-        known = self._ids.get(text)
-        if known is None:
-            known = self._ids[text] = len(self.texts)
-            self.texts.append(text)
-        return known
-
-
-def check_episode(
-    episode_index: int,
-    states: np.ndarray,
-    actions: np.ndarray,
-    expected_length: int | None = None,
-    chunks: np.ndarray | None = None,
-) -> BadEpisode | None:
-    """What is wrong with the numbers of one episode: states (n, S), actions (n, A), chunks (n, K, A) as float arrays."""
-    if len(states) != len(actions):
-        return BadEpisode(episode_index, None, f"has {len(states)} states and {len(actions)} actions")
-    if expected_length is not None and len(actions) != expected_length:
-        return BadEpisode(
-            episode_index, None, f"should have {expected_length} frames by the metadata, the data has {len(actions)}"
-        )
-    if len(actions) == 0:
-        return BadEpisode(episode_index, None, "is empty")
-    for name, values in (("state", states), ("action", actions)):
-        finite = np.isfinite(values)
-        if not finite.all():
-            frame, dimension = np.argwhere(~finite)[0].tolist()
-            return BadEpisode(episode_index, frame, f"{name}[{dimension}] is {values[frame, dimension]}")
-    if chunks is not None and not np.isfinite(chunks).all():
-        frame, step, dimension = np.argwhere(~np.isfinite(chunks))[0].tolist()
-        value = chunks[frame, step, dimension]
-        return BadEpisode(episode_index, frame, f"action_chunk[{step}, {dimension}] is {value}")
-    return None
-
-
-class EpisodeTableBuilder:
-    """Collects episodes one by one: checks them, converts them to float32 and applies the robot's conventions."""
-
-    def __init__(self, where: str, robot: RobotPreset | None = None) -> None:
-        self.where = where
-        self.robot = robot
-        self.texts = TextTable()
-        self._states: list[np.ndarray] = []
-        self._actions: list[np.ndarray] = []
-        self._chunks: list[np.ndarray] = []
-        self._control_steps: list[np.ndarray] = []
-        self._text_ids: list[np.ndarray] = []
+        self._arrays: dict[str, list[np.ndarray]] = {
+            name: [] for name in ("states", "actions", "text_ids", "chunks", "control_steps")
+        }
+        self._ids_of_texts: dict[str, int] = {}
         self._indices: list[int] = []
         self._lengths: list[int] = []
         self._problems: dict[int, BadEpisode] = {}
+        self._unusable: dict[int, BadEpisode] = {}
 
-    def add_bad(self, bad: BadEpisode) -> None:
-        """Take note of an episode that cannot be used."""
-        self._problems[len(self._indices)] = bad
-        self._indices.append(bad.episode_index)
-        self._lengths.append(0)
-
-    def add(
-        self,
-        episode_index: int,
-        states: np.ndarray,
-        actions: np.ndarray,
-        text_ids: np.ndarray | int,
-        expected_length: int | None = None,
-        chunks: np.ndarray | None = None,
-        control_steps: np.ndarray | None = None,
-    ) -> int:
-        """Take one episode: states (n, S) and actions (n, A) as recorded, text ids (n,) or one for all its frames.
-
-        Stored chunks (n, K, A), as recorded, and control steps (n,) come with every episode of a dataset or with none.
-
-        Returns:
-            How many of its steps are in the table: all, none of a bad episode, fewer if the robot drops the last.
-
-        Raises:
-            ValueError: the sizes of the first episode are not the robot's. (Of a later one, that is a bad episode.)
-        """
-        states = np.asarray(states, np.float32)
-        actions = np.asarray(actions, np.float32)
-        bad = check_episode(episode_index, states, actions, expected_length, chunks)
-        if bad is None and self.robot is not None:
-            try:
-                states, actions = self.robot.episode_to_training(states, actions)
-                chunks = None if chunks is None else self.robot.to_training(chunks)
-            except ValueError as error:
-                if not self._states:  # then it is not this episode, but the choice of columns or robot
-                    raise ValueError(f"{self.where}: {error}") from error
-                bad = BadEpisode(episode_index, 0, str(error))
-        elif bad is None and self._states:
-            for name, values, first in (("state", states, self._states[0]), ("action", actions, self._actions[0])):
-                if values.shape[1] != first.shape[1]:
-                    reason = f"{name} has {values.shape[1]} values, those of the first episode {first.shape[1]}"
-                    bad = BadEpisode(episode_index, 0, reason)
-        if bad is not None:
-            self.add_bad(bad)
-            return 0
-        length = len(actions)
-        ids = np.full(length, text_ids, np.int32) if np.ndim(text_ids) == 0 else np.asarray(text_ids, np.int32)
-        self._states.append(states)
-        self._actions.append(actions)
-        if chunks is not None:
-            self._chunks.append(chunks)
-        if control_steps is not None:
-            self._control_steps.append(np.asarray(control_steps, np.int64)[:length])
-        self._text_ids.append(ids[:length])
-        self._indices.append(episode_index)
-        self._lengths.append(length)
-        return length
+    def add(self, episode: Episode | BadEpisode) -> None:
+        """Take one episode as a reader yields it."""
+        position = len(self._indices)
+        if isinstance(episode, BadEpisode):
+            self._problems[position] = episode
+            self._indices.append(episode.episode_index)
+            self._lengths.append(0)
+            return
+        if episode.unusable is not None:
+            self._unusable[position] = episode.unusable
+        ids = [self._ids_of_texts.setdefault(text, len(self._ids_of_texts)) for text in episode.texts]
+        self._arrays["text_ids"].append(np.array(ids, np.int32))
+        for name in ("states", "actions", "chunks", "control_steps"):
+            values = getattr(episode, name)
+            if values is not None:
+                self._arrays[name].append(values)
+        self._indices.append(episode.index)
+        self._lengths.append(len(episode.actions))
 
     def build(self) -> EpisodeTable:
         """The table of everything taken so far. The builder is empty afterwards."""
+        good = len(self._arrays["actions"])
 
-        def join(parts: list[np.ndarray], empty: np.ndarray) -> np.ndarray:
-            joined = np.concatenate(parts) if parts else empty
-            parts.clear()
-            return np.ascontiguousarray(joined)
+        def join(name: str, empty: np.ndarray) -> np.ndarray:
+            parts = self._arrays.pop(name)
+            return np.ascontiguousarray(np.concatenate(parts) if parts else empty)
 
-        # Files may differ in whether they have them.
-        has_control_steps = bool(self._lengths) and len(self._control_steps) == len(self._lengths)
+        # Files may differ in whether they have control steps.
+        has_steps = 0 < good == len(self._arrays["control_steps"])
         return EpisodeTable(
-            states=join(self._states, np.zeros((0, 0), np.float32)),
-            actions=join(self._actions, np.zeros((0, 0), np.float32)),
-            text_ids=join(self._text_ids, np.zeros(0, np.int32)),
-            texts=self.texts.texts,
+            states=join("states", np.zeros((0, 0), np.float32)),
+            actions=join("actions", np.zeros((0, 0), np.float32)),
+            text_ids=join("text_ids", np.zeros(0, np.int32)),
+            texts=list(self._ids_of_texts),
             episode_indices=np.array(self._indices, np.int64),
             starts=np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)]).astype(np.int64),
-            problems=dict(self._problems),
-            chunks=join(self._chunks, np.zeros(0, np.float32)) if self._chunks else None,
-            control_steps=join(self._control_steps, np.zeros(0, np.int64)) if has_control_steps else None,
+            problems=self._problems,
+            unusable=self._unusable,
+            chunks=join("chunks", np.zeros(0, np.float32)) if self._arrays["chunks"] else None,
+            control_steps=join("control_steps", np.zeros(0, np.int64)) if has_steps else None,
         )

@@ -1,13 +1,13 @@
 """Norm stats of a dataset: what normalises its states and actions, by the rules of the published models.
 
-They cover every transition whose numbers can be read, of all splits, before chunking, unlabelled episodes included,
-after the robot's gripper convention: `min`, `max`, `mean`, the population's `std`, and NumPy's linear quantiles `q01`
-and `q99`.
+They hold `min`, `max`, `mean`, the population's `std`, and NumPy's linear quantiles `q01` and `q99`. They cover every
+transition whose numbers can be read: all splits, before chunking, episodes without an instruction included, after the
+robot's gripper convention.
 
-Where a dataset stores action chunks, the actions of all its chunks take the place of the rows' own. They are what is
-learnt, so every target lies within `min` and `max`; the rows' own are a fraction of them, and an action executed only
-between two rows would be missing. An executed action counts as often as it is learnt from: in chunks of 8 every 4
-steps twice, at the ends of an episode once. `num_transitions` remains the number of rows, which is that of the samples.
+If a dataset stores action chunks, the actions of all its chunks are used instead of the rows' own. A model learns the
+chunks, so every target then lies within `min` and `max`. The rows' own actions leave out what was executed between two
+rows. An action counts as often as it is learnt from: with chunks of 8 every 4 steps, twice, and once at the ends of an
+episode. `num_transitions` is the number of rows, which is the number of samples.
 """
 
 from __future__ import annotations
@@ -17,24 +17,38 @@ import json
 import logging
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from vla_adapter_hf.data.episodes import BadEpisodeError, check_on_bad_episode
+from vla_adapter_hf.data.columns import Columns
+from vla_adapter_hf.data.episodes import BAD_EPISODE_HINT, BadEpisodeError, EpisodeTable, check_on_bad_episode
 from vla_adapter_hf.data.source import DemonstrationSource
 from vla_adapter_hf.data.storage import cache_directory
 from vla_adapter_hf.utils.files import write_json
 
 
-if TYPE_CHECKING:
-    from vla_adapter_hf.data.dataset import VLAAdapterDataset
-
 logger = logging.getLogger(__name__)
 
-_RULES_VERSION = 1  # part of the cache key: a change of the rules below must not find old results
+_RULES_VERSION = 1  # part of the cache key: change it with the rules below, so that old results are not found
 _BLOCK = 1 << 16  # steps added up at a time
+
+
+class HasSource(Protocol):
+    """A dataset with random access."""
+
+    source: DemonstrationSource
+    unnorm_key: str
+    action_mask: Sequence[bool] | None
+
+
+class HasName(Protocol):
+    """A reader or a source."""
+
+    name: str
+    where: str
+    columns: Columns
 
 
 def column_statistics(values: np.ndarray, progress: tqdm | None = None) -> dict[str, list[float]]:
@@ -83,7 +97,7 @@ def check_action_mask(mask: Sequence[bool], action_dim: int, where: str) -> list
 
 
 def compute_norm_stats(
-    dataset: VLAAdapterDataset | DemonstrationSource,
+    dataset: HasSource | DemonstrationSource,
     unnorm_key: str | None = None,
     action_mask: Sequence[bool] | None = None,
     on_bad_episode: str = "error",
@@ -98,10 +112,10 @@ def compute_norm_stats(
     averages of the episodes' quantiles.
 
     Args:
-        dataset: a dataset, or the source below it.
+        dataset: a dataset, or its source.
         unnorm_key: the key; by default the dataset's own.
         action_mask: for each action dimension whether it is normalised; by default the dataset's or its robot's, else
-            all.
+            all are.
         on_bad_episode: `"error"`, or `"skip"` to leave out episodes whose states or actions cannot be used.
         use_cache: look in the cache, and store the result there.
         cache_dir: see `storage.cache_directory`.
@@ -117,10 +131,9 @@ def compute_norm_stats(
     """
     check_on_bad_episode(on_bad_episode)
     source = dataset if isinstance(dataset, DemonstrationSource) else dataset.source
-    if action_mask is None:
-        action_mask = getattr(dataset, "action_mask", None) or (source.robot.action_mask if source.robot else None)
-    if unnorm_key is None:
-        unnorm_key = source.name if isinstance(dataset, DemonstrationSource) else dataset.unnorm_key
+    if source is not dataset:
+        action_mask = dataset.action_mask if action_mask is None else action_mask
+        unnorm_key = dataset.unnorm_key if unnorm_key is None else unnorm_key
     entry = None
     path = None
     if use_cache:
@@ -129,46 +142,70 @@ def compute_norm_stats(
         try:
             entry = json.loads(path.read_text())
         except (OSError, ValueError):
-            entry = None  # not there, or not readable: made again below
+            entry = None  # not there or not readable
     if entry is None:
-        table = source.table
-        if table.problems and on_bad_episode == "error":
-            raise BadEpisodeError(
-                source.where, list(table.problems.values()), 'Mend the dataset or pass on_bad_episode="skip"'
-            )
-        if table.problems:
-            first = next(iter(table.problems.values()))
-            logger.warning(
-                "%s: statistics leave out %d episodes, the first: %s", source.where, len(table.problems), first
-            )
-        entry = _norm_stats_of(table.states, table.learnt_actions, source, progress)
-        entry["num_transitions"] = len(table.actions)
-        entry["num_trajectories"] = len(table) - len(table.problems)
-        # With bad episodes the hash may be that of files before and after they were mended.
-        if path is not None and not table.problems:
+        entry = table_statistics(source.table, source, on_bad_episode, progress)
+        # With bad episodes the hash may be that of files before and after they were repaired.
+        if path is not None and not source.table.problems:
             write_json(path, entry, indent=None)
-    action_dim = len(entry["action"]["mean"])
-    mask = check_action_mask(action_mask if action_mask is not None else [True] * action_dim, action_dim, source.where)
-    return {
-        unnorm_key: {
-            "action": {**entry["action"], "mask": mask},
-            "proprio": entry["proprio"],
-            "num_transitions": entry["num_transitions"],
-            "num_trajectories": entry["num_trajectories"],
-        }
-    }
+    return with_key_and_mask(entry, source, unnorm_key, action_mask)
 
 
-def _norm_stats_of(
-    states: np.ndarray, actions: np.ndarray, source: DemonstrationSource, progress: bool | None
+def table_statistics(
+    table: EpisodeTable, named: HasName, on_bad_episode: str = "error", progress: bool | None = None
 ) -> dict[str, Any]:
+    """The statistics of all episodes of a table, without key and mask; see `compute_norm_stats`."""
+    if table.problems and on_bad_episode == "error":
+        raise BadEpisodeError(named.where, list(table.problems.values()), BAD_EPISODE_HINT)
+    if table.problems:
+        first = next(iter(table.problems.values()))
+        logger.warning("%s: statistics leave out %d episodes, the first: %s", named.where, len(table.problems), first)
+    states, actions = table.states, table.learnt_actions
     if len(actions) == 0:
-        raise ValueError(f"{source.where}: there is no readable episode to compute statistics from")
+        raise ValueError(f"{named.where}: there is no readable episode to compute statistics from")
     with tqdm(
         total=states.size + actions.size,
-        desc=f"Statistics of {source.name}",
+        desc=f"Statistics of {named.name}",
         unit="value",
         unit_scale=True,
         disable=None if progress is None else not progress,
     ) as bar:
-        return {"action": column_statistics(actions, bar), "proprio": column_statistics(states, bar)}
+        return {
+            "action": column_statistics(actions, bar),
+            "proprio": column_statistics(states, bar),
+            "num_transitions": len(table.actions),
+            "num_trajectories": len(table) - len(table.problems),
+        }
+
+
+def with_key_and_mask(
+    entry: dict[str, Any], named: HasName, unnorm_key: str | None, action_mask: Sequence[bool] | None
+) -> dict[str, dict[str, Any]]:
+    """Statistics in the layout of `norm_stats`; the mask is by default the robot's, else all dimensions'."""
+    robot = named.columns.robot
+    action_dim = len(entry["action"]["mean"])
+    if action_mask is None:
+        action_mask = robot.action_mask if robot is not None else [True] * action_dim
+    mask = check_action_mask(action_mask, action_dim, named.where)
+    return {unnorm_key or named.name: {**entry, "action": {**entry["action"], "mask": mask}}}
+
+
+def describe_norm_stats(norm_stats: dict[str, dict[str, Any]]) -> str:
+    """Norm stats as a table for people, a line per dimension."""
+    lines = []
+    for key, entry in norm_stats.items():
+        lines.append(f"{key}: {entry['num_transitions']} transitions in {entry['num_trajectories']} trajectories")
+        columns = ("min", "q01", "mean", "q99", "max", "std")
+        lines.append(f"{'':14}" + "".join(f"{column:>11}" for column in columns))
+        for part in ("action", "proprio"):
+            stats = entry[part]
+            for dimension in range(len(stats["mean"])):
+                notes = []
+                if not stats.get("mask", [True] * (dimension + 1))[dimension]:
+                    notes.append("not normalised")
+                if stats["min"][dimension] == stats["max"][dimension]:
+                    notes.append("constant")
+                label = f"{part}[{dimension}]"
+                values = "".join(f"{stats[column][dimension]:11.4f}" for column in columns)
+                lines.append(f"{label:14}{values}  {', '.join(notes)}".rstrip())
+    return "\n".join(lines)

@@ -24,7 +24,6 @@ from vla_adapter_hf.data import (
     VLAAdapterMixture,
     load_demonstrations,
 )
-from vla_adapter_hf.data.columns import last_name
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
 from vla_adapter_hf.robots import get_robot
@@ -184,7 +183,7 @@ def config_overrides(
     if norm_type is None and data_arguments.robot is not None:
         norm_type = get_robot(data_arguments.robot).norm_type
     return {
-        "cameras": [last_name(camera) for camera in dataset.cameras],
+        "cameras": dataset.camera_names,
         "chunk_size": dataset.chunk_size,
         "action_dim": dataset.action_dim,
         "proprio_dim": dataset.state_dim,
