@@ -469,9 +469,9 @@ def test_a_hub_that_does_not_answer_makes_no_episode_a_bad_one(monkeypatch):
 
 
 def test_what_a_worker_finds_bad_is_named_by_the_same_error():
-    """A DataLoader makes an error of a worker anew from its text alone."""
-    error = BadEpisodeError("dataset d", BadEpisode(3, 7, "has no image"), "Mend it")
-    assert str(BadEpisodeError(str(error))) == str(error) == "dataset d: episode 3, frame 7: has no image. Mend it"
+    """A DataLoader rebuilds an error of a worker from its text alone."""
+    error = BadEpisodeError("dataset d", BadEpisode(3, 7, "has no image"), "Repair it")
+    assert str(BadEpisodeError(str(error))) == str(error) == "dataset d: episode 3, frame 7: has no image. Repair it"
 
 
 def test_a_video_that_is_damaged_or_too_short_is_named_with_its_frame(tmp_path):
@@ -537,7 +537,7 @@ def test_a_damaged_record_of_rlds_is_a_bad_episode(tmp_path):
     assert dataset.episode_indices == [1]
     whole = VLAAdapterDataset.from_rlds(RLDS, robot="libero", episodes=[1])
     assert np.array_equal(dataset[9]["images"][0], whole[9]["images"][0])
-    # Mended under the same checksum, it is read again.
+    # Repaired under the same checksum, it is read again.
     data[500_000] ^= 4
     shard.write_bytes(data)
     assert VLAAdapterDataset.from_rlds(folder, robot="libero").episode_indices == [0, 1]

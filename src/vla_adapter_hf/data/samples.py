@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from vla_adapter_hf.data.opening import OPTIONS, check_rows, open_reader
 from vla_adapter_hf.data.reader import DemonstrationReader
 from vla_adapter_hf.robots import RobotPreset
 
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 ImageTransform = Callable[..., list[np.ndarray]]
 
@@ -87,7 +90,7 @@ class DemonstrationSamples:
         chunk_size: int | None = None,
         robot: str | RobotPreset | None = None,
         **options: Any,
-    ) -> Any:
+    ) -> Self:
         """A LeRobot dataset, v2.0, v2.1 or v3.0, with frames in its parquet files or as MP4.
 
         Args:
@@ -116,7 +119,7 @@ class DemonstrationSamples:
         robot: str | RobotPreset | None = None,
         split: str | None = "train",
         **options: Any,
-    ) -> Any:
+    ) -> Self:
         """An RLDS / TFDS dataset of TFRecord files.
 
         Statistics are those of all splits, samples come from `split`.
@@ -145,7 +148,7 @@ class DemonstrationSamples:
         robot: str | RobotPreset | None = None,
         unnorm_key: str = "dataset",
         **options: Any,
-    ) -> Any:
+    ) -> Self:
         """A plain dataset of `datasets` with one row per step.
 
         Args:
@@ -175,7 +178,7 @@ class DemonstrationSamples:
         cameras: Sequence[str] | None,
         robot: str | RobotPreset | None,
         options: dict[str, Any],
-    ) -> Any:
+    ) -> Self:
         cls.check_options(format, options, data)
         of_reader = {name: value for name, value in options.items() if name in (*OPTIONS[format], "unnorm_key")}
         of_settings = {name: options[name] for name in _SETTINGS if name in options}
