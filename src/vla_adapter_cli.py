@@ -36,6 +36,7 @@ COMMANDS = {
     "eval": Entry("simulation", "evaluate", "Run a policy in the LIBERO simulator [libero]"),
     "scores": Entry("simulation", "scores", "Join finished evaluations into one table"),
     "demonstrate": Entry("simulation", "demonstrate", "Record a scripted expert in LIBERO [libero]"),
+    "serve": Entry("serve", "serve", "Answer robots over the network [serve]"),
     "bench": Entry("bench", "bench", "Measure speed and memory of predictions"),
 }
 

@@ -96,3 +96,14 @@ def tiny_model() -> Callable:
 def tiny_inputs() -> Callable:
     """`tiny_inputs(config, batch_size=2, prompt_length=9, seed=0)`: random inputs of its `forward`."""
     return model_fixtures.tiny_inputs
+
+
+@pytest.fixture(scope="session")
+def embedded_policy() -> Any:
+    """The embedded checkpoint as a server has it. Not to be changed."""
+    from vla_adapter_hf.serving.policy import ServedPolicy
+    from vla_adapter_hf.serving.settings import ServeSettings
+    from vla_adapter_hf.simulation.policies import embedded_folder
+
+    with embedded_folder() as folder:
+        return ServedPolicy.load(str(folder / "checkpoint"), ServeSettings())

@@ -1,0 +1,230 @@
+"""The robot's side: ask a server for chunks, survive its restarts, know how old an answer is."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import ssl
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from vla_adapter_hf.serving.errors import ServingError
+from vla_adapter_hf.serving.settings import API_KEY_VARIABLE
+from vla_adapter_hf.serving.wire import pack, unpack
+
+
+try:
+    from websockets.exceptions import InvalidStatus, WebSocketException
+    from websockets.sync.client import ClientConnection, connect
+except ImportError as error:
+    raise ImportError("PolicyClient needs websockets: pip install 'vla-adapter-hf[serve]'.") from error
+
+PATH = "/v1/realtime/robot/openpi"
+FIRST_WAIT, LONGEST_WAIT = 0.05, 5.0
+MAX_REPLY_BYTES = 16_000_000
+
+
+class PolicyError(RuntimeError):
+    """The server refused an observation.
+
+    Attributes:
+        kind: the server's short name for the reason, such as `invalid`, `too_old` or `busy`.
+        may_retry: the same observation may succeed a moment later.
+    """
+
+    def __init__(self, kind: str, message: str, may_retry: bool = False) -> None:
+        super().__init__(f"{kind}: {message}")
+        self.kind, self.may_retry = kind, may_retry
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A chunk from the server.
+
+    Attributes:
+        actions: `(chunk_size, action_dim)` float32, in the convention that the server's metadata names.
+        observed_at: when the observation was taken, by `time.monotonic()`.
+        attempts: how often the observation was sent; more than 1 after a reconnection.
+        server: the rest of the server's reply, e.g. `server_timing`.
+    """
+
+    actions: np.ndarray
+    observed_at: float
+    attempts: int
+    server: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def age(self) -> float:
+        """Seconds from the moment that the observation was taken until now."""
+        return time.monotonic() - self.observed_at
+
+
+class PolicyClient:
+    """A connection to `vla-adapter serve` that comes back by itself.
+
+    ```python
+    with PolicyClient("ws://127.0.0.1:8000") as policy:
+        answer = policy.predict({"image": frame, "wrist_image": wrist}, "pick up the bowl", state)
+        if answer.age < 0.5:
+            execute(answer.actions)
+    ```
+
+    Args:
+        url: `ws://host:port` or `wss://host:port`.
+        session: name of the robot; the server lets one client control it at a time. Without a name each connection is on
+            its own.
+        api_key: by default from the environment variable `VLA_ADAPTER_API_KEY`.
+        timeout: seconds to wait for an answer before connecting again.
+        give_up_after: seconds after which [`predict`] raises; also for an observation that is as old.
+        tls: context for `wss`, e.g. one that knows your own certificate; by default the system's.
+
+    Raises:
+        ConnectionError: no server answered within `give_up_after`.
+    """
+
+    def __init__(
+        self,
+        url: str = "ws://127.0.0.1:8000",
+        session: str | None = None,
+        api_key: str | None = None,
+        timeout: float = 10.0,
+        give_up_after: float = 30.0,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
+        if not url.startswith(("ws://", "wss://")):
+            raise ValueError(f"url must begin with ws:// or wss://, got {url!r}.")
+        self.url = url.rstrip("/") + ("" if url.rstrip("/").endswith(PATH) else PATH)
+        self.session, self.timeout, self.give_up_after = session, timeout, give_up_after
+        self._key = os.environ.get(API_KEY_VARIABLE) if api_key is None else api_key
+        self._tls = tls
+        self._numbers = itertools.count(1)
+        self._connection: ClientConnection | None = None
+        self._open = ExitStack()
+        self.metadata: dict[str, Any] = {}
+        self._persist(lambda: None, time.monotonic())
+
+    def predict(
+        self,
+        images: Mapping[str, np.ndarray],
+        instruction: str,
+        state: np.ndarray,
+        observed_at: float | None = None,
+    ) -> Answer:
+        """The chunk for one observation. While the server is away or busy, it is asked again, with growing pauses.
+
+        Args:
+            images: uint8 frames `(height, width, 3)` by the checkpoint's camera names, which `metadata` lists.
+            instruction: the task, in words.
+            state: `(proprio_dim,)` in physical units.
+            observed_at: when the observation was taken, by `time.monotonic()`; by default now.
+
+        Raises:
+            PolicyError: the server refuses the observation, and asking again would not help.
+            ConnectionError: no answer within `give_up_after`.
+        """
+        observed_at = time.monotonic() if observed_at is None else observed_at
+        request = {
+            "images": {name: np.ascontiguousarray(image) for name, image in images.items()},
+            "prompt": instruction,
+            "state": np.asarray(state, np.float64),
+            "request_id": next(self._numbers),
+        }
+
+        def ask() -> dict[str, Any]:
+            return self._exchange({**request, "age": time.monotonic() - observed_at})
+
+        reply, attempts = self._persist(ask, observed_at)
+        actions = reply.pop("actions", None)
+        if not isinstance(actions, np.ndarray) or actions.ndim != 2 or not np.isfinite(actions).all():
+            self.close()
+            raise PolicyError("bad_reply", "the reply holds no finite (chunk_size, action_dim) array of actions.")
+        return Answer(actions, observed_at, attempts, reply)
+
+    def reset(self) -> None:
+        """Tell the server that a new episode begins.
+
+        Raises:
+            ConnectionError: no answer within `give_up_after`.
+        """
+        self._persist(lambda: self._exchange({"endpoint": "reset"}), time.monotonic())
+
+    def close(self) -> None:
+        """End the connection; the next request opens another."""
+        self._connection = None
+        self._open.close()
+
+    def __enter__(self) -> PolicyClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _persist(self, ask: Callable[[], Any], since: float) -> tuple[Any, int]:
+        """Try until it works, and say how often."""
+        wait = FIRST_WAIT
+        for attempt in itertools.count(1):
+            try:
+                self._ensure_connected()
+                return ask(), attempt
+            except PolicyError as error:
+                if not error.may_retry:
+                    raise
+                reason: Exception = error
+            except (OSError, WebSocketException, TimeoutError, ServingError, msgpack.UnpackException) as error:
+                self.close()  # a late answer to this request must not be taken for one to the next
+                reason = error
+            pause = wait * random.uniform(0.5, 1.0)  # robots that lost the same server do not return all at once
+            if time.monotonic() + pause - since > self.give_up_after:
+                raise ConnectionError(f"{self.url}: no answer within {self.give_up_after:g} s: {reason}") from reason
+            time.sleep(pause)
+            wait = min(2 * wait, LONGEST_WAIT)
+        raise AssertionError("unreachable")
+
+    def _ensure_connected(self) -> None:
+        if self._connection is not None:
+            return
+        headers = {"Authorization": f"Api-Key {self._key}"} if self._key else None
+        connecting = partial(connect, self.url, compression=None, max_size=MAX_REPLY_BYTES, ssl=self._tls, proxy=None)
+        try:
+            connection = self._open.enter_context(
+                connecting(additional_headers=headers, open_timeout=self.timeout, close_timeout=1.0)
+            )
+        except InvalidStatus as error:
+            status = error.response.status_code
+            if status >= 500:
+                raise
+            text = (error.response.body or b"").decode("utf-8", "replace")
+            raise PolicyError("refused", f"{self.url} answered {status}: {text}") from error
+        self._connection = connection
+        self.metadata = self._receive()
+
+    def _exchange(self, request: dict[str, Any]) -> dict[str, Any]:
+        assert self._connection is not None
+        if self.session is not None:
+            request["session_id"] = self.session
+        self._connection.send(pack(request))
+        reply = self._receive()
+        if reply.get("type") == "error":
+            raise PolicyError(str(reply.get("kind")), str(reply.get("message")), bool(reply.get("may_retry")))
+        if reply.get("request_id") != request.get("request_id"):
+            raise ConnectionError("the reply belongs to another request.")
+        return reply
+
+    def _receive(self) -> dict[str, Any]:
+        assert self._connection is not None
+        message = self._connection.recv(timeout=self.timeout)
+        reply = unpack(message, MAX_REPLY_BYTES) if isinstance(message, bytes) else None
+        if not isinstance(reply, dict):
+            raise ConnectionError(f"the server sent {str(message)[:200]!r}, not a map.")
+        return reply

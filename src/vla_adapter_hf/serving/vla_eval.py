@@ -1,0 +1,109 @@
+"""vla-eval's protocol: the harness of allenai connects here as to one of its own model servers.
+
+Its benchmarks take one action per observation, so each connection keeps the rest of its chunk, until the episode ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+import numpy as np
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from vla_adapter_hf._version import __version__
+from vla_adapter_hf.serving.errors import InvalidRequest, ServingError
+from vla_adapter_hf.serving.services import Services
+from vla_adapter_hf.serving.wire import pack, unpack
+
+
+PROTOCOL_VERSION = 1
+PROTOCOL = "vla-eval"
+LANGUAGE = {"name": "language", "dims": 0, "format": "language"}
+# The harness' names for the rotations and grippers of our robots; it warns where a benchmark has others.
+ACTION_FORMATS = {"libero": ("axis_angle", "binary_close_positive"), "calvin": ("euler_xyz", "binary_close_negative")}
+# LIBERO's state as the models were trained on it: the angle of a rotation runs up to 2 pi.
+OBSERVATION_PARAMETERS = {"libero": {"quat_no_antipodal": True}}
+
+
+class VlaEvalEndpoint:
+    """Answers `hello`, `episode_start`, `observation` and `episode_end`."""
+
+    def __init__(self, services: Services) -> None:
+        self.services = services
+
+    async def __call__(self, websocket: WebSocket) -> None:
+        try:
+            with self.services.sessions.connection(), self.services.connected(PROTOCOL):
+                await websocket.accept()
+                await self._answer_all(websocket)
+        except WebSocketDisconnect:
+            pass
+
+    async def _answer_all(self, websocket: WebSocket) -> None:
+        remaining: deque[np.ndarray] = deque()
+        while (message := await websocket.receive())["type"] != "websocket.disconnect":
+            arrived, seq = time.monotonic(), 0
+            try:
+                with self.services.engine.answering(), self.services.counted(PROTOCOL):
+                    kind, payload, seq = self._read(message)
+                    if kind == "hello":
+                        await websocket.send_bytes(_message("hello", self.hello(), seq))
+                    elif kind == "observation":
+                        observation = self.services.reader.read(payload, arrived)
+                        if not remaining:
+                            prediction = await self.services.engine.predict(observation)
+                            remaining.extend(prediction.chunk.robot_actions.astype(np.float32))
+                        await websocket.send_bytes(_message("action", {"actions": remaining.popleft()}, seq))
+                    else:  # an episode starts or ends: what is left of the chunk belongs to the one before
+                        remaining.clear()
+            except ServingError as error:
+                remaining.clear()
+                await websocket.send_bytes(_message("error", {**error.as_dict(), "error": str(error)}, seq))
+
+    def _read(self, message: dict[str, Any]) -> tuple[str, dict[str, Any], int]:
+        data = message.get("bytes")
+        if data is None:
+            raise InvalidRequest("a message must be binary msgpack, got text.")
+        with self.services.timed("decode"):
+            request = unpack(data, self.services.settings.max_frame_bytes)
+        if not isinstance(request, dict):
+            raise InvalidRequest(f"a message must be a map, got {type(request).__name__}.")
+        kind, payload, seq = request.get("type"), request.get("payload"), request.get("seq")
+        if kind not in ("hello", "observation", "episode_start", "episode_end", "error"):
+            raise InvalidRequest(f"type must be one of vla-eval's messages, got {str(kind)[:40]!r}.")
+        if not isinstance(payload, dict):
+            raise InvalidRequest(f"payload must be a map, got {type(payload).__name__}.")
+        if isinstance(seq, bool) or not isinstance(seq, int):
+            raise InvalidRequest(f"seq must be a number, got {type(seq).__name__}.")
+        return kind, payload, seq
+
+    def hello(self) -> dict[str, Any]:
+        """Who answers, what a benchmark must send, and how the actions are to be understood."""
+        config, robot = self.services.policy.config, self.services.policy.rules.robot
+        name = None if robot is None else robot.name
+        payload = {
+            "harness_version": f"vla-adapter-hf {__version__}",
+            "protocol_version": PROTOCOL_VERSION,
+            "model_server": "vla-adapter",
+            "capabilities": {},
+            "observation_params": {
+                "send_state": True,
+                **({"send_wrist_image": True} if config.num_cameras > 1 else {}),
+                **OBSERVATION_PARAMETERS.get(name or "", {}),
+            },
+        }
+        if name in ACTION_FORMATS:
+            rotation, gripper = ACTION_FORMATS[name]
+            payload["action_spec"] = {
+                "position": {"name": "position", "dims": 3, "format": "delta_xyz", "range": [-1, 1]},
+                "rotation": {"name": "rotation", "dims": 3, "format": rotation, "range": [-3.15, 3.15]},
+                "gripper": {"name": "gripper", "dims": 1, "format": gripper, "range": [-1, 1]},
+            }
+            payload["observation_spec"] = {"language": LANGUAGE}
+        return payload
+
+
+def _message(kind: str, payload: dict[str, Any], seq: int) -> bytes:
+    return pack({"type": kind, "payload": payload, "seq": seq, "timestamp": time.time()}, keys_as_bytes=False)
