@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := $(VENV)/oldest
 # pip asks nobody and prints its errors only.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-loop policy simulator test lint docs conformance clean
+.PHONY: demo demo-loop policy simulator test lint docs package oldest conformance clean
 
 # One prediction on a recorded observation; an episode, once `make demo-loop` has brought the simulator.
 demo: $(VENV)/demo-installed
@@ -35,6 +36,18 @@ lint: $(VENV)/test-installed
 docs: $(VENV)/docs-installed
 	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html
 
+# sdist and wheel in dist/. The tests install the wheel into an empty environment, run its demo and check its types.
+package: $(VENV)/test-installed
+	rm -rf build dist
+	$(BIN)/python -m build --no-isolation . >/dev/null
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python -m pytest -m slow tests/test_packaging.py
+
+# The oldest transformers that is supported, in an environment of its own: the same numbers, and files move in both directions.
+oldest: $(VENV)/oldest-installed
+	$(OLDEST)/bin/python -m pytest tests/test_goldens.py tests/test_own_layout.py tests/test_published_layout.py tests/test_versions.py
+	VLA_ADAPTER_OTHER_PYTHON=$(CURDIR)/$(OLDEST)/bin/python $(BIN)/python -m pytest -m slow tests/test_versions.py
+
 # transformers' own common tests for models, configurations and processors, against ours.
 conformance: $(VENV)/test-installed
 	$(BIN)/python -m pytest tests/conformance
@@ -52,6 +65,17 @@ $(VENV)/test-installed: setup.cfg constraints.txt | $(VENV)/bin/python
 
 $(VENV)/docs-installed: setup.cfg constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable '.[docs,plot]'
+	touch $@
+
+# Only transformers and what it needs is installed; a .pth file shares the rest of .venv.
+$(VENV)/oldest-installed: $(VENV)/test-installed
+	$(BIN)/python -m venv $(OLDEST)
+	grep -vE '^(transformers|huggingface_hub|tokenizers)=' constraints.txt > $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(OLDEST)/constraints.txt \
+		'transformers==5.4.0' 'setuptools>=77'
+	$(BIN)/python -c "import sys; print(*[path for path in sys.path if path.endswith('-packages')], sep='\n')" \
+		> $$($(OLDEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/shared.pth
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
 $(VENV)/simulator-installed: setup.cfg constraints.txt | $(VENV)/bin/python

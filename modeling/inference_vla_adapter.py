@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,6 +14,8 @@ from .normalization_vla_adapter import normalize, select_norm_stats, unnormalize
 
 # A compiled model keeps one graph per shape; torch's own limit of eight is soon used up by batches of several sizes.
 MAX_COMPILED_SHAPES = 64
+
+Model = TypeVar("Model", bound="ActionPredictionMixin")
 
 
 class ActionPredictionMixin:
@@ -100,7 +102,7 @@ class ActionPredictionMixin:
             )
         return unnormalize(normalized, stats["action"], config.norm_type, config.constant_dims)
 
-    def compile_for_inference(self, prompt_multiple: int = 64, **options: Any) -> "ActionPredictionMixin":
+    def compile_for_inference(self: Model, prompt_multiple: int = 64, **options: Any) -> Model:
         """Compile the forward pass for [`predict_action`], which goes on returning the same actions.
 
         It is meant for CUDA, where a prediction is mostly launches (not measured), and for quantised weights; on a CPU

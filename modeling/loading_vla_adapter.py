@@ -1,5 +1,8 @@
 """Reading and writing checkpoints: `from_pretrained`, `save_pretrained` and the names of parameters in files."""
 
+import os
+from typing import Any, TypeVar
+
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
@@ -8,20 +11,23 @@ from .checkpoint_names_vla_adapter import installed_renames, name_in_file
 from .configuration_vla_adapter import HUB_ARGUMENTS, VLAAdapterConfig, reader_of_layout
 
 
+Model = TypeVar("Model", bound="CheckpointMixin")
+
+
 class CheckpointMixin:
     """`from_pretrained` and `save_pretrained` of the model."""
 
     @classmethod
     def from_pretrained(
-        cls,
-        pretrained_model_name_or_path,
-        *args,
-        config=None,
-        output_loading_info=False,
-        ignore_mismatched_sizes=False,
-        strict=True,
-        **kwargs,
-    ):
+        cls: type[Model],
+        pretrained_model_name_or_path: str | os.PathLike[str] | None,
+        *args: Any,
+        config: Any = None,
+        output_loading_info: bool = False,
+        ignore_mismatched_sizes: bool = False,
+        strict: bool = True,
+        **kwargs: Any,
+    ) -> Model:
         """As in transformers, but a file that does not fill the model exactly is an error and not a warning.
 
         A policy with some layers left at random predicts actions that look like actions. With

@@ -2,7 +2,7 @@
 
 from contextlib import suppress
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
 
@@ -19,6 +19,21 @@ from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPred
 from vla_adapter_hf.processing.image_processing_vla_adapter import VLAAdapterImageProcessor
 from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
 from vla_adapter_hf.robots import ROBOTS, RobotPreset, get_robot
+
+
+if TYPE_CHECKING:  # so that type checkers know what `__getattr__` returns
+    from vla_adapter_hf.checkpoints.quantization import quantization_config
+    from vla_adapter_hf.data import (
+        ImageAugmentation,
+        ImageResize,
+        VLAAdapterDataset,
+        VLAAdapterMixture,
+        VLAAdapterStreamingDataset,
+    )
+    from vla_adapter_hf.training.collator import VLAAdapterDataCollator
+    from vla_adapter_hf.training.metrics import make_compute_metrics
+    from vla_adapter_hf.training.presets import apply_preset, merge_lora
+    from vla_adapter_hf.training.trainer import CheckpointCallback, VLAAdapterTrainer, VLAAdapterTrainingArguments
 
 
 def _register() -> None:
@@ -68,15 +83,27 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "CheckpointCallback",
+    "ImageAugmentation",
+    "ImageResize",
     "ROBOTS",
     "RobotPreset",
     "VLAAdapterConfig",
+    "VLAAdapterDataCollator",
+    "VLAAdapterDataset",
     "VLAAdapterForActionPrediction",
     "VLAAdapterImageProcessor",
+    "VLAAdapterMixture",
     "VLAAdapterOutput",
     "VLAAdapterProcessor",
+    "VLAAdapterStreamingDataset",
+    "VLAAdapterTrainer",
+    "VLAAdapterTrainingArguments",
     "__version__",
+    "apply_preset",
     "get_robot",
+    "make_compute_metrics",
+    "merge_lora",
     "open_checkpoint",
-    *_ON_FIRST_USE,
+    "quantization_config",
 ]
