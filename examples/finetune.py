@@ -41,7 +41,7 @@ fields["norm_type"] = vla.get_robot(args.robot).norm_type if args.robot else con
 fields["policy_task_tokens"] = config.policy_task_tokens if len(args.cameras) == config.num_cameras else None
 model = AutoModel.from_pretrained(args.checkpoint, dtype="float32", ignore_mismatched_sizes=True, **fields)
 start = AutoProcessor.from_pretrained(args.checkpoint)
-processor = vla.VLAAdapterProcessor.from_model_config(model.config, start.tokenizer, start.prompt_style)
+processor = vla.VLAAdapterProcessor.from_model_config(model.config, start.tokenizer)
 
 # 3. Training: LoRA on towers and language model, the policy in full. Every checkpoint loads with AutoModel.
 every = {"logging_steps": 5, "eval_strategy": "steps", "eval_steps": 0.25, "save_steps": 0.25}

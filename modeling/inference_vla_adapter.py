@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from .inputs_vla_adapter import check_observation, check_state
+from .inputs_vla_adapter import check_observation, check_preparation, check_state
 from .normalization_vla_adapter import normalize, select_norm_stats, unnormalize
 
 
@@ -31,6 +31,7 @@ class ActionPredictionMixin:
         pixel_values: torch.Tensor | None = None,
         state: np.ndarray | torch.Tensor | list | None = None,
         unnorm_key: str | None = None,
+        preparation: str | list[str] | None = None,
     ) -> np.ndarray:
         r"""
         Predict a chunk of actions in physical units from what the processor returns.
@@ -44,17 +45,20 @@ class ActionPredictionMixin:
                 one: the robot's state in physical units, float32 or float64.
             unnorm_key (`str`, *optional*): which of the model's statistics to use; may be left out when there is one
                 set. `libero_object` finds `libero_object_no_noops`.
+            preparation (`str` or `list[str]`, *optional*): how the processor prepared the inputs; compared with the
+                model's configuration. Not needed for inputs made by hand.
 
         Returns:
             `np.ndarray`: float64 `(batch, chunk_size, action_dim)`.
 
         Raises:
-            ValueError: without state or statistics, with an unknown `unnorm_key`, wrong shapes or NaN; the message
-                names the field.
+            ValueError: without state or statistics, with an unknown `unnorm_key`, wrong shapes or NaN, or for inputs
+                that a processor with other settings prepared; the message names the field.
         """
         config = self.config
         if isinstance(input_ids, Mapping):
             raise TypeError("predict_action takes the processor's outputs one by one: predict_action(**inputs).")
+        check_preparation(config, preparation)
         key, stats = select_norm_stats(config.norm_stats, unnorm_key)
         # Found here and not in the forward pass, which may be compiled: an error from there names no field.
         input_ids, attention_mask, pixel_values = (

@@ -1,5 +1,6 @@
 """Checks of the model's inputs: a wrong type, shape or value is an error that names the field."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,35 @@ def check_normalized(
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}.")
 
 
+def check_preparation(config: VLAAdapterConfig, preparation: str | list[str] | None) -> None:
+    """Compare how the processor prepared the inputs with what the model was trained with.
+
+    Args:
+        config ([`VLAAdapterConfig`]): of the model.
+        preparation (`str` or `list[str]`): what [`VLAAdapterProcessor.describe_preparation`] returned, or several of
+            them after samples were collated. `None`, for inputs that no processor made, is not checked.
+
+    Raises:
+        ValueError: naming the fields that differ, and both values.
+    """
+    for text in [preparation] if isinstance(preparation, str) else preparation or []:
+        try:
+            prepared = json.loads(text)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"preparation must be what the processor returned, got {text!r}.") from error
+        differing = [
+            f"{name} (inputs: {value!r}, model: {getattr(config, name)!r})"
+            for name, value in prepared.items()
+            if value != getattr(config, name) and not (name == "prompt_style" and config.prompt_style is None)
+        ]
+        if differing:
+            raise ValueError(
+                f"The processor prepared the inputs in another way than the model expects: {'; '.join(differing)}. Load "
+                "the processor from the model's folder, or make it with VLAAdapterProcessor.from_model_config(model.config, "
+                "tokenizer). If the difference is intended, leave `preparation` out of the inputs."
+            )
+
+
 def check_state(state: Any, batch_size: int, proprio_dim: int) -> np.ndarray:
     if state is None:
         raise ValueError("state is missing: give the robot's state to the processor (state=...) or to predict_action.")
@@ -81,4 +111,4 @@ def check_state(state: Any, batch_size: int, proprio_dim: int) -> np.ndarray:
     return state
 
 
-__all__ = ["PASSED_OVER", "check_images", "check_observation", "check_normalized", "check_state"]
+__all__ = ["PASSED_OVER", "check_images", "check_observation", "check_normalized", "check_preparation", "check_state"]

@@ -23,7 +23,7 @@ from .bridge_attention_vla_adapter import (
 from .checkpoint_names_vla_adapter import name_in_file  # noqa: F401
 from .configuration_vla_adapter import VLAAdapterConfig
 from .inference_vla_adapter import ActionPredictionMixin
-from .inputs_vla_adapter import PASSED_OVER, check_images, check_normalized, check_observation
+from .inputs_vla_adapter import PASSED_OVER, check_images, check_normalized, check_observation, check_preparation
 from .loading_vla_adapter import CheckpointMixin, rename_to_installed
 from .normalization_vla_adapter import normalize  # noqa: F401
 
@@ -218,6 +218,7 @@ class VLAAdapterForActionPrediction(ActionPredictionMixin, VLAAdapterPreTrainedM
         action_is_pad: torch.Tensor | None = None,
         output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
+        preparation: str | list[str] | None = None,
         **kwargs: Any,
     ) -> VLAAdapterOutput:
         r"""
@@ -238,6 +239,8 @@ class VLAAdapterForActionPrediction(ActionPredictionMixin, VLAAdapterPreTrainedM
                 Steps past an episode's end; they do not count in the loss.
             output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
                 Whether to return hidden states, or the indices of those to return; in the place of the others is `None`.
+            preparation (`str` or `list[str]`, *optional*):
+                How the processor prepared the inputs; compared with the model's configuration.
             kwargs: what transformers, its Trainer and the collator hand to every model, and is not used here.
 
         Raises:
@@ -253,6 +256,7 @@ class VLAAdapterForActionPrediction(ActionPredictionMixin, VLAAdapterPreTrainedM
             raise TypeError(f"forward takes no {', '.join(unknown)}; the true actions are called `actions`.")
         config = self.config
         check_observation(config, input_ids, attention_mask, pixel_values)
+        check_preparation(config, preparation)
         check_normalized(config, input_ids.shape[0], proprio, actions, action_is_pad)
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
         output_attentions = config.output_attentions if output_attentions is None else output_attentions

@@ -1,5 +1,6 @@
 """Processor of VLA-Adapter: frames, instruction and state of a robot to the inputs of the model."""
 
+import json
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,7 @@ class VLAAdapterProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = VLAAdapterProcessorKwargs
+    skip_tensor_conversion = ["state", "preparation"]
 
     def __init__(
         self,
@@ -61,9 +63,17 @@ class VLAAdapterProcessor(ProcessorMixin):
 
     @classmethod
     def from_model_config(
-        cls, config: Any, tokenizer: Any, prompt_style: str = "chat", **image_options: Any
+        cls, config: Any, tokenizer: Any, prompt_style: str | None = None, **image_options: Any
     ) -> "VLAAdapterProcessor":
-        """The processor that belongs to a model with this [`VLAAdapterConfig`], with other image options if wanted."""
+        """The processor of a model with this [`VLAAdapterConfig`].
+
+        Args:
+            config ([`VLAAdapterConfig`]): the model's configuration.
+            tokenizer (`PreTrainedTokenizerBase`): a Qwen2 tokenizer.
+            prompt_style, image_options: replace what the configuration says. (The model refuses inputs that were
+                prepared in another way than its configuration says.)
+        """
+        prompt_style = prompt_style or config.prompt_style or "chat"
         image_processor = VLAAdapterImageProcessor.from_model_config(config, **image_options)
         return cls(image_processor, tokenizer, prompt_style=prompt_style, proprio_dim=config.proprio_dim)
 
@@ -92,8 +102,9 @@ class VLAAdapterProcessor(ProcessorMixin):
 
         Returns:
             `BatchFeature`: `input_ids` and `attention_mask` `(batch, prompt)`, `pixel_values`
-            `(batch, 6 * cameras, height, width)` and `state`, a float64 NumPy array `(batch, proprio_dim)`. The state
-            stays out of torch so that `inputs.to(torch.bfloat16)` cannot round it before it is normalised.
+            `(batch, 6 * cameras, height, width)`, `state`, a float64 NumPy array `(batch, proprio_dim)`, and
+            `preparation`, a string (see [`describe_preparation`]). The state is not a tensor, so that
+            `inputs.to(torch.bfloat16)` cannot round it before it is normalised.
 
         Raises:
             ValueError, TypeError: for a wrong number of cameras, an empty instruction, a state of the wrong size;
@@ -123,7 +134,30 @@ class VLAAdapterProcessor(ProcessorMixin):
         }
         if state is not None:
             data["state"] = state
-        return BatchFeature(data=data)
+        data["preparation"] = self.describe_preparation(**merged["images_kwargs"])
+        return BatchFeature(data=data, skip_tensor_conversion=self.skip_tensor_conversion)
+
+    def describe_preparation(self, **image_options: Any) -> str:
+        """The settings that the processor must share with the model, as JSON under the names of the model's fields.
+
+        The model compares them with its configuration: inputs that are prepared in another way than the model was
+        trained with give actions that look right and are wrong.
+
+        Args:
+            image_options: of one call, in place of the processor's own.
+        """
+        options = {
+            name: getattr(self.image_processor, name) for name in ("do_jpeg_round_trip", "do_center_crop", "crop_area")
+        }
+        options |= {name: value for name, value in image_options.items() if name in options and value is not None}
+        return json.dumps(
+            {
+                "cameras": list(self.image_processor.cameras),
+                "image_jpeg_round_trip": options["do_jpeg_round_trip"],
+                "image_center_crop": options["crop_area"] if options["do_center_crop"] else None,
+                "prompt_style": self.prompt_style,
+            }
+        )
 
     def make_prompts(self, text: str | list[str]) -> list[str]:
         """Instructions in the model's prompt."""
@@ -145,7 +179,7 @@ class VLAAdapterProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self) -> list[str]:
-        return ["input_ids", "attention_mask", "pixel_values", "state"]
+        return ["input_ids", "attention_mask", "pixel_values", "state", "preparation"]
 
     def _control_tokens(self) -> list[str]:
         """What would end the instruction's turn, or the like. Words that somebody added to the vocabulary are fine."""

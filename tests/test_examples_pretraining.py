@@ -73,7 +73,7 @@ def small_model():
     config = VLAAdapterConfig(**fields)
     tokenizer = load_tokenizer(str(ROOT / "src" / "vla_adapter_hf" / "embedded" / "tokenizer"))
     instructions = (EXAMPLE / "instructions.txt").read_text(encoding="utf-8").splitlines()
-    return init_from_config(config, cut_down_tokenizer(tokenizer, instructions, 400, "in_out"), "in_out")
+    return init_from_config(config, cut_down_tokenizer(tokenizer, instructions, 400, "in_out"))
 
 
 def losses(folder: Path, name: str = "loss") -> list[float]:

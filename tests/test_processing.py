@@ -491,11 +491,11 @@ def test_a_whole_batch(processor, frames):
         text=["open the drawer", "close the upper drawer"],
         state=np.zeros((2, 8)),
     )
-    assert list(inputs) == ["input_ids", "attention_mask", "pixel_values", "state"]
+    assert list(inputs) == ["input_ids", "attention_mask", "pixel_values", "state", "preparation"]
     assert inputs["pixel_values"].shape == (2, 12, 28, 28)
     assert len(inputs["input_ids"]) == len(inputs["state"]) == 2
 
 
 def test_numpy_in_place_of_torch(processor, frames):
     inputs = small(processor)(images=frames[:2], text="open it", return_tensors="np")
-    assert all(isinstance(value, np.ndarray) for value in inputs.values())
+    assert all(isinstance(value, np.ndarray) for name, value in inputs.items() if name != "preparation")

@@ -536,9 +536,9 @@ def four_episodes() -> VLAAdapterDataset:
 def learner(processor, episodes, folder: Path) -> Path:
     """An untrained model that can learn by heart, as a checkpoint."""
     torch.manual_seed(0)
-    config = model_fixtures.learner_config(norm_stats=episodes.norm_stats, chunk_size=CHUNK)
+    config = model_fixtures.learner_config(norm_stats=episodes.norm_stats, chunk_size=CHUNK, prompt_style="in_out")
     VLAAdapterForActionPrediction(config).save_pretrained(folder)
-    VLAAdapterProcessor.from_model_config(config, processor.tokenizer, "in_out").save_pretrained(folder)
+    VLAAdapterProcessor.from_model_config(config, processor.tokenizer).save_pretrained(folder)
     return folder
 
 

@@ -162,8 +162,8 @@ def make_start(name: str, scenes: Path, output: Path) -> None:
     config = VLAAdapterConfig(**fields)
     instructions = (HERE / "instructions.txt").read_text(encoding="utf-8").splitlines()
     tokenizer = load_tokenizer(str(files("vla_adapter_hf").joinpath("embedded", "tokenizer")))
-    tokenizer = cut_down_tokenizer(tokenizer, instructions, config.text_config.vocab_size, "in_out")
-    model, processor = init_from_config(config, tokenizer, "in_out", seed=0)
+    tokenizer = cut_down_tokenizer(tokenizer, instructions, config.text_config.vocab_size, config.prompt_style)
+    model, processor = init_from_config(config, tokenizer, seed=0)
     if name == "pro":
         names = [
             line.removeprefix("pick up the ").removesuffix(" and place it in the basket") for line in instructions

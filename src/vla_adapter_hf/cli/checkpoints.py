@@ -69,8 +69,8 @@ def init(
     ] = None,
     policy_variant: Annotated[str | None, typer.Option(help="pro or original, by default pro.")] = None,
     prompt_style: Annotated[
-        str, typer.Option(help="chat, as the published models, or in_out, which is short.")
-    ] = "chat",
+        str | None, typer.Option(help="chat, as the published models, or in_out, which is short; by default chat.")
+    ] = None,
     step: Step = None,
     dtype: Annotated[str, typer.Option(help="Precision to store: float32, bfloat16 or float16.")] = "float32",
     seed: Annotated[int, typer.Option(help="Seed of the new weights.")] = 0,
@@ -88,8 +88,9 @@ def init(
     """
     fields = {"chunk_size": chunk_size, "action_dim": action_dim, "proprio_dim": proprio_dim, "norm_type": norm_type}
     fields |= {"cameras": split_names(cameras), "policy_variant": policy_variant}
+    fields |= {"prompt_style": prompt_style}
     options = {"dinov2": dinov2, "siglip": siglip, "language_model": language_model, "tokenizer": tokenizer}
-    options |= {"robot": robot, "norm_stats": norm_stats, "step": step, "seed": seed, "prompt_style": prompt_style}
+    options |= {"robot": robot, "norm_stats": norm_stats, "step": step, "seed": seed}
     given = {name: value for name, value in fields.items() if value is not None}
     if config is not None:
         others = {"base": base, "dinov2": dinov2, "siglip": siglip, "language_model": language_model, "step": step}
@@ -100,7 +101,6 @@ def init(
         about = {
             "tokenizer": tokenizer or str(files("vla_adapter_hf") / "embedded" / "checkpoint"),
             "instructions": instructions,
-            "prompt_style": prompt_style,
             "seed": seed,
         }
         given |= {"dtype": parse_dtype(dtype)}

@@ -48,7 +48,6 @@ def init_from_base(
     norm_stats: dict[str, Any] | str | Path | None = None,
     step: str | int | None = None,
     dtype: torch.dtype = torch.float32,
-    prompt_style: str = "chat",
     seed: int = 0,
     **config_fields: Any,
 ) -> tuple[VLAAdapterForActionPrediction, VLAAdapterProcessor]:
@@ -68,7 +67,6 @@ def init_from_base(
         norm_stats (`dict`, or `str` or `Path` of a JSON file): statistics to put in. Without, `predict_action` refuses.
         step (`str` or `int`): which of several saved steps of the base to take.
         dtype (`torch.dtype`): precision of all weights.
-        prompt_style (`str`): `"chat"` or `"in_out"`, see [`VLAAdapterProcessor`].
         seed (`int`): what the new parts are drawn from; torch's own generator is left as it was.
         config_fields: any field of [`VLAAdapterConfig`]. Those in `dinov2_config`, `siglip_config` and `text_config`
             replace what was found, one by one.
@@ -111,7 +109,7 @@ def init_from_base(
     sources = [str(source) for source in (base, dinov2, siglip, language_model) if source is not None]
     new_parts = NEW_PARTS if opened is not None else (*NEW_PARTS, "vision_projector.")
     check_shapes(config, state_dict, " + ".join(sources), "what this model starts from", new_parts)
-    processor = VLAAdapterProcessor.from_model_config(config, loaded_tokenizer, prompt_style)
+    processor = VLAAdapterProcessor.from_model_config(config, loaded_tokenizer)
     _check_tokenizer(processor, config.text_config.vocab_size, tokenizer_source)
     with expected_warnings(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -62,14 +62,13 @@ def cut_down_tokenizer(
 
 
 def init_from_config(
-    config: VLAAdapterConfig, tokenizer: PreTrainedTokenizerBase, prompt_style: str = "chat", seed: int = 0
+    config: VLAAdapterConfig, tokenizer: PreTrainedTokenizerBase, seed: int = 0
 ) -> tuple[VLAAdapterForActionPrediction, VLAAdapterProcessor]:
     """A model with random weights, and its processor.
 
     Args:
         config ([`VLAAdapterConfig`]): the whole model.
         tokenizer (`PreTrainedTokenizerBase`): its tokens must be among the configuration's `text_config.vocab_size`.
-        prompt_style (`str`): `"chat"` or `"in_out"`, see [`VLAAdapterProcessor`].
         seed (`int`): what the weights are drawn from; torch's own generator is left as it was.
 
     Raises:
@@ -86,7 +85,7 @@ def init_from_config(
         model = VLAAdapterForActionPrediction(config).float().eval()
         let_inputs_count(model)
         model.to(config.dtype or torch.float32)
-    return model, VLAAdapterProcessor.from_model_config(config, tokenizer, prompt_style)
+    return model, VLAAdapterProcessor.from_model_config(config, tokenizer)
 
 
 @torch.no_grad()
@@ -133,7 +132,6 @@ def init_untrained(
     *,
     tokenizer: str,
     instructions: str | Path | None = None,
-    prompt_style: str = "chat",
     seed: int = 0,
     say: Callable[[str], None] = print,
     **config_fields: Any,
@@ -146,7 +144,7 @@ def init_untrained(
         tokenizer (`str`): folder or Hub id of a Qwen2 tokenizer.
         instructions (`str` or `Path`, *optional*): text file, an instruction per line, that the vocabulary is cut down to;
             without it the tokenizer is taken as it is.
-        prompt_style, seed: as in [`init_from_config`].
+        seed: as in [`init_from_config`].
         config_fields: fields that replace the file's.
 
     Raises:
@@ -165,8 +163,8 @@ def init_untrained(
     loaded = load_tokenizer(tokenizer)
     if instructions is not None:
         lines = Path(instructions).read_text(encoding="utf-8").splitlines()
-        loaded = cut_down_tokenizer(loaded, lines, model_config.text_config.vocab_size, prompt_style)
-    model, processor = init_from_config(model_config, loaded, prompt_style, seed)
+        loaded = cut_down_tokenizer(loaded, lines, model_config.text_config.vocab_size, model_config.prompt_style)
+    model, processor = init_from_config(model_config, loaded, seed)
     say(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(loaded)} tokens")
     card = fill_model_card(
         model_config,

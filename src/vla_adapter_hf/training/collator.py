@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
+from vla_adapter_hf.modeling.inputs_vla_adapter import check_preparation
 from vla_adapter_hf.modeling.normalization_vla_adapter import (
     EPSILON,
     USED_STATISTICS,
@@ -30,12 +31,14 @@ class VLAAdapterDataCollator:
         config ([`VLAAdapterConfig`]): of the model, with the norm stats of every dataset in the samples.
 
     Raises:
-        ValueError: when the model has no statistics, or sizes do not fit those of the model.
+        ValueError: when the model has no statistics, the processor has other settings than the model, or sizes do not
+            fit those of the model.
     """
 
     def __init__(self, processor: VLAAdapterProcessor, config: VLAAdapterConfig):
         if not config.norm_stats:
             raise ValueError("The model has no norm_stats; load it with norm_stats=dataset.norm_stats.")
+        check_preparation(config, processor.describe_preparation())
         self.processor = processor
         self.config = config
 
@@ -60,6 +63,7 @@ class VLAAdapterDataCollator:
             do_jpeg_round_trip=False,
             do_center_crop=self.config.image_center_crop is not None and not self._are_prepared(samples),
         )
+        del inputs["preparation"]  # checked above, with the options of inference
         normalized = [self._normalize(sample) for sample in samples]
         batch = {name: torch.from_numpy(np.stack(values)) for name, values in _transposed(normalized).items()}
         return {**inputs, **batch}

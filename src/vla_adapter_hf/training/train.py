@@ -202,7 +202,10 @@ def config_overrides(
 def make_processor(model_arguments: ModelArguments, config: VLAAdapterConfig) -> VLAAdapterProcessor:
     """The start checkpoint's tokenizer and prompt, with the new model's cameras, sizes and image preparation."""
     start = AutoProcessor.from_pretrained(model_arguments.checkpoint, **_layout(model_arguments))
-    return VLAAdapterProcessor.from_model_config(config, start.tokenizer, start.prompt_style)
+    processor = VLAAdapterProcessor.from_model_config(config, start.tokenizer, start.prompt_style)
+    if config.prompt_style is None:  # as in older checkpoints
+        config.prompt_style = processor.prompt_style
+    return processor
 
 
 def save_trained(model: nn.Module, processor: VLAAdapterProcessor, output: Path, card: dict[str, str]) -> None:

@@ -149,6 +149,7 @@ def _replay(model: Any, processor: Any, episode: Any) -> _Replay:
             do_jpeg_round_trip=False,
             do_center_crop=False,  # the dataset's image_transform has done it
         )
+        del inputs["preparation"]  # recorded frames need less preparation than a robot's
         actions = model.predict_action(**inputs, unnorm_key=sample["unnorm_key"])[0]
         real = ~sample["action_is_pad"]
         begins.append(begin)
