@@ -15,6 +15,8 @@ CONSTANT_DIM_RULES = ("zero", "published")
 USED_STATISTICS = {"bounds_q99": ("q01", "q99"), "bounds": ("min", "max"), "normal": ("mean", "std")}
 # Keeps the division finite where a dimension does not move; part of the published formula, in both directions.
 EPSILON = 1e-8
+# How far a rotation may jump while the robot hardly moves, from -pi to pi.
+ANGLE_JUMP = 2 * np.pi
 
 
 def normalize(
@@ -66,6 +68,40 @@ def unnormalize(
     if constant.any():
         physical = np.where(constant, np.asarray(stats["min"], dtype=np.float64), physical)
     return np.where(mask, physical, values)
+
+
+def find_out_of_range(states: np.ndarray, stats: dict[str, Any]) -> list[tuple[int, float, float, float]]:
+    """Dimensions of states that are far outside the range of the training data, as after a mistake of units.
+
+    Far means: farther from the range than the range is wide, and farther than [`ANGLE_JUMP`]. States of held-out
+    episodes leave the range by less. Values of a wrong unit that fall into the range (metres where the model knows
+    millimetres around 0) cannot be found this way.
+
+    The range is minimum to maximum; without these the 1st to the 99th percentile, or three standard deviations around
+    the mean.
+
+    Args:
+        states (`np.ndarray`): `(batch, dims)` in physical units.
+        stats (`dict`): the `"proprio"` part of a set of norm stats.
+
+    Returns:
+        `list`: per such dimension its index, the value that is farthest, and the range's lower and upper bound.
+    """
+    low, high = _recorded_range(stats)
+    distance = np.maximum(low - states, states - high)  # (batch, dims)
+    rows = distance.argmax(axis=0)
+    is_far = distance.max(axis=0) > np.maximum(high - low, ANGLE_JUMP)
+    return [
+        (int(dim), float(states[rows[dim], dim]), float(low[dim]), float(high[dim])) for dim in np.flatnonzero(is_far)
+    ]
+
+
+def _recorded_range(stats: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    for low, high in (("min", "max"), ("q01", "q99")):
+        if low in stats and high in stats:
+            return np.asarray(stats[low], dtype=np.float64), np.asarray(stats[high], dtype=np.float64)
+    mean, std = (np.asarray(stats[name], dtype=np.float64) for name in ("mean", "std"))
+    return mean - 3 * std, mean + 3 * std
 
 
 def select_norm_stats(norm_stats: dict[str, Any] | None, unnorm_key: str | None) -> tuple[str, dict[str, Any]]:
@@ -167,4 +203,4 @@ def _prepared(stats: dict[str, Any], norm_type: str, constant_dims: str) -> tupl
     return first, second, mask, constant
 
 
-__all__ = ["normalize", "unnormalize", "select_norm_stats", "check_norm_stats"]
+__all__ = ["normalize", "unnormalize", "find_out_of_range", "select_norm_stats", "check_norm_stats"]
