@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoModel, AutoProcessor
 
 from vla_adapter_hf.checkpoints.model_card import NOT_EVALUATED
+from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
 from vla_adapter_hf.simulation.libero.install import import_libero
 from vla_adapter_hf.simulation.policies import embedded_folder
@@ -130,8 +130,8 @@ def predict(
             frames = [recorded["full_image"], recorded["wrist_image"]]
             instruction, state = str(recorded["instruction"]), recorded["state"]
         source = str(folder / "checkpoint") if checkpoint is None else checkpoint
-        processor = AutoProcessor.from_pretrained(source)
-        model = AutoModel.from_pretrained(source)
+        opened = open_checkpoint(source)
+        processor, model = opened.load_processor(), opened.load_model()
     config = model.config
     if config.num_cameras != len(frames) or config.proprio_dim != len(state):
         raise ValueError(

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from vla_adapter_hf.checkpoints.backbones import load_tokenizer
+from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.init.untrained import init_from_config
 from vla_adapter_hf.modeling.configuration_vla_adapter import (
     PUBLISHED_DINOV2,
@@ -65,7 +65,7 @@ def random_checkpoint(size: str, dtype: torch.dtype) -> Iterator[Path]:
 def _write_random(folder: str, size: str, dtype: torch.dtype) -> None:
     with as_file(files("vla_adapter_hf").joinpath("embedded")) as embedded:
         tokenizer = load_tokenizer(str(embedded / "tokenizer"))
-        norm_stats = AutoConfig.from_pretrained(embedded / "checkpoint").norm_stats
+        norm_stats = open_checkpoint(embedded / "checkpoint").config.norm_stats
     config = VLAAdapterConfig(**SIZES[size], norm_stats=norm_stats, dtype=dtype)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from transformers import AutoModel, AutoProcessor
 
 from vla_adapter_hf.bench.measures import (
     STAGES,
@@ -31,6 +30,7 @@ from vla_adapter_hf.bench.random_weights import random_checkpoint
 from vla_adapter_hf.bench.report import comparison, percentiles, table
 from vla_adapter_hf.bench.settings import BenchSettings
 from vla_adapter_hf.bench.turns import OtherProgram, answer_turns, split_command
+from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.saving import synthetic_observation
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.processing import jpeg_round_trip_vla_adapter as jpeg
@@ -155,13 +155,14 @@ def _load(source: str, settings: BenchSettings, load_options: dict[str, Any]) ->
     """The model with its processor, and the seconds that loading the model took."""
     device = settings.torch_device
     loaded: list[Any] = []
+    checkpoint = open_checkpoint(source)
 
     def load() -> None:
-        model = AutoModel.from_pretrained(source, **load_options)
+        model = checkpoint.load_model(**load_options)
         loaded.append(model if "device_map" in load_options else model.to(device))
 
     (seconds,) = time_calls(load, device, 0, 1)
-    return _Subject(loaded[0], AutoProcessor.from_pretrained(source), device), seconds
+    return _Subject(loaded[0], checkpoint.load_processor(), device), seconds
 
 
 def _observations(config: VLAAdapterConfig, batch_size: int) -> dict[str, Any]:

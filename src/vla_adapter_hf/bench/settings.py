@@ -73,7 +73,7 @@ class BenchSettings:
         return self.checkpoint or (f"random weights, {self.size}" if self.size else "embedded")
 
     def load_options(self) -> dict[str, Any]:
-        """Arguments of `AutoModel.from_pretrained`.
+        """Arguments of [`Checkpoint.load_model`].
 
         Raises:
             ValueError: for a quantisation that does not exist or that the device cannot compute.

@@ -62,7 +62,8 @@ class Checkpoint(ABC):
             ValueError: for an unknown precision, and when the weights are damaged or do not fill the model; the
                 message names the file or the tensors.
         """
-        model = self._load(VLAAdapterForActionPrediction, dtype=check_dtype(dtype), **options)
+        given = {name: value for name, value in options.items() if value is not None}
+        model = self._load(VLAAdapterForActionPrediction, dtype=check_dtype(dtype), **given)
         return model if device is None else model.to(device)
 
     @abstractmethod

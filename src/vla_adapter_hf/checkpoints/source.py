@@ -18,7 +18,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 # Bytes per range request. The header of a published `model.safetensors` fills one of them.
 BLOCK_SIZE = 2**17
@@ -141,10 +144,11 @@ def open_files(source: str | Path, *, argument: str = "checkpoint", **hub: Any) 
         try:
             files.names  # noqa: B018
             return files
-        except HfHubHTTPError:
-            raise
-        except Exception:
-            pass
+        except HfHubHTTPError as error:
+            if error.response.status_code < 500:
+                raise _explained(error, source, revision, argument) from error
+        except Exception as error:  # no connection; its class depends on the HTTP library
+            logger.info(f"{source}: the Hub cannot be reached ({error}); reading the cache.")
     return FolderFiles(config.parent, source, folder.name)
 
 
@@ -181,7 +185,7 @@ def _explained(error: Exception, source: str, revision: str | None, argument: st
     """What a failed request means for the user."""
     hint = _near_names(source) if Path(source).parent.is_dir() else ""
     if isinstance(error, RevisionNotFoundError):
-        return ValueError(f"{argument} {source} has no revision {revision!r} on the Hub.")
+        return ValueError(f"{argument} {source} has no revision {revision or 'main'!r} on the Hub.")
     if isinstance(error, GatedRepoError):
         return FileNotFoundError(f"{argument} {source}: access to this Hub repository must be requested on its page.")
     if isinstance(error, (RepositoryNotFoundError, HFValidationError)):

@@ -174,7 +174,7 @@ class CheckpointPolicy:
         dtype: str | None = None,
         name: str | None = None,
     ) -> None:
-        from transformers import AutoModel, AutoProcessor
+        from vla_adapter_hf.checkpoints.open import open_checkpoint
 
         device = device or "cpu"
         dtype = dtype or ("float32" if device == "cpu" else "auto")
@@ -182,8 +182,8 @@ class CheckpointPolicy:
             raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, got {dtype!r}")
         check_device(device)
         self.name = name or Path(checkpoint).name
-        self.processor = AutoProcessor.from_pretrained(checkpoint)
-        self.model = AutoModel.from_pretrained(checkpoint, dtype=dtype).eval().to(device)
+        opened = open_checkpoint(checkpoint)
+        self.processor, self.model = opened.load_processor(), opened.load_model(dtype, device).eval()
         # Checked before an environment is built: other statistics give actions of another size, without an error.
         self.unnorm_key, stats = select_norm_stats(self.model.config.norm_stats, unnorm_key or suite)
         check_gripper(stats["action"], robot)

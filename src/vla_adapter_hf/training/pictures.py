@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoModel, AutoProcessor
-
+from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.data import ImageResize, load_demonstrations
 from vla_adapter_hf.utils.plotting import plot_chunks, save_figure
 
@@ -26,7 +25,8 @@ def plot_checkpoint(
     Raises:
         ValueError: when the dataset's cameras or sizes are not the checkpoint's.
     """
-    model = AutoModel.from_pretrained(checkpoint)
+    opened = open_checkpoint(checkpoint)
+    model = opened.load_model()
     config = model.config
     demonstrations = load_demonstrations(
         dataset,
@@ -42,5 +42,5 @@ def plot_checkpoint(
     keys = config.norm_stats or {}
     if demonstrations.unnorm_key not in keys and len(keys) == 1:
         demonstrations.unnorm_key = next(iter(keys))
-    figure = plot_chunks(model, AutoProcessor.from_pretrained(checkpoint), [demonstrations], episodes)
+    figure = plot_chunks(model, opened.load_processor(), [demonstrations], episodes)
     return save_figure(figure, output)

@@ -13,10 +13,12 @@ import torch
 from accelerate import DistributedType
 from huggingface_hub import HfApi
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoProcessor, set_seed
+from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from vla_adapter_hf.checkpoints.checkpoint import Checkpoint
 from vla_adapter_hf.checkpoints.model_card import fill_model_card
+from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.data import (
     ImageAugmentation,
     ImageResize,
@@ -82,21 +84,21 @@ def train(
     set_seed(training_arguments.seed)
 
     say(f"Reading {', '.join(data_arguments.dataset)}")
-    config = AutoConfig.from_pretrained(model_arguments.checkpoint, **_layout(model_arguments))
+    checkpoint = open_checkpoint(model_arguments.checkpoint, **_layout(model_arguments))
+    config = checkpoint.config
     demonstrations = load_data(data_arguments, config, training_arguments.seed)
     overrides = config_overrides(model_arguments, data_arguments, config, demonstrations)
     say(f"  {len(demonstrations.train)} samples, statistics of {', '.join(demonstrations.norm_stats)}")
 
     say(f"Loading {model_arguments.checkpoint}")
-    model = AutoModel.from_pretrained(
-        model_arguments.checkpoint,
-        dtype=getattr(torch, model_arguments.dtype),
+    model = open_checkpoint(
+        model_arguments.checkpoint, revision=checkpoint.commit, **overrides, **_layout(model_arguments)
+    ).load_model(
+        dtype=model_arguments.dtype,
         attn_implementation=model_arguments.attn_implementation,
         ignore_mismatched_sizes=_changes_sizes(config, overrides),
-        **overrides,
-        **_layout(model_arguments),
     )
-    processor = make_processor(model_arguments, model.config)
+    processor = make_processor(checkpoint, model.config)
     trained = apply_preset(model, model_arguments.preset, model_arguments.lora_rank)
     count = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
     say(f"  preset {model_arguments.preset}: {count / 1e6:.2f} M parameters train")
@@ -199,9 +201,9 @@ def config_overrides(
     }
 
 
-def make_processor(model_arguments: ModelArguments, config: VLAAdapterConfig) -> VLAAdapterProcessor:
+def make_processor(checkpoint: Checkpoint, config: VLAAdapterConfig) -> VLAAdapterProcessor:
     """The start checkpoint's tokenizer and prompt, with the new model's cameras, sizes and image preparation."""
-    start = AutoProcessor.from_pretrained(model_arguments.checkpoint, **_layout(model_arguments))
+    start = checkpoint.load_processor()
     processor = VLAAdapterProcessor.from_model_config(config, start.tokenizer, start.prompt_style)
     if config.prompt_style is None:  # as in older checkpoints
         config.prompt_style = processor.prompt_style
