@@ -19,12 +19,14 @@ class ActionChunkQueue:
             exp(-m * i), where i counts them from 0, the oldest, as in ACT (Zhao et al. 2023, temporal ensembling): m = 0 is
             the plain mean, m > 0 favours older chunks. It needs overlapping chunks, so `execute` must be smaller than the
             chunk.
+        blend: share of the newest chunk in an action about which the chunk before it also says something; 1 takes the newest
+            chunk alone.
 
     Raises:
         ValueError: `execute` is not positive, or `ensemble` is given without `execute`, negative or not finite.
     """
 
-    def __init__(self, execute: int | None = None, ensemble: float | None = None) -> None:
+    def __init__(self, execute: int | None = None, ensemble: float | None = None, blend: float = 1.0) -> None:
         if execute is not None and execute < 1:
             raise ValueError(f"execute must be at least 1 action or None for whole chunks, got {execute}")
         if ensemble is not None:
@@ -34,6 +36,7 @@ class ActionChunkQueue:
                 raise ValueError(f"ensemble must be a finite number, 0 or more, got {ensemble}")
         self.execute = execute
         self.ensemble = ensemble
+        self.blend = blend
         self.reset()
 
     def reset(self) -> None:
@@ -41,6 +44,11 @@ class ActionChunkQueue:
         self._chunks: deque[tuple[int, np.ndarray]] = deque()  # (step of the first action, actions), oldest first
         self._step = 0
         self._query_at = 0
+
+    @property
+    def step(self) -> int:
+        """Actions handed out since the last reset."""
+        return self._step
 
     @property
     def needs_chunk(self) -> bool:
@@ -51,16 +59,24 @@ class ActionChunkQueue:
         """Actions left before the policy is asked: how many steps can go by without an observation."""
         return max(0, self._query_at - self._step)
 
-    def add(self, chunk: np.ndarray) -> None:
-        """Takes a chunk that begins at the present step.
+    def upcoming(self, count: int) -> np.ndarray:
+        """The next `count` actions (n, A) that `pop` will return as things stand; fewer where a query comes before."""
+        count = min(count, self.steps_until_query())
+        return np.stack([self._action_at(self._step + ahead) for ahead in range(count)]) if count else np.empty((0, 0))
+
+    def add(self, chunk: np.ndarray, begins: int | None = None) -> None:
+        """Take a chunk.
 
         Args:
             chunk: (K, A), in any units: averaging happens on the values given here.
+            begins: the `step` to which the first action belongs; by default the present one. Actions of steps that have gone
+                by are dropped. Before a `begins` in the future the earlier chunks go on.
 
         Raises:
             ValueError: another shape, fewer actions than `execute`, or values that are not finite.
         """
         chunk = np.asarray(chunk)
+        begins = self._step if begins is None else begins
         if chunk.ndim != 2 or not len(chunk):
             raise ValueError(f"chunk must have shape (K, A) with at least one action, got {chunk.shape}")
         if self.execute is not None and len(chunk) < self.execute:
@@ -69,10 +85,8 @@ class ActionChunkQueue:
             raise ValueError(f"ensemble needs chunks of more than execute={self.execute} actions, got {len(chunk)}")
         if not np.isfinite(chunk).all():
             raise ValueError("chunk holds values that are not finite; the policy's output cannot be executed")
-        if self.ensemble is None:
-            self._chunks.clear()
-        self._chunks.append((self._step, chunk))
-        self._query_at = self._step + (self.execute or len(chunk))
+        self._chunks.append((begins, chunk))
+        self._query_at = begins + (self.execute or len(chunk))
 
     def pop(self) -> np.ndarray:
         """The action (A,) of the present step.
@@ -82,11 +96,17 @@ class ActionChunkQueue:
         """
         if self.needs_chunk:
             raise RuntimeError("no action left: add a chunk first (see needs_chunk)")
-        while self._chunks and self._chunks[0][0] + len(self._chunks[0][1]) <= self._step:
+        while self._chunks[0][0] + len(self._chunks[0][1]) <= self._step:
             self._chunks.popleft()
-        candidates = np.stack([chunk[self._step - start] for start, chunk in self._chunks])
+        action = self._action_at(self._step)
         self._step += 1
-        if self.ensemble is None:
+        return action
+
+    def _action_at(self, step: int) -> np.ndarray:
+        candidates = [chunk[step - start] for start, chunk in self._chunks if start <= step < start + len(chunk)]
+        if self.ensemble is not None:
+            weights = np.exp(-self.ensemble * np.arange(len(candidates)))
+            return (weights[:, None] * np.stack(candidates)).sum(axis=0) / weights.sum()
+        if len(candidates) == 1 or self.blend == 1.0:
             return candidates[-1]
-        weights = np.exp(-self.ensemble * np.arange(len(candidates)))
-        return (weights[:, None] * candidates).sum(axis=0) / weights.sum()
+        return self.blend * candidates[-1] + (1 - self.blend) * candidates[-2]

@@ -1,0 +1,298 @@
+"""The loop that moves an arm: a fixed clock, a policy that answers late, and a watchdog."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from vla_adapter_hf.robot.interface import Robot, RobotInterface
+from vla_adapter_hf.robot.state_model import StateModel
+from vla_adapter_hf.robot.strategies import ChunkStrategy, StrategySettings
+
+
+logger = logging.getLogger(__name__)
+
+WATCHDOG_ACTIONS = ("hold", "last", "stop")
+# Latencies that the next query's lead is taken from.
+REMEMBERED_LATENCIES = 20
+
+
+class ChunkPolicy(Protocol):
+    """A policy on this machine ([`LocalPolicy`]) or on a server (`PolicyClient`)."""
+
+    cameras: Sequence[str]
+    state_dim: int
+    action_dim: int
+
+    def predict(self, images: dict[str, np.ndarray], instruction: str, state: np.ndarray) -> Any:
+        """The chunk (K, A) in the robot's convention, or an object whose `actions` it is."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """How the loop runs.
+
+    Args:
+        fps: control steps per second; the rate at which the training data was recorded.
+        strategy: what happens while the policy thinks.
+        max_steps: control steps after which the loop ends; None runs until Ctrl-C or `on_step` says so.
+        watchdog: what is sent at a step without an action, because the policy is late, failed or answered nonsense. `"hold"`
+            keeps the arm where it is, `"last"` repeats the last action, `"stop"` ends the loop.
+        late_after: seconds without an action of a chunk after which steps count as late, and `"stop"` ends the loop.
+        give_up_after: seconds without an action of a chunk after which the loop ends with an error.
+        delta_actions: for each action dimension whether it is a change and not a target; to hold means 0 for those and the
+            last value for the others. None: all are targets.
+        state_model: how actions move the state, for the strategy `async-rolled`.
+        limits: lowest and highest action, each (A,); actions are clipped to them. None clips nothing.
+
+    Raises:
+        ValueError: a number or a name out of range, or `async-rolled` without a state model.
+    """
+
+    fps: float = 30.0
+    strategy: StrategySettings = field(default_factory=StrategySettings)
+    max_steps: int | None = None
+    watchdog: str = "hold"
+    late_after: float = 1.0
+    give_up_after: float = 10.0
+    delta_actions: Sequence[bool] | None = None
+    state_model: StateModel | None = None
+    limits: tuple[np.ndarray, np.ndarray] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fps <= 1000:
+            raise ValueError(f"fps must be above 0 and at most 1000 control steps per second, got {self.fps}")
+        if self.watchdog not in WATCHDOG_ACTIONS:
+            raise ValueError(f"watchdog must be one of {', '.join(WATCHDOG_ACTIONS)}, got {self.watchdog!r}")
+        if not 0 < self.late_after <= self.give_up_after:
+            raise ValueError(
+                f"late_after must be above 0 and at most give_up_after, got {self.late_after} and {self.give_up_after}"
+            )
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1 or None, got {self.max_steps}")
+        if self.strategy.name == "async-rolled" and self.state_model is None:
+            raise ValueError("strategy='async-rolled' needs state_model=: how actions move this robot's state")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One control step, for `on_step`.
+
+    Attributes:
+        number: counts from 0.
+        action: (A,) what was sent, or None if nothing was.
+        source: `chunk`, or the watchdog's `hold` or `last`, or `nothing` before the first action.
+        query: number of the newest chunk, from 0; -1 before the first.
+        images, state: the observation, at steps at which the policy was asked; else None.
+    """
+
+    number: int
+    action: np.ndarray | None
+    source: str
+    query: int
+    images: dict[str, np.ndarray] | None = None
+    state: np.ndarray | None = None
+
+
+@dataclass
+class LoopReport:
+    """What happened.
+
+    Attributes:
+        steps: control steps.
+        held: those at which no action of a chunk was there.
+        late: those of them after `late_after`.
+        queries, failures: chunks that came, and queries that failed or answered what cannot be executed.
+        latency: seconds of each query.
+        jitter: seconds by which each step began after its time.
+        ended_by: `max_steps`, `on_step`, `interrupt` or `watchdog`.
+    """
+
+    steps: int = 0
+    held: int = 0
+    late: int = 0
+    queries: int = 0
+    failures: int = 0
+    latency: list[float] = field(default_factory=list)
+    jitter: list[float] = field(default_factory=list)
+    ended_by: str = "max_steps"
+
+    def summary(self) -> str:
+        """The report in two lines."""
+        latency, jitter = (np.asarray(values or [math.nan]) * 1e3 for values in (self.latency, self.jitter))
+        return (
+            f"{self.steps} steps, {self.held} held ({self.late} late), {self.queries} chunks, {self.failures} failed; "
+            f"ended by {self.ended_by}\n"
+            f"latency {np.median(latency):.0f} ms (95 %: {np.percentile(latency, 95):.0f}), "
+            f"jitter {np.median(jitter):.1f} ms (95 %: {np.percentile(jitter, 95):.1f}, worst {jitter.max():.1f})"
+        )
+
+
+def run(
+    policy: ChunkPolicy,
+    robot: Robot,
+    instruction: str,
+    settings: LoopSettings | None = None,
+    interface: RobotInterface | None = None,
+    on_step: Callable[[Step], bool | None] | None = None,
+) -> LoopReport:
+    """Let a policy move a robot.
+
+    The robot is connected first and disconnected in the end, whatever happens. Ctrl-C ends the loop: the watchdog's action
+    is sent once more, so that the arm comes to rest.
+
+    Args:
+        policy: a [`LocalPolicy`] or a `PolicyClient`; it is asked in a thread of its own, one query at a time.
+        robot: anything with LeRobot's methods, see [`Robot`].
+        instruction: what the robot is to do.
+        settings: how the loop runs.
+        interface: which names of the robot are the model's cameras, state and action; by default the policy's cameras, and
+            all numbers in the robot's order.
+        on_step: called after each step; returning True ends the loop.
+
+    Returns:
+        [`LoopReport`].
+
+    Raises:
+        ValueError: the robot does not fit the policy.
+        RuntimeError: no usable answer for `give_up_after` seconds; the cause is the policy's last error.
+    """
+    settings = settings or LoopSettings()
+    interface = interface or RobotInterface(robot, policy.cameras)
+    interface.check_sizes(policy.state_dim, policy.action_dim)
+    loop = _Loop(policy, interface, instruction, settings)
+    robot.connect()
+    try:
+        loop.run(on_step)
+    except KeyboardInterrupt:
+        loop.report.ended_by = "interrupt"
+    finally:
+        try:
+            loop.come_to_rest()
+        finally:
+            robot.disconnect()
+    return loop.report
+
+
+class _Loop:
+    def __init__(
+        self, policy: ChunkPolicy, interface: RobotInterface, instruction: str, settings: LoopSettings
+    ) -> None:
+        self.policy, self.interface, self.instruction, self.settings = policy, interface, instruction, settings
+        self.report = LoopReport()
+        self.strategy = ChunkStrategy(settings.strategy)
+        self.last_action: np.ndarray | None = None
+        self.answer: Future | None = None
+        self.asked_at = self.acted_at = 0.0  # the last query, and the last action of a chunk
+        self.error: Exception | None = None
+        self.recent: deque[float] = deque(maxlen=REMEMBERED_LATENCIES)
+
+    def run(self, on_step: Callable[[Step], bool | None] | None) -> None:
+        settings, report = self.settings, self.report
+        period = 1 / settings.fps
+        due = self.acted_at = time.monotonic()
+        while settings.max_steps is None or report.steps < settings.max_steps:
+            report.jitter.append(time.monotonic() - due)
+            step = self._step()
+            if on_step is not None and on_step(step):
+                report.ended_by = "on_step"
+                return
+            if step.source != "chunk" and settings.watchdog == "stop" and self._is_late():
+                report.ended_by = "watchdog"
+                return
+            # A step that took too long shifts the clock: two actions in one period would be a jump.
+            due = max(due + period, time.monotonic() - period)
+            time.sleep(max(0.0, due - time.monotonic()))
+
+    def come_to_rest(self) -> None:
+        """Send the action that holds the arm, once."""
+        action = self._watchdog_action("hold")
+        if action is not None:
+            self.interface.write(action)
+
+    def _step(self) -> Step:
+        self._take_answer()
+        images = state = None
+        if self.strategy.wants_chunk(self._delay()):
+            images, state = self.interface.read()
+            self._ask(images, state)
+        action, source = self.strategy.next_action(), "chunk"
+        if action is not None:
+            self.acted_at = time.monotonic()
+        else:
+            self._check_patience()
+            action, source = self._watchdog_action(self.settings.watchdog), self.settings.watchdog
+            self.report.held += 1
+            self.report.late += self._is_late()
+            if action is None:
+                source = "nothing"
+        if action is not None:
+            if self.settings.limits is not None:
+                action = np.clip(action, *self.settings.limits)
+            self.interface.write(action)
+            self.last_action = action
+        self.report.steps += 1
+        return Step(self.report.steps - 1, action, source, self.report.queries - 1, images, state)
+
+    def _ask(self, images: dict[str, np.ndarray], state: np.ndarray) -> None:
+        upcoming = self.strategy.ask(self._delay())
+        if len(upcoming):
+            state = self.settings.state_model.roll(state, upcoming)
+        self.asked_at = time.monotonic()
+        self.answer = answer = Future()
+
+        def ask() -> None:
+            try:
+                answer.set_result(self.policy.predict(images, self.instruction, state))
+            except BaseException as error:
+                answer.set_exception(error)
+
+        # A thread that may be left behind: a policy that never answers must not keep the program from ending.
+        threading.Thread(target=ask, name="policy", daemon=True).start()
+
+    def _take_answer(self) -> None:
+        if self.answer is None or not self.answer.done():
+            return
+        answer, self.answer = self.answer, None
+        seconds = time.monotonic() - self.asked_at
+        try:
+            result = answer.result()
+            self.strategy.answer(np.asarray(getattr(result, "actions", result)))
+        except Exception as error:  # the policy's own, or a chunk that cannot be executed
+            self.error = error
+            self.report.failures += 1
+            self.strategy.give_up()
+            logger.warning("no usable answer from the policy: %s", error)
+            return
+        self.report.queries += 1
+        self.report.latency.append(seconds)
+        self.recent.append(seconds)
+
+    def _delay(self) -> int:
+        """Control steps that an answer takes, by the slowest of the latest ones."""
+        return math.ceil(max(self.recent, default=0.0) * self.settings.fps)
+
+    def _is_late(self) -> bool:
+        return time.monotonic() - self.acted_at > self.settings.late_after
+
+    def _check_patience(self) -> None:
+        waited = time.monotonic() - self.acted_at
+        if waited > self.settings.give_up_after:
+            raise RuntimeError(f"the policy gave no usable answer for {waited:.1f} s") from self.error
+
+    def _watchdog_action(self, kind: str) -> np.ndarray | None:
+        """The action to send where there is none; None before the first, when the arm has not been moved yet."""
+        if self.last_action is None:
+            return None
+        if kind == "last" or self.settings.delta_actions is None:
+            return self.last_action
+        return np.where(self.settings.delta_actions, 0.0, self.last_action)

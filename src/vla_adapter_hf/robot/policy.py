@@ -1,0 +1,52 @@
+"""A checkpoint on this machine, as the loop asks it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from transformers import AutoModel, AutoProcessor
+
+from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
+from vla_adapter_hf.robots import RobotPreset, get_robot
+
+
+class LocalPolicy:
+    """A VLA-Adapter checkpoint that answers one observation at a time.
+
+    Args:
+        checkpoint: folder or Hub id.
+        unnorm_key: which of the checkpoint's statistics to use; may be left out when there is one set.
+        robot: preset whose convention the actions are turned into (`RobotPreset.to_environment`); None leaves them in the
+            physical units in which they were learnt, which is right where the training data was taken as recorded.
+        device, dtype: where and in which precision the model computes.
+
+    Raises:
+        ValueError: unknown statistics or robot, or a robot with actions of another size.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | Path,
+        unnorm_key: str | None = None,
+        robot: str | RobotPreset | None = None,
+        device: str = "cpu",
+        dtype: str = "float32",
+    ) -> None:
+        self.robot = None if robot is None else get_robot(robot)
+        self.processor = AutoProcessor.from_pretrained(checkpoint)
+        self.model = AutoModel.from_pretrained(checkpoint, dtype=dtype).eval().to(device)
+        config = self.model.config
+        self.unnorm_key, _ = select_norm_stats(config.norm_stats, unnorm_key)
+        self.cameras, self.state_dim, self.action_dim = config.cameras, config.proprio_dim, config.action_dim
+        if self.robot is not None and self.robot.action_dim != self.action_dim:
+            raise ValueError(
+                f"robot={self.robot.name!r} has actions of {self.robot.action_dim} values, the checkpoint {self.action_dim}"
+            )
+
+    def predict(self, images: Mapping[str, np.ndarray], instruction: str, state: np.ndarray) -> np.ndarray:
+        """The chunk (K, A) for one observation."""
+        inputs = self.processor(images=dict(images), text=instruction, state=state)
+        actions = self.model.predict_action(**inputs, unnorm_key=self.unnorm_key)[0]
+        return actions if self.robot is None else self.robot.to_environment(actions)

@@ -1,0 +1,327 @@
+"""The loop that moves an arm. Policies here are scripted, robots keep what they are sent; threads and clock are real."""
+
+import importlib.util
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vla_adapter_hf.checkpoints.saving import synthetic_observation
+from vla_adapter_hf.robot import (
+    ChunkStrategy,
+    LocalPolicy,
+    LoopSettings,
+    RobotInterface,
+    StateModel,
+    StrategySettings,
+    run,
+)
+
+
+CHUNK = 8
+
+
+class RecordingRobot:
+    """Two joints and a gripper, one camera; keeps every action."""
+
+    observation_features = {"a.pos": float, "b.pos": float, "gripper.pos": float, "top": (8, 8, 3)}
+    action_features = {"a.pos": float, "b.pos": float, "gripper.pos": float}
+
+    def __init__(self) -> None:
+        self.sent: list[np.ndarray] = []
+        self.calls: list[str] = []
+
+    def connect(self) -> None:
+        self.calls.append("connect")
+
+    def disconnect(self) -> None:
+        self.calls.append("disconnect")
+
+    def get_observation(self) -> dict[str, Any]:
+        return {"a.pos": 0.0, "b.pos": 1.0, "gripper.pos": 0.5, "top": np.zeros((8, 8, 3), np.uint8)}
+
+    def send_action(self, action: dict[str, Any]) -> dict[str, Any]:
+        self.sent.append(np.array(list(action.values())))
+        return action
+
+
+class CountingPolicy:
+    """Chunks that say which query they answer and which action of the chunk each is: (query, index, 1)."""
+
+    cameras, state_dim, action_dim = ("top",), 3, 3
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds, self.queries, self.states = seconds, 0, []
+
+    def predict(self, images: dict[str, np.ndarray], instruction: str, state: np.ndarray) -> np.ndarray:
+        time.sleep(self.seconds)
+        self.states.append(state)
+        chunk = np.stack([np.full(CHUNK, self.queries), np.arange(CHUNK), np.ones(CHUNK)], axis=1)
+        self.queries += 1
+        return chunk.astype(np.float64)
+
+
+def played(settings: StrategySettings, delay: int, steps: int) -> list[tuple[int, int] | None]:
+    """What is executed at each control step when every answer takes `delay` steps: (query, index in the chunk)."""
+    strategy, queries, due, record = ChunkStrategy(settings), 0, None, []
+    for now in range(steps):
+        if due is not None and now >= due:
+            strategy.answer(np.array([[queries - 1, index] for index in range(CHUNK)], float))
+            due = None
+        while due is None and strategy.wants_chunk(delay):
+            strategy.ask(delay)
+            queries, due = queries + 1, now + delay
+            if delay == 0:
+                strategy.answer(np.array([[queries - 1, index] for index in range(CHUNK)], float))
+                due = None
+        action = strategy.next_action()
+        record.append(None if action is None else tuple(map(int, action)))
+    return record
+
+
+class TestStrategies:
+    def test_sync_stands_still_while_the_policy_thinks_and_executes_whole_chunks(self):
+        record = played(StrategySettings("sync"), delay=3, steps=22)
+        assert record == [None] * 3 + [(0, k) for k in range(8)] + [None] * 3 + [(1, k) for k in range(8)]
+
+    def test_async_drops_the_actions_that_went_by_while_the_policy_thought(self):
+        record = played(StrategySettings("async", blend=1.0), delay=3, steps=21)
+        first = [None] * 3 + [(0, k) for k in range(8)]  # nothing went by: the arm stood still
+        assert record == first + [(1, k) for k in range(3, 8)] + [(2, k) for k in range(3, 8)]
+
+    def test_async_rolled_executes_whole_chunks_without_a_pause(self):
+        record = played(StrategySettings("async-rolled"), delay=3, steps=27)
+        assert record == [None] * 3 + [(query, k) for query in range(3) for k in range(8)]
+
+    @pytest.mark.parametrize("name", ["async", "async-rolled"])
+    def test_without_delay_asynchronous_strategies_execute_what_sync_executes(self, name):
+        assert played(StrategySettings(name), 0, 24) == played(StrategySettings("sync"), 0, 24)
+
+    @pytest.mark.parametrize("name", ["async", "async-rolled"])
+    def test_a_delay_longer_than_a_chunk_still_executes_new_actions(self, name):
+        record = played(StrategySettings(name), delay=12, steps=120)
+        assert len({query for query, _ in filter(None, record)}) >= 6
+        assert max(index for _, index in filter(None, record)) == CHUNK - 1
+
+    def test_two_chunks_about_one_step_are_blended(self):
+        strategy = ChunkStrategy(StrategySettings("async", blend=0.7))
+        strategy.ask(0)
+        strategy.answer(np.zeros((CHUNK, 1)))
+        for _ in range(5):
+            strategy.next_action()
+        strategy.ask(3)
+        strategy.next_action()
+        strategy.answer(np.ones((CHUNK, 1)))  # two steps earlier than expected: two actions of the old chunk are left
+        assert [float(strategy.next_action()[0]) for _ in range(3)] == [0.7, 0.7, 1.0]
+
+    def test_rolled_queries_name_the_actions_that_will_have_been_executed(self):
+        strategy = ChunkStrategy(StrategySettings("async-rolled"))
+        assert len(strategy.ask(3)) == 0
+        strategy.answer(np.arange(CHUNK, dtype=float)[:, None])
+        for _ in range(5):
+            strategy.next_action()
+        assert strategy.wants_chunk(3)
+        assert strategy.ask(3).ravel().tolist() == [5.0, 6.0, 7.0]
+
+    @pytest.mark.parametrize(
+        "arguments, message",
+        [
+            ({"name": "later"}, "strategy must be one of"),
+            ({"name": "async", "execute": 4}, "execute=4 is for sync and ensemble"),
+            ({"name": "ensemble"}, "set execute"),
+            ({"name": "async", "blend": 0.0}, "blend must be"),
+        ],
+    )
+    def test_settings_that_cannot_work_are_refused(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            StrategySettings(**arguments)
+
+
+class TestStateModel:
+    def test_delta_actions_move_the_state_by_their_gain(self):
+        model = StateModel(((0, 0), (2, 1)), (0.5, 0.1))
+        rolled = model.roll(np.array([1.0, 7.0, 2.0]), np.array([[2.0, 1.0], [2.0, 3.0]]))
+        assert np.allclose(rolled, [3.0, 7.0, 2.4])
+
+    def test_targets_become_the_state(self):
+        assert StateModel(((0, 1),)).roll(np.zeros(2), np.array([[1.0, 2.0], [3.0, 4.0]])).tolist() == [4.0, 0.0]
+
+    def test_gains_are_found_in_recordings(self):
+        generator = np.random.default_rng(0)
+        actions = [generator.normal(size=(50, 2)) for _ in range(3)]
+        states = [np.vstack([np.zeros(2), np.cumsum(episode * [0.02, 0.3], axis=0)]) for episode in actions]
+        assert np.allclose(StateModel.fit(states, actions, [(0, 0), (1, 1)]).gain, [0.02, 0.3])
+
+    def test_a_dimension_that_never_moves_has_no_gain(self):
+        with pytest.raises(ValueError, match="action 0 is 0 in every step"):
+            StateModel.fit([np.zeros((5, 1))], [np.zeros((5, 1))], [(0, 0)])
+
+
+class TestLoop:
+    def test_the_arm_gets_every_action_of_every_chunk_in_order(self):
+        robot = RecordingRobot()
+        report = run(CountingPolicy(), robot, "go", LoopSettings(fps=200, max_steps=40))
+        chunks = [tuple(map(int, action[:2])) for action in dict.fromkeys(map(tuple, robot.sent))]
+        assert chunks[:16] == [(query, index) for query in range(2) for index in range(8)]
+        assert report.steps == 40 and report.ended_by == "max_steps"
+        assert robot.calls == ["connect", "disconnect"]
+
+    def test_asynchronous_actions_go_on_while_the_policy_thinks(self):
+        held = {}
+        for name in ("sync", "async"):
+            settings = LoopSettings(fps=100, max_steps=60, strategy=StrategySettings(name))
+            held[name] = run(CountingPolicy(seconds=0.03), RecordingRobot(), "go", settings).held
+        assert held["async"] < held["sync"] / 2
+
+    def test_steps_keep_the_clock(self):
+        report = run(CountingPolicy(), RecordingRobot(), "go", LoopSettings(fps=50, max_steps=50))
+        assert np.median(report.jitter) < 0.01
+
+    def test_to_hold_means_no_change_for_deltas_and_the_last_value_for_others(self):
+        robot = RecordingRobot()
+        settings = LoopSettings(fps=100, max_steps=20, delta_actions=(True, True, False), late_after=5)
+        policy = CountingPolicy()
+        first = policy.predict
+
+        def once(*arguments):
+            return first(*arguments) if policy.queries == 0 else threading.Event().wait()
+
+        policy.predict = once
+        report = run(policy, robot, "go", settings)
+        assert report.held > 0
+        assert robot.sent[-1].tolist() == [0.0, 0.0, 1.0]
+
+    def test_a_policy_that_never_answers_ends_the_loop_with_an_error_and_a_disconnected_robot(self):
+        robot, policy = RecordingRobot(), CountingPolicy()
+        policy.predict = lambda *arguments: threading.Event().wait()
+        started = time.monotonic()
+        with pytest.raises(RuntimeError, match="no usable answer for 0.3 s"):
+            run(policy, robot, "go", LoopSettings(fps=100, late_after=0.1, give_up_after=0.3))
+        assert time.monotonic() - started < 5
+        assert robot.calls[-1] == "disconnect"
+        assert not robot.sent  # it was never moved
+
+    @pytest.mark.parametrize("nonsense", [np.full((CHUNK, 3), np.nan), np.ones(3), None])
+    def test_what_is_not_a_finite_chunk_is_never_executed(self, nonsense):
+        robot, policy = RecordingRobot(), CountingPolicy()
+        policy.predict = lambda *arguments: nonsense
+        with pytest.raises(RuntimeError, match="no usable answer") as raised:
+            run(policy, robot, "go", LoopSettings(fps=100, late_after=0.1, give_up_after=0.2))
+        assert not robot.sent
+        assert raised.value.__cause__ is not None
+
+    def test_an_error_of_the_policy_is_survived(self):
+        policy, failures = CountingPolicy(), iter([True, False, True])
+        predict = policy.predict
+
+        def sometimes(*arguments):
+            if next(failures, False):
+                raise ConnectionError("the server went away")
+            return predict(*arguments)
+
+        policy.predict = sometimes
+        robot = RecordingRobot()
+        report = run(policy, robot, "go", LoopSettings(fps=100, max_steps=40))
+        assert report.failures == 2 and report.queries >= 3
+        assert np.isfinite(robot.sent).all()
+
+    def test_the_watchdog_can_end_the_loop(self):
+        policy, robot = CountingPolicy(), RecordingRobot()
+        predict = policy.predict
+        policy.predict = lambda *arguments: predict(*arguments) if not policy.queries else threading.Event().wait()
+        settings = LoopSettings(fps=100, watchdog="stop", late_after=0.1)
+        assert run(policy, robot, "go", settings).ended_by == "watchdog"
+
+    def test_actions_are_clipped_to_the_limits(self):
+        robot = RecordingRobot()
+        limits = (np.array([0.0, 2.0, 0.0]), np.array([0.5, 5.0, 1.0]))
+        run(CountingPolicy(), robot, "go", LoopSettings(fps=200, max_steps=20, limits=limits))
+        assert all((limits[0] <= action).all() and (action <= limits[1]).all() for action in robot.sent)
+
+    def test_ctrl_c_brings_the_arm_to_rest_and_disconnects(self):
+        robot = RecordingRobot()
+
+        def interrupt(step) -> None:
+            if step.number == 12:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        settings = LoopSettings(fps=200, max_steps=200, delta_actions=(True, True, False))
+        report = run(CountingPolicy(), robot, "go", settings, on_step=interrupt)
+        assert report.ended_by == "interrupt" and report.steps < 20
+        assert robot.sent[-1].tolist() == [0.0, 0.0, 1.0] and robot.calls[-1] == "disconnect"
+
+    def test_rolled_states_reach_the_policy(self):
+        policy = CountingPolicy(seconds=0.02)
+        model = StateModel(((1, 1),))
+        settings = LoopSettings(fps=100, max_steps=60, strategy=StrategySettings("async-rolled"), state_model=model)
+        run(policy, RecordingRobot(), "go", settings)
+        assert policy.states[0].tolist() == [0.0, 1.0, 0.5]
+        assert policy.states[-1][1] == CHUNK - 1  # the last action of the chunk that was being executed
+
+    def test_rolling_needs_a_state_model(self):
+        with pytest.raises(ValueError, match="needs state_model"):
+            LoopSettings(strategy=StrategySettings("async-rolled"))
+
+
+class TestInterface:
+    def test_a_robot_of_another_size_is_refused_before_it_is_connected(self):
+        robot, policy = RecordingRobot(), CountingPolicy()
+        policy.action_dim = 7
+        with pytest.raises(ValueError, match="action of 7 values, the robot has 3: a.pos, b.pos, gripper.pos"):
+            run(policy, robot, "go")
+        assert robot.calls == []
+
+    def test_an_unknown_camera_is_named(self):
+        with pytest.raises(ValueError, match="no camera 'wrist'; it has top"):
+            RobotInterface(RecordingRobot(), ["wrist"])
+
+    def test_names_choose_and_order_the_state(self):
+        frames, state = RobotInterface(RecordingRobot(), ["top"], state_names=["b.pos", "a.pos"]).read()
+        assert state.tolist() == [1.0, 0.0] and list(frames) == ["top"]
+
+    def test_a_state_that_is_not_finite_is_named(self):
+        robot = RecordingRobot()
+        observe = robot.get_observation
+        robot.get_observation = lambda: observe() | {"b.pos": float("nan")}
+        with pytest.raises(ValueError, match="not finite: b.pos"):
+            RobotInterface(robot, ["top"]).read()
+
+
+def test_a_checkpoint_moves_a_robot(tmp_path, published_pro):
+    policy = LocalPolicy(published_pro, robot="libero")
+    observation = synthetic_observation(policy.model.config)
+
+    class Arm(RecordingRobot):
+        observation_features = {f"s{index}": float for index in range(8)} | dict.fromkeys(policy.cameras, (64, 64, 3))
+        action_features = {f"a{index}": float for index in range(7)}
+
+        def get_observation(self) -> dict[str, Any]:
+            values = {f"s{index}": value for index, value in enumerate(observation["state"])}
+            return values | dict(zip(policy.cameras, observation["images"], strict=True))
+
+    arm = Arm()
+    report = run(
+        policy, arm, observation["text"], LoopSettings(fps=100, max_steps=400, strategy=StrategySettings("async"))
+    )
+    assert report.queries >= 2 and report.failures == 0
+    expected = policy.predict(
+        dict(zip(policy.cameras, observation["images"], strict=True)), observation["text"], observation["state"]
+    )
+    assert np.allclose(arm.sent[0], expected[0], atol=1e-5)
+
+
+def test_the_example_arm_moves_without_a_pause_when_asynchronous():
+    path = Path(__file__).parent.parent / "examples" / "simulated_arm.py"
+    spec = importlib.util.spec_from_file_location("simulated_arm", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    arm, start = example.SimulatedArm(), example.SimulatedArm().joints
+    settings = LoopSettings(fps=100, max_steps=80, strategy=StrategySettings("async"))
+    report = run(example.WavePolicy(seconds=0.05), arm, "wave", settings)
+    assert not arm.is_connected and report.held < 20
+    assert np.abs(arm.joints - start).max() > 5
