@@ -81,10 +81,22 @@ class VLAAdapterProcessor(ProcessorMixin):
     def _get_arguments_from_pretrained(
         cls, source: str, processor_dict: dict | None = None, **kwargs: Any
     ) -> list[Any]:
-        # Without AutoImageProcessor, which in older releases of transformers exists only beside torchvision.
-        tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", source, **kwargs)
-        kwargs.pop("trust_remote_code", None)
-        return [VLAAdapterImageProcessor.from_pretrained(source, **kwargs), tokenizer]
+        image_kwargs = {name: value for name, value in kwargs.items() if name != "trust_remote_code"}
+        try:
+            # Not AutoImageProcessor, which needs torchvision in older releases of transformers.
+            image_processor = VLAAdapterImageProcessor.from_pretrained(source, **image_kwargs)
+        except OSError as error:
+            raise OSError(
+                f"{source} has no processor_config.json (nor preprocessor_config.json), or it cannot be read: {error}"
+            ) from error
+        try:
+            tokenizer = cls._load_tokenizer_from_pretrained("tokenizer", source, **kwargs)
+        except OSError:
+            raise
+        except Exception as error:  # tokenizers raises plain Exceptions for damaged files
+            raise ValueError(f"tokenizer.json of {source} is missing or damaged: {error}.") from error
+        check_tokenizer(tokenizer, source)
+        return [image_processor, tokenizer]
 
     def __call__(
         self, images: Any = None, text: str | list[str] | None = None, state: Any = None, **kwargs: Any
@@ -208,6 +220,20 @@ class VLAAdapterProcessor(ProcessorMixin):
         return array
 
 
+def check_tokenizer(tokenizer: Any, source: str) -> None:
+    """Refuse a tokenizer that loses text. transformers makes an empty one of a folder without `tokenizer.json`.
+
+    Raises:
+        ValueError: when the prompt does not survive encoding and decoding.
+    """
+    text = PROMPTS["in_out"].format(instruction="pick up the cup")
+    if tokenizer.decode(tokenizer(text)["input_ids"]) != text:
+        raise ValueError(
+            f"The tokenizer of {source} cannot write the prompt: tokenizer.json is missing or damaged, or it is not a "
+            "Qwen2 tokenizer."
+        )
+
+
 def _without_tensors(state: Any) -> Any:
     """The state with arrays in place of tensors, also of those in a list, as long as none has lost digits."""
     dtype = str(getattr(state, "dtype", "")).removeprefix("torch.")
@@ -232,4 +258,4 @@ def _check_options(options: dict[str, Any]) -> None:
         raise TypeError(f"{', '.join(sorted(unknown))}: the processor has no such option.")
 
 
-__all__ = ["VLAAdapterProcessor"]
+__all__ = ["VLAAdapterProcessor", "check_tokenizer"]

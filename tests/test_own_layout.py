@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,9 @@ from vla_adapter_hf import (
     VLAAdapterForActionPrediction,
     VLAAdapterImageProcessor,
     VLAAdapterProcessor,
+    open_checkpoint,
 )
+from vla_adapter_hf.checkpoints.info import checkpoint_info
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -200,16 +203,20 @@ print(type(model).__module__)
         )
         np.testing.assert_allclose(model.predict_action(**processor(**observation)), actions, rtol=0, atol=SAME)
 
-    def test_a_folder_in_the_published_layout_says_that_it_needs_the_package(self, saved, published_pro, tmp_path):
+    def test_what_is_missing_is_named(self, saved, published_pro, tmp_path):
         script = """
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoProcessor
 config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
-try:
-    type(config).from_pretrained(sys.argv[2])
-except ValueError as error:
-    print(error)
+for load in (type(config).from_pretrained, AutoProcessor.from_pretrained):
+    try:
+        load(sys.argv[2] if load == type(config).from_pretrained else sys.argv[3], trust_remote_code=True)
+    except ValueError as error:
+        print(error)
 """
-        printed = run_without_the_package(script, tmp_path, saved, published_pro)
+        broken = Path(shutil.copytree(saved, tmp_path / "broken"))
+        (broken / "tokenizer.json").unlink()
+        printed = run_without_the_package(script, tmp_path, saved, published_pro, broken)
+        assert "tokenizer.json is missing or damaged" in printed
         assert "model_type 'openvla', expected 'vla_adapter'" in printed and "install vla-adapter-hf" in printed
 
 
@@ -301,6 +308,39 @@ class TestDamagedFiles:
         for options in ({}, {"ignore_mismatched_sizes": True}):
             with pytest.raises(ValueError, match="missing keys policy.*k_proj.*policy_variant"):
                 AutoModel.from_pretrained(folder, **options)
+
+    @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+    def test_cut_short_the_commands_name_the_file(self, saved_tiny, share):
+        folder, _ = saved_tiny
+        path = folder / "model.safetensors"
+        os.truncate(path, int(path.stat().st_size * share))
+        for read in (checkpoint_info, lambda source: open_checkpoint(source).load_model()):
+            with pytest.raises(ValueError, match="model.safetensors is damaged or cut short"):
+                read(folder)
+
+    def test_a_shard_cut_short_is_named(self, tmp_path):
+        tiny_model().save_pretrained(tmp_path, max_shard_size="100KB")
+        shard = next(tmp_path.glob("model-00002-*"))
+        os.truncate(shard, shard.stat().st_size - 1)
+        with pytest.raises(ValueError, match=f"{shard.name} is damaged or cut short"):
+            open_checkpoint(tmp_path).load_model()
+
+    @pytest.mark.parametrize("content", [None, "", '{"version": "1.0"', "{}"])
+    def test_without_a_whole_tokenizer_there_is_no_processor(self, saved, tmp_path, content):
+        folder = Path(shutil.copytree(saved, tmp_path / "copy"))
+        (folder / "tokenizer.json").unlink()
+        if content is not None:
+            (folder / "tokenizer.json").write_text(content)
+        for load in (AutoProcessor.from_pretrained, lambda source: open_checkpoint(source).load_processor()):
+            with pytest.raises(ValueError, match="tokenizer.json"):
+                load(folder)
+
+    def test_without_its_configuration_there_is_no_processor(self, saved, tmp_path):
+        folder = Path(shutil.copytree(saved, tmp_path / "copy"))
+        (folder / "processor_config.json").unlink()
+        for load in (AutoProcessor.from_pretrained, lambda source: open_checkpoint(source).load_processor()):
+            with pytest.raises(OSError, match="has no processor_config.json"):
+                load(folder)
 
     def test_no_file_at_all(self, saved_tiny):
         folder, _ = saved_tiny

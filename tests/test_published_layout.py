@@ -22,6 +22,7 @@ from vla_adapter_hf import (
     VLAAdapterForActionPrediction,
     VLAAdapterProcessor,
 )
+from vla_adapter_hf.checkpoints.auto import PrismaticProcessor
 from vla_adapter_hf.checkpoints.files import as_state_dict, read_pickle
 
 
@@ -605,3 +606,54 @@ class TestNothingIsExecuted:
         assert np.isfinite(model.predict_action(**processor(**observation))).all()
         assert type(config) is VLAAdapterConfig
         assert not marker.exists()
+
+
+class TestConfigurations:
+    """A configuration that is handed in, and what `AutoConfig` makes for `AutoModel`."""
+
+    def test_one_that_was_changed_by_hand_is_taken_as_it_is(self, published_pro):
+        config = AutoConfig.from_pretrained(published_pro)
+        config.norm_stats = norm_stats(key="mine")
+        assert list(AutoModel.from_pretrained(published_pro, config=config).config.norm_stats) == ["mine"]
+
+    def test_fields_go_into_it(self, published_pro):
+        config = AutoConfig.from_pretrained(published_pro)
+        with pytest.raises(ValueError, match="chunk_size given together with a config"):
+            AutoModel.from_pretrained(published_pro, config=config, chunk_size=4)
+
+    def test_auto_model_gets_one_that_only_notes_what_was_asked_for(self, published_pro):
+        config, unused = AutoConfig.from_pretrained(published_pro, speed=1, chunk_size=5, return_unused_kwargs=True)
+        assert (config.overrides, unused) == ({"chunk_size": 5}, {"speed": 1})
+        assert not hasattr(config, "action_dim")
+
+    def test_a_saved_one_does_not_say_where_it_was_read(self, published_pro, tmp_path):
+        config = AutoConfig.from_pretrained(published_pro, robot="calvin")
+        config.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        assert not {"_commit_hash", "_name_or_path", "robot"} & set(saved)
+
+
+class TestProcessorFiles:
+    @pytest.mark.parametrize("name", ["vocab.json", "merges.txt"])
+    def test_a_missing_tokenizer_file_is_named(self, published_copy, name):
+        (published_copy / name).unlink()
+        with pytest.raises(ValueError, match=f"has no {name}"):
+            AutoProcessor.from_pretrained(published_copy)
+
+    def test_the_image_processors_file_is_not_needed(self, published_copy):
+        (published_copy / "preprocessor_config.json").unlink()
+        assert type(AutoProcessor.from_pretrained(published_copy)) is VLAAdapterProcessor
+
+    def test_without_any_file_that_says_which_processor_it_is_one_is_named(self, published_copy):
+        for name in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+            (published_copy / name).unlink()
+        with pytest.raises(OSError, match="has no processor_config.json .nor preprocessor_config.json"):
+            AutoProcessor.from_pretrained(published_copy)
+
+
+def test_a_subfolder_of_a_folder(published_copy, tmp_path, pro_model):
+    outer = tmp_path / "outer"
+    shutil.move(published_copy, outer / "inner")
+    assert_same_model(outer, pro_model, subfolder="inner")
+    assert VLAAdapterConfig.from_pretrained(outer, subfolder="inner").chunk_size == 8
+    assert type(PrismaticProcessor.from_pretrained(outer, subfolder="inner")) is VLAAdapterProcessor

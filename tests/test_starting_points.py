@@ -463,7 +463,7 @@ class TestRefusals:
 
     def test_a_repository_without_tokenizer_files(self, repositories, tmp_path):
         folder = write_language_model(tmp_path / "qwen", tokenizer=False)
-        with pytest.raises(ValueError, match="has no tokenizer"):
+        with pytest.raises(ValueError, match="tokenizer.json is missing"):
             init_from_base(**{**repositories, "language_model": folder})
 
     def test_a_tokenizer_with_more_tokens_than_the_language_model(self, repositories, tmp_path):

@@ -26,6 +26,7 @@ from transformers import (
 from transformers.utils import logging
 
 from vla_adapter_hf.modeling.checkpoint_names_vla_adapter import name_in_file
+from vla_adapter_hf.processing.processing_vla_adapter import check_tokenizer
 
 
 # What is taken of a tower's configuration: what its weights mean, and nothing about backbones or training.
@@ -113,12 +114,16 @@ def load_tokenizer(source: str, **kwargs: Any) -> PreTrainedTokenizerBase:
         kwargs: `revision`, `token`, `cache_dir` and the like, and options of the tokenizer.
 
     Raises:
-        ValueError: when it has neither. transformers makes an empty tokenizer of that and says nothing.
+        ValueError: when a file is missing or damaged, or it is another kind of tokenizer.
         OSError: when there is no such repository.
     """
-    tokenizer = Qwen2Tokenizer.from_pretrained(source, **kwargs)
-    if len(tokenizer) < 256:  # the bytes alone
-        raise ValueError(f"{source} has no tokenizer: neither tokenizer.json, nor vocab.json and merges.txt.")
+    try:
+        tokenizer = Qwen2Tokenizer.from_pretrained(source, **kwargs)
+    except OSError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exceptions for damaged files
+        raise ValueError(f"The tokenizer of {source} is missing a file, or one is damaged: {error}.") from error
+    check_tokenizer(tokenizer, source)
     return tokenizer
 
 

@@ -222,8 +222,6 @@ def _check_tokenizer(processor: VLAAdapterProcessor, vocab_size: int, source: st
     tokenizer = processor.tokenizer
     prompt = processor.make_prompts("pick up the cup")[0]
     ids = tokenizer(prompt)["input_ids"]
-    if tokenizer.decode(ids) != prompt:
-        raise ValueError(f"The tokenizer of {source} cannot write the prompt; it is not a Qwen2.5 tokenizer.")
     if max(ids) >= vocab_size:
         raise ValueError(
             f"The tokenizer of {source} has a token {max(ids)}, but the language model knows {vocab_size}; they do not "
