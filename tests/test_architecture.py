@@ -46,7 +46,6 @@ KNOWN: dict[str, set[str]] = {
     "function": {
         "vla_adapter_hf.recording.demonstrate:demonstrate",
         "vla_adapter_hf.simulation.evaluate:evaluate",
-        "vla_adapter_hf.training.train:train",
     },
     "parameters": {
         "vla_adapter_hf.init.pretrained:init_from_base",
@@ -97,9 +96,6 @@ KNOWN: dict[str, set[str]] = {
         "src/vla_adapter_hf/simulation/results.py",
         "src/vla_adapter_hf/simulation/rollout.py",
         "src/vla_adapter_hf/simulation/workers.py",
-        "src/vla_adapter_hf/training/pictures.py",
-        "src/vla_adapter_hf/training/train.py",
-        "src/vla_adapter_hf/training/trainer.py",
         "src/vla_adapter_hf/utils/plotting.py",
         "tests/conformance/departures.py",
         "tests/conformance/test_conformance.py",

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from copy import copy
 from pathlib import Path
 
 import data_fixtures
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 from training_fixtures import CHUNK, DEMOS, QUIET, command, losses, run_training, write_start
-from transformers import AutoModel, AutoProcessor, Trainer
+from transformers import AutoConfig, AutoModel, AutoProcessor, Trainer
 
 from vla_adapter_hf import (
     VLAAdapterDataCollator,
@@ -24,8 +25,10 @@ from vla_adapter_hf import (
     VLAAdapterTrainingArguments,
 )
 from vla_adapter_hf.cli.train import parse_arguments
-from vla_adapter_hf.data import ImageResize
+from vla_adapter_hf.data import ImageAugmentation, ImageResize
 from vla_adapter_hf.modeling.normalization_vla_adapter import normalize
+from vla_adapter_hf.training.checkpoints import CheckpointCallback, last_finished_checkpoint
+from vla_adapter_hf.training.demonstrations import load_data
 from vla_adapter_hf.training.metrics import make_compute_metrics
 from vla_adapter_hf.training.presets import (
     ADAPTER_NAME,
@@ -35,8 +38,8 @@ from vla_adapter_hf.training.presets import (
     merge_lora,
     merged_state_dict,
 )
-from vla_adapter_hf.training.train import config_overrides, load_data
-from vla_adapter_hf.training.trainer import CheckpointCallback, VLAAdapterTrainer, last_finished_checkpoint
+from vla_adapter_hf.training.train import config_overrides
+from vla_adapter_hf.training.trainer import VLAAdapterTrainer
 
 
 @pytest.fixture(scope="module")
@@ -192,6 +195,39 @@ def test_a_transform_for_another_image_size_is_refused(collator, dataset):
     sample = {**dataset[0], "images": [np.zeros((56, 56, 3), np.uint8)] * 2}
     with pytest.raises(ValueError, match=r"frames of \(56, 56\) pixels, the model sees \(28, 28\)"):
         collator([sample])
+
+
+def test_frames_of_another_size_are_refused_for_a_model_without_crop_too(start, dataset):
+    """The check was once skipped for such models: frames of 56 pixels were then squeezed to 28."""
+    config = AutoConfig.from_pretrained(start, norm_stats=dataset.norm_stats, image_center_crop=None)
+    tokenizer = AutoProcessor.from_pretrained(start).tokenizer
+    collator = VLAAdapterDataCollator(VLAAdapterProcessor.from_model_config(config, tokenizer), config)
+    sample = {**dataset[0], "images": [np.zeros((56, 56, 3), np.uint8)] * 2}
+    with pytest.raises(ValueError, match=r"frames of \(56, 56\) pixels, the model sees \(28, 28\)"):
+        collator([dataset[0], sample])
+
+
+@pytest.mark.parametrize("crop", [None, 0.5])
+def test_an_augmentation_that_crops_otherwise_than_inference_is_refused(start, dataset, crop):
+    """Training would show the model a part of the frames, and inference the whole of them, or another part."""
+    config = AutoConfig.from_pretrained(start, norm_stats=dataset.norm_stats, image_center_crop=crop)
+    tokenizer = AutoProcessor.from_pretrained(start).tokenizer
+    collator = VLAAdapterDataCollator(VLAAdapterProcessor.from_model_config(config, tokenizer), config)
+    augmented = copy(dataset)
+    augmented.image_transform = ImageAugmentation(28)
+    with pytest.raises(ValueError, match=f"crops frames to 0.9 .* image_center_crop={crop}"):
+        collator([augmented[0]])
+    augmented.image_transform = ImageAugmentation.from_model_config(config)
+    assert collator([augmented[0]])["pixel_values"].shape == (1, 12, 28, 28)
+
+
+def test_transforms_made_from_a_model_fit_it():
+    for crop in (None, 0.9):
+        config = model_fixtures.tiny_config(image_center_crop=crop)
+        frames = [np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)]
+        resize, augmentation = (kind.from_model_config(config) for kind in (ImageResize, ImageAugmentation))
+        assert resize.crop_area == crop and augmentation.crop_area == (crop or 1.0)
+        assert resize(frames)[0].shape == augmentation(frames)[0].shape == (28, 28, 3)
 
 
 def test_samples_that_a_plain_trainer_has_stripped_are_refused_with_the_remedy(collator, dataset):
@@ -416,7 +452,6 @@ def test_the_best_checkpoint_is_loaded_at_the_end_with_lora_too(start, tmp_path,
         eval_dataset=held_out,
         data_collator=collator,
         compute_metrics=make_compute_metrics(model.config),
-        callbacks=[CheckpointCallback(collator.processor, lambda step: {"title": "t", "summary": "s"})],
     )
     trainer.train()
     history = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
@@ -451,15 +486,17 @@ def test_another_robot_starts_from_the_same_checkpoint(start, dataset):
 def test_two_processes_have_the_losses_of_one(start, tmp_path):
     """Gradients of two halves of a batch, averaged over gloo, are those of the whole batch."""
     for processes, batch in ((1, 4), (2, 2)):
-        words = command(start, tmp_path / str(processes), "--preset", "frozen", "--per_device_train_batch_size", batch)
-        words += ["--augment", "false", "--max_steps", "3", "--save_steps", "3"]
+        more = ("--preset", "frozen", "--per_device_train_batch_size", batch, "--augment", "false", "--max_steps", 3)
+        words = command(start, tmp_path / str(processes), *more, "--save_steps", 3)
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if processes == 2 else []
-        subprocess.run(
+        done = subprocess.run(
             [sys.executable, *launcher, "-m", "vla_adapter_hf.cli", "train", *words],
             check=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
         )
+        assert done.stdout.count("Reading ") == done.stdout.count("Saving") == 1  # the other process is quiet
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), abs=2e-3)
 
 
@@ -507,7 +544,7 @@ def test_a_fully_sharded_model_has_the_loss_of_a_whole_one(tmp_path):
 
 
 def test_lora_with_fsdp_is_refused(start, tmp_path):
-    with pytest.raises(ValueError, match="preset='lora' does not go with fsdp"):
+    with pytest.raises(ValueError, match="preset=lora does not go with fsdp"):
         run_training(start, tmp_path / "lora", "--fsdp", "full_shard")
 
 

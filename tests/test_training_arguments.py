@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vla_adapter_hf.cli.train import check_processes, parse_arguments
-from vla_adapter_hf.training.train import load_data
+from vla_adapter_hf.training.demonstrations import load_data
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ from transformers import AutoModel, AutoProcessor, EarlyStoppingCallback, Traine
 from vla_adapter_hf import VLAAdapterDataCollator, VLAAdapterDataset, VLAAdapterTrainingArguments
 from vla_adapter_hf.data import BadEpisodeError, ImageResize
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
+from vla_adapter_hf.training.checkpoints import CheckpointCallback, last_finished_checkpoint
 from vla_adapter_hf.training.metrics import make_compute_metrics
 from vla_adapter_hf.training.presets import apply_preset
-from vla_adapter_hf.training.trainer import CheckpointCallback, VLAAdapterTrainer, last_finished_checkpoint
+from vla_adapter_hf.training.trainer import VLAAdapterTrainer
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +41,14 @@ def dataset() -> VLAAdapterDataset:
 def make_trainer(start, dataset, tmp_path):
     """`make_trainer(trainer_class, preset, callbacks, **arguments)`: a Trainer on the recorded demonstrations."""
 
-    def make(trainer_class=VLAAdapterTrainer, preset="frozen", callbacks=(), card=True, train=None, **arguments):
+    def make(trainer_class=VLAAdapterTrainer, preset="frozen", callbacks=(), train=None, **arguments):
         torch.manual_seed(0)  # of LoRA's matrices
         model = AutoModel.from_pretrained(start, norm_stats=dataset.norm_stats)
         processor = AutoProcessor.from_pretrained(start)
         train_part, held_out = (train or dataset).split_by_episode([1], validation_transform=ImageResize(28))
         settings = {**QUIET, "output_dir": str(tmp_path / "out"), "max_steps": 4, "save_strategy": "no", **arguments}
-        completing = CheckpointCallback(processor, lambda step: {"title": "t", "summary": f"{step} steps."})
+        if trainer_class is Trainer:
+            callbacks = [*callbacks, CheckpointCallback(processor)]
         return trainer_class(
             model=apply_preset(model, preset, rank=4),
             args=VLAAdapterTrainingArguments(**settings),
@@ -54,7 +56,7 @@ def make_trainer(start, dataset, tmp_path):
             train_dataset=train_part,
             eval_dataset=held_out,
             compute_metrics=make_compute_metrics(model.config),
-            callbacks=[*callbacks, *([completing] if card else [])],
+            callbacks=list(callbacks),
         )
 
     return make
@@ -70,7 +72,6 @@ def test_a_training_that_gets_no_better_is_stopped_by_transformers_own_callback(
     trainer = make_trainer(
         Trainer,
         callbacks=[EarlyStoppingCallback(early_stopping_patience=2)],
-        card=False,
         max_steps=20,
         learning_rate=0.0,  # the first evaluation is the best
         load_best_model_at_end=True,
@@ -287,9 +288,8 @@ def torn_checkpoint(output: Path, step: int) -> None:
     (folder / "model.safetensors").write_bytes(b"cut short")
 
 
-@pytest.mark.parametrize("card", [True, False])
-def test_resuming_in_code_takes_the_last_finished_checkpoint(make_trainer, tmp_path, card):
-    saving = {"save_strategy": "steps", "save_steps": 2, "card": card, "preset": "full"}
+def test_resuming_in_code_takes_the_last_finished_checkpoint(make_trainer, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 2, "preset": "full"}
     saving["lr_scheduler_type"] = "constant"  # the same whatever max_steps
     whole = trained_losses(make_trainer(**saving, max_steps=6, output_dir=str(tmp_path / "whole")))
     make_trainer(**saving, max_steps=4).train()
@@ -303,7 +303,9 @@ def test_resuming_in_code_takes_the_last_finished_checkpoint(make_trainer, tmp_p
 def test_resuming_in_code_without_a_finished_checkpoint_is_refused(make_trainer, tmp_path):
     (tmp_path / "out").mkdir()
     torn_checkpoint(tmp_path / "out", 5)
-    with pytest.raises(ValueError, match=r"holds no finished checkpoint \(cut short: checkpoint-5\)"):
+    with pytest.raises(
+        ValueError, match=r"holds no finished checkpoint \(cut short: checkpoint-5: has no trainer_state.json\)"
+    ):
         make_trainer().train(resume_from_checkpoint=True)
 
 

@@ -8,8 +8,8 @@ import model_fixtures
 
 from vla_adapter_hf import VLAAdapterProcessor
 from vla_adapter_hf.cli.train import parse_arguments
+from vla_adapter_hf.training.checkpoints import last_finished_checkpoint
 from vla_adapter_hf.training.train import train
-from vla_adapter_hf.training.trainer import last_finished_checkpoint
 
 
 DEMOS = data_fixtures.DEMOS / "lerobot_v30_image"
@@ -43,17 +43,18 @@ def command(start, output, *more) -> list[str]:
         "lora_rank": 4,
         "picture_episodes": 1,
     }
-    return [word for name, value in words.items() for word in (f"--{name}", str(value))] + [
-        "--cameras",
-        "image",
-        "wrist_image",
-        *map(str, more),
-    ]
+    words |= {"cameras": ["image", "wrist_image"]}
+    given = [word for name, value in words.items() if f"--{name}" not in more for word in _option(name, value)]
+    return [*given, *map(str, more)]
+
+
+def _option(name: str, value) -> list[str]:
+    return [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
 
 
 def run_training(start, output, *more) -> dict[str, float]:
     """Train with the words of `command`, in this process."""
-    return train(*parse_arguments(command(start, output, *more)), say=lambda line: None)
+    return train(*parse_arguments(command(start, output, *more)), report_progress=lambda line: None)
 
 
 def losses(output: Path) -> list[float]:

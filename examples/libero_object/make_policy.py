@@ -35,7 +35,8 @@ from vla_adapter_hf.recording.settings import RecordingSettings, SceneSettings
 from vla_adapter_hf.simulation.evaluate import evaluate
 from vla_adapter_hf.simulation.policies import embedded_folder
 from vla_adapter_hf.simulation.settings import EvaluationSettings
-from vla_adapter_hf.training.train import last_finished_checkpoint, train
+from vla_adapter_hf.training.checkpoints import last_finished_checkpoint
+from vla_adapter_hf.training.train import train
 
 
 HERE = Path(__file__).parent

@@ -67,7 +67,7 @@ _ON_FIRST_USE = {
     "VLAAdapterStreamingDataset": "vla_adapter_hf.data",
     "VLAAdapterDataCollator": "vla_adapter_hf.training.collator",
     "quantization_config": "vla_adapter_hf.checkpoints.quantization",
-    "CheckpointCallback": "vla_adapter_hf.training.trainer",
+    "CheckpointCallback": "vla_adapter_hf.training.checkpoints",
     "VLAAdapterTrainer": "vla_adapter_hf.training.trainer",
     "VLAAdapterTrainingArguments": "vla_adapter_hf.training.trainer",
     "apply_preset": "vla_adapter_hf.training.presets",

@@ -8,6 +8,7 @@ order.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -57,6 +58,11 @@ class ImageResize:
     def __init__(self, image_size: int | Sequence[int] = 224, crop_area: float | None = None) -> None:
         self.image_size = _size(image_size)
         self.crop_area = crop_area
+
+    @classmethod
+    def from_model_config(cls, config: Any) -> ImageResize:
+        """As the model with this [`VLAAdapterConfig`] sees frames at inference."""
+        return cls(config.image_size, config.image_center_crop)
 
     def __call__(self, images: Sequence[np.ndarray], epoch: int = 0, index: int = 0) -> list[np.ndarray]:
         """uint8 (height, width, 3) per camera -> uint8 of the model's size per camera."""
@@ -121,6 +127,16 @@ class ImageAugmentation:
         self.contrast = contrast
         self.saturation = saturation
         self.hue = hue
+
+    @property
+    def random_crop_area(self) -> float | None:
+        """Share of the area that the random crop keeps; None for no crop. The model's `image_center_crop` must be it."""
+        return self.crop_area if self.crop_area < 1 else None
+
+    @classmethod
+    def from_model_config(cls, config: Any, seed: int = 0) -> ImageAugmentation:
+        """For training the model with this [`VLAAdapterConfig`]: its image size, and its crop or none."""
+        return cls(config.image_size, seed, crop_area=config.image_center_crop or 1.0)
 
     def draws(self, epoch: int, index: int, camera: int) -> dict[str, float]:
         """The parameters for one frame: offsets y and x of the crop, brightness, contrast, saturation, hue."""

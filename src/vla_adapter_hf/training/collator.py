@@ -23,7 +23,7 @@ class VLAAdapterDataCollator:
     """Samples of a [`VLAAdapterDataset`] as a batch: prompts and images through the processor, numbers normalised.
 
     Frames never make a JPEG round trip here: at inference it imitates what happened to training frames when they were stored.
-    Those that the dataset's `image_transform` has prepared are only normalised; others are resized and, for a model with a
+    Those that the dataset's `image_transform` has prepared are only normalised. Others are resized and, for a model with a
     centre crop, cropped as at inference, so that a model trained without augmentation sees the same in both.
 
     Args:
@@ -57,11 +57,12 @@ class VLAAdapterDataCollator:
                 "removes what the model's forward does not name: use VLAAdapterTrainingArguments, or set "
                 "remove_unused_columns=False."
             )
+        prepared = self._are_prepared(samples)
         inputs = self.processor(
             images=[sample["images"] for sample in samples],
             text=[sample["text"] for sample in samples],
             do_jpeg_round_trip=False,
-            do_center_crop=self.config.image_center_crop is not None and not self._are_prepared(samples),
+            do_center_crop=self.config.image_center_crop is not None and not prepared,
         )
         del inputs["preparation"]  # checked above, with the options of inference
         normalized = [self._normalize(sample) for sample in samples]
@@ -75,11 +76,20 @@ class VLAAdapterDataCollator:
                 "Some samples of a batch have an image_transform and some have not; give all datasets one."
             )
         size = self.config.image_size
-        for frame in samples[0]["images"] if True in prepared else ():
+        crop = self.config.image_center_crop
+        for sample in samples:
+            if sample.get("random_crop_area") not in (None, crop):
+                raise ValueError(
+                    f"image_transform crops frames to {sample['random_crop_area']:g} of their area, the model has "
+                    f"image_center_crop={crop} at inference; make it with ImageAugmentation.from_model_config(model.config)."
+                )
+        frames = [frame for sample in samples for frame in sample["images"]] if True in prepared else []
+        for frame in frames:
             if frame.shape[:2] != (size, size):
                 raise ValueError(
                     f"image_transform returned frames of {frame.shape[:2]} pixels, the model sees ({size}, {size}); make "
-                    f"it with image_size={size}."
+                    "it with ImageAugmentation.from_model_config(model.config) or "
+                    "ImageResize.from_model_config(model.config)."
                 )
         return prepared.pop()
 

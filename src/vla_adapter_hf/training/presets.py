@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import nn
 
 from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction
+from vla_adapter_hf.utils.extras import install_hint
 
 
 # The name is also that of the folder in which PEFT keeps the adapter inside a checkpoint, as in the published layout.
@@ -35,6 +37,19 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+def check_preset(preset: str) -> None:
+    """Raise what [`apply_preset`] would raise, without a model.
+
+    Raises:
+        ValueError: for an unknown preset.
+        ImportError: when LoRA is asked for without PEFT.
+    """
+    if preset not in PRESETS:
+        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
+    if preset.startswith("lora") and find_spec("peft") is None:
+        raise ImportError(f"preset={preset!r} needs PEFT: {install_hint('lora')}.")
+
+
 def apply_preset(model: VLAAdapterForActionPrediction, preset: str = "lora", rank: int = 64) -> nn.Module:
     """Make a model ready to be trained.
 
@@ -51,8 +66,7 @@ def apply_preset(model: VLAAdapterForActionPrediction, preset: str = "lora", ran
         ValueError: for an unknown preset.
         ImportError: when LoRA is asked for without PEFT.
     """
-    if preset not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}.")
+    check_preset(preset)
     if preset == "full":
         model.requires_grad_(True)
         # Without effect on anything, see the model.
@@ -63,10 +77,8 @@ def apply_preset(model: VLAAdapterForActionPrediction, preset: str = "lora", ran
         for name in POLICY_MODULES:
             getattr(model, name).requires_grad_(True)
         return model
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ImportError(f"preset={preset!r} needs PEFT: pip install 'vla-adapter-hf[lora]'.") from error
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from vla_adapter_hf.utils.extras import install_hint
 from vla_adapter_hf.utils.files import atomic_path
 
 
@@ -30,7 +31,7 @@ def new_figure(**options: Any) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install 'vla-adapter-hf[plot]'.") from error
+        raise ImportError(f"Pictures need matplotlib: {install_hint('plot')}.") from error
     return Figure(**options)
 
 
