@@ -1,4 +1,4 @@
 """The model: configuration, network and normalisation. These files travel with every checkpoint.
 
-They import one another relatively and otherwise nothing but torch, transformers and numpy.
+They import each other relatively, and otherwise only torch, transformers, huggingface_hub and numpy.
 """

@@ -1,4 +1,4 @@
-"""The policy: Bridge Attention blocks that turn a language model's states into a chunk of actions (paper, §3.3)."""
+"""The policy: Bridge Attention blocks, from the states of a language model to a chunk of actions (paper, §3.3)."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .configuration_vla_adapter import VLAAdapterConfig
 
 
-# PyTorch's default, and not the 1e-6 of the towers and the language model.
+# PyTorch's default. (Towers and language model use 1e-6.)
 LAYER_NORM_EPS = 1e-5
 
 
@@ -19,10 +19,10 @@ def rotary_tables(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines for positions `0 ... length - 1`, each `(length, head_dim)`, in `table_dtype`.
 
-    The published weights were trained inside a bfloat16 module, and it shows in their meaning: frequencies, positions
-    and **the product of the two** were rounded to bfloat16 before cosine and sine were taken. Of 512 positions 385
-    are distinct, and leaving out one rounding is wrong by as much as 0.9. The layout is `cat(freqs, freqs)`, which
-    does not match the adjacent pairs that [`rotate_adjacent`] turns; that, too, is what the weights were trained with.
+    The published weights were trained inside a bfloat16 module and depend on its rounding: frequencies, positions and
+    **the product of the two** are rounded to bfloat16 before cosine and sine are taken. Only 385 of 512 positions are
+    distinct, and one rounding less changes the tables by up to 0.9. The layout `cat(freqs, freqs)` does not match the
+    adjacent pairs that [`rotate_adjacent`] turns. The weights were trained with that, too.
     """
     exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
     frequencies = (1.0 / theta**exponents).to(table_dtype)
@@ -33,10 +33,10 @@ def rotary_tables(
 
 
 class RotaryTables(nn.Module):
-    """The tables of [`rotary_tables`] for the longest of a policy's sources, kept as the bits of their numbers.
+    """The tables of [`rotary_tables`] for the longest of the policy's sources, stored as bits.
 
-    Kept as numbers they would be spoilt by casting the model to another precision. Made anew in every pass they would
-    be spoilt by `torch.compile`, which leaves out the roundings between the steps: at 512 positions by as much as 1.2.
+    Stored as numbers they would change when the model is cast to another precision. Computed in every forward pass
+    they would change under `torch.compile`, which skips the rounding between steps: by up to 1.2 at 512 positions.
     """
 
     def __init__(self, config: VLAAdapterConfig):
@@ -55,7 +55,7 @@ class RotaryTables(nn.Module):
             self.dtype,
             device,
         )
-        # Not int16, which neither gloo nor NCCL can send: at its start, DDP sends buffers to all processes.
+        # int32, because DDP sends buffers to all processes at its start and neither gloo nor NCCL can send int16.
         return torch.stack(tables).view(torch.int32)
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +70,7 @@ def rotate_adjacent(states: torch.Tensor) -> torch.Tensor:
 
 
 def apply_rotary(states: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turn `(batch, heads, length, head_dim)` by its positions, which every source counts from 0."""
+    """Rotate `(batch, heads, length, head_dim)` by its positions. Every source counts its positions from 0."""
     length = states.shape[-2]
     cos, sin = (table[:length].to(states.dtype) for table in tables)
     return states * cos + rotate_adjacent(states) * sin
@@ -95,18 +95,18 @@ def eager_attention_forward(
 
 
 class PolicyLinear(nn.Linear):
-    """A linear layer that starts from PyTorch's own initialisation, as the whole policy does in the original.
+    """A linear layer with PyTorch's own initialisation, as in the original policy.
 
-    A class of its own for `_init_weights` to know it by: in models outside the library, transformers passes over
-    modules that have no parameters except their children's.
+    It is a class of its own so that `_init_weights` can recognise it: in models outside the library, transformers does
+    not call `_init_weights` for modules whose parameters all belong to their children.
     """
 
 
 class BridgeAttention(nn.Module):
-    """One softmax over three sources: the latent itself, the adapter tokens and the task states.
+    """Attention with one softmax over three sources: the latent itself, the adapter tokens and the task states.
 
-    The adapter tokens are the action states with the proprio token behind them. The scores of the task states are
-    multiplied by `tanh(gating_factor)`; that is done to their keys, so any attention kernel serves.
+    The adapter tokens are the action states, then the proprio token. The scores of the task states are multiplied by
+    `tanh(gating_factor)`. This is done by multiplying their keys, so that any attention kernel can be used.
     """
 
     def __init__(self, config: VLAAdapterConfig):
@@ -172,7 +172,7 @@ class BridgeAttention(nn.Module):
 
 
 class BridgeAttentionBlock(GradientCheckpointingLayer):
-    """`x <- relu(fc(norm(attention(x, ...) + x)))`: the block ends in a ReLU and has no other residual."""
+    """`relu(fc(norm(attention(x, ...) + x)))`: the block ends in a ReLU and has no second residual connection."""
 
     def __init__(self, config: VLAAdapterConfig):
         super().__init__()
@@ -194,10 +194,10 @@ class BridgeAttentionBlock(GradientCheckpointingLayer):
 
 
 class BridgeAttentionPolicy(nn.Module):
-    """From the states of every language model layer, and the proprio token, to a chunk of normalised actions.
+    """From the states of every language model layer and the proprio token to a chunk of normalised actions.
 
-    At inference the latent starts from exactly zero: in the original variant, which knows no positions, all actions
-    of a chunk are then the same. That is what the published code computes.
+    At inference the latent starts from exactly zero, as in the published code. The original variant has no positions,
+    so all its actions of a chunk are the same.
     """
 
     def __init__(self, config: VLAAdapterConfig):
@@ -241,11 +241,11 @@ class BridgeAttentionPolicy(nn.Module):
         return self.fc_out(self.norm_out(latent)), latents, attentions
 
     def _first_latent(self, like: torch.Tensor) -> torch.Tensor:
-        """`(1, chunk, hidden)`: it depends on nothing that differs within a batch."""
+        """`(1, chunk, hidden)`, the same for all rows of a batch."""
         shape = (1, self.config.chunk_size, self.latent_size)
         latent = torch.zeros(shape, dtype=like.dtype, device=like.device)
         if self.training and self.config.policy_noise_std > 0:
-            # One draw for the whole batch, as in the original. The norm blows it up to about unit variance.
+            # One draw for the whole batch, as in the original. The norm scales it up to about unit variance.
             latent = torch.randn(shape, dtype=like.dtype, device=like.device) * self.config.policy_noise_std
         return nn.functional.relu(self.fc_in(self.norm_in(latent)))
 

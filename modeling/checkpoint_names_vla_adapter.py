@@ -1,8 +1,8 @@
-"""Parameter names in our files, whatever release of transformers made them.
+"""Parameter names in our files, which do not depend on the installed release of transformers.
 
-transformers renames modules of its towers between releases: between 5.4 and 5.23 SigLIP lost a level and the attention
-of DINOv2 got other names. Files always carry the names of the newest release; here they are translated to and from
-those of the installed one.
+transformers renames modules of its towers: between 5.4 and 5.23 SigLIP lost a level, and the attention of DINOv2 got
+other names. Files always have the names of the newest release. This module translates them to and from the names of
+the installed release.
 """
 
 import re
@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, PreTrainedConfig
 
 
-# Former name of a part of a tower's parameter names, and the name in our files.
+# Per tower: a part of a parameter name in older releases, and in our files.
 FORMER_NAMES = {
     "dinov2": {
         "attention.attention.query.": "attention.q_proj.",
@@ -32,10 +32,10 @@ def name_in_file(name: str) -> str:
 
 
 def installed_renames(config: PreTrainedConfig) -> dict[str, str]:
-    """`from_pretrained`'s `key_mapping`: patterns of names in files, and what the installed transformers calls them.
+    """`key_mapping` for `from_pretrained`: patterns of names in files to names in the installed transformers.
 
-    Every parameter has a pattern of its own, so that nothing else can match. Empty under a release that uses the names
-    of our files.
+    Every parameter has a pattern of its own, so that nothing else can match. The mapping is empty under a release that
+    uses the names of our files.
     """
     renames = {}
     for tower in FORMER_NAMES:

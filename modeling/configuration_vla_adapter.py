@@ -25,8 +25,8 @@ OTHER_LAYOUTS: dict[str, Any] = {}
 # Of from_pretrained's arguments, those that say where files come from.
 HUB_ARGUMENTS = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
 
-# The sizes of the published checkpoints. Of each tower the last block is missing on purpose: the features are read
-# before it (DINOv2: after block 23 of 24, SigLIP: after block 26 of 27), so it is neither built nor stored.
+# The sizes of the published checkpoints. The features are read before each tower's last block (DINOv2: after block 23
+# of 24, SigLIP: after block 26 of 27), so the last block is neither built nor stored.
 PUBLISHED_DINOV2 = {
     "hidden_size": 1024,
     "num_hidden_layers": 23,
@@ -190,7 +190,10 @@ class VLAAdapterConfig(PreTrainedConfig):
             if value is None:
                 value = defaults
             if isinstance(value, dict):
-                value = config_class(**{key: v for key, v in value.items() if key != "model_type"})
+                try:
+                    value = config_class(**{key: v for key, v in value.items() if key != "model_type"})
+                except StrictDataclassError as error:
+                    raise ValueError(f"{name}: {error.__cause__ or error}") from error
             elif not isinstance(value, config_class):
                 raise TypeError(f"{name} must be a dict or a {config_class.__name__}, got {type(value).__name__}.")
             setattr(self, name, value)
@@ -310,8 +313,8 @@ class VLAAdapterConfig(PreTrainedConfig):
             raise ValueError(f"policy_num_heads={heads} must divide text_config.hidden_size={width}.")
         if self.policy_variant == "pro" and (width // heads) % 2:
             raise ValueError(
-                f"policy_num_heads={heads} gives heads of odd size {width // heads} (text_config.hidden_size={width}), "
-                "which rotary positions cannot turn; choose a number of heads that makes them even."
+                f"policy_num_heads={heads} gives heads of odd size {width // heads} (text_config.hidden_size={width}). "
+                "Rotary positions need an even size; choose another number of heads."
             )
         if self.policy_task_tokens is not None:
             _check_at_least_1("policy_task_tokens", self.policy_task_tokens)

@@ -100,8 +100,8 @@ class ActionPredictionMixin:
             normalized = self(**inputs, return_dict=True).actions.double().cpu().numpy()
         if not np.isfinite(normalized).all():
             raise ValueError(
-                f"the model predicted actions that are not finite in {self.dtype}. In float16 that is an overflow: use "
-                "bfloat16 or float32. Otherwise the weights are broken."
+                f"the model predicted actions that are not finite in {self.dtype}. In float16 that is an overflow: "
+                "use bfloat16 or float32. Otherwise the weights are broken."
             )
 
         # 4. Normalised space to physical units.

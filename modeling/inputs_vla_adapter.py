@@ -9,9 +9,9 @@ import torch
 from .configuration_vla_adapter import VLAAdapterConfig
 
 
-# Arguments of forward that it has no use for: the collator's, for metrics, and what the Trainer, PEFT and generic code
-# of transformers hand to every model.
-PASSED_OVER = {"action_scale", "action_mask", "num_items_in_batch", "return_dict", "use_cache", "task_ids"}
+# Arguments that forward ignores: the collator's for metrics, and those that the Trainer, PEFT and generic code of
+# transformers pass to every model.
+IGNORED = {"action_scale", "action_mask", "num_items_in_batch", "return_dict", "use_cache", "task_ids"}
 
 
 def check_images(config: VLAAdapterConfig, pixel_values: torch.Tensor) -> None:
@@ -24,7 +24,7 @@ def check_images(config: VLAAdapterConfig, pixel_values: torch.Tensor) -> None:
 
 
 def check_observation(config: VLAAdapterConfig, input_ids: Any, attention_mask: Any, pixel_values: Any) -> None:
-    """Of what `forward` and `predict_action` both take: types and shapes."""
+    """Check types and shapes of what `forward` and `predict_action` both take."""
     if pixel_values is None:
         raise ValueError("pixel_values is missing: the model needs the processor's images.")
     values = {"input_ids": input_ids, "attention_mask": attention_mask, "pixel_values": pixel_values}
@@ -40,21 +40,22 @@ def check_observation(config: VLAAdapterConfig, input_ids: Any, attention_mask: 
     check_images(config, pixel_values)
     if pixel_values.shape[0] != input_ids.shape[0]:
         raise ValueError(
-            f"pixel_values has a batch of {pixel_values.shape[0]}, input_ids of {input_ids.shape[0]}; they must be equal."
+            f"pixel_values has a batch of {pixel_values.shape[0]}, input_ids of {input_ids.shape[0]}; they must be "
+            "equal."
         )
 
 
 def check_normalized(
     config: VLAAdapterConfig, batch_size: int, proprio: Any, actions: Any, action_is_pad: Any
 ) -> None:
-    """Of what only `forward` takes."""
+    """Check what only `forward` takes."""
     if proprio is None:
         raise ValueError("proprio is missing: forward needs the normalised state.")
     for name, value in (("proprio", proprio), ("actions", actions)):
         if value is not None and not isinstance(value, torch.Tensor):
             raise TypeError(
-                f"{name} must be a torch tensor, got {type(value).__name__}. (What the processor returns as `state` is "
-                "raw and belongs to predict_action.)"
+                f"{name} must be a torch tensor, got {type(value).__name__}. (The processor's `state` is raw and "
+                "belongs to predict_action.)"
             )
     for name, value, shape in (
         ("proprio", proprio, (batch_size, config.proprio_dim)),
@@ -66,7 +67,7 @@ def check_normalized(
 
 
 def check_preparation(config: VLAAdapterConfig, preparation: str | list[str] | None) -> None:
-    """Compare how the processor prepared the inputs with what the model was trained with.
+    """Compare how the inputs were prepared with how those of the training were.
 
     Args:
         config ([`VLAAdapterConfig`]): of the model.
@@ -88,9 +89,9 @@ def check_preparation(config: VLAAdapterConfig, preparation: str | list[str] | N
         ]
         if differing:
             raise ValueError(
-                f"The processor prepared the inputs in another way than the model expects: {'; '.join(differing)}. Load "
-                "the processor from the model's folder, or make it with VLAAdapterProcessor.from_model_config(model.config, "
-                "tokenizer). If the difference is intended, leave `preparation` out of the inputs."
+                f"The processor prepared the inputs in another way than the model expects: {'; '.join(differing)}. "
+                "Load the processor from the model's folder, or make it with VLAAdapterProcessor.from_model_config("
+                "model.config, tokenizer). If the difference is intended, leave `preparation` out of the inputs."
             )
 
 
@@ -111,4 +112,4 @@ def check_state(state: Any, batch_size: int, proprio_dim: int) -> np.ndarray:
     return state
 
 
-__all__ = ["PASSED_OVER", "check_images", "check_observation", "check_normalized", "check_preparation", "check_state"]
+__all__ = ["IGNORED", "check_images", "check_observation", "check_normalized", "check_preparation", "check_state"]

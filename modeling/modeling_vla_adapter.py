@@ -1,6 +1,9 @@
-"""VLA-Adapter as a transformers model (arXiv 2509.09372): camera frames, an instruction and a state to a chunk of actions."""
+"""VLA-Adapter as a transformers model (arXiv 2509.09372): frames, an instruction and a state to a chunk of actions."""
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,14 +26,14 @@ from .bridge_attention_vla_adapter import (
 from .checkpoint_names_vla_adapter import name_in_file  # noqa: F401
 from .configuration_vla_adapter import VLAAdapterConfig
 from .inference_vla_adapter import ActionPredictionMixin
-from .inputs_vla_adapter import PASSED_OVER, check_images, check_normalized, check_observation, check_preparation
+from .inputs_vla_adapter import IGNORED, check_images, check_normalized, check_observation, check_preparation
 from .loading_vla_adapter import CheckpointMixin, rename_to_installed
 from .normalization_vla_adapter import normalize  # noqa: F401
 
 
 try:
     from transformers.utils.output_capturing import maybe_install_capturing_hooks
-except ImportError:  # not part of the public interface
+except ImportError:  # it is not public and may disappear
 
     def maybe_install_capturing_hooks(model: PreTrainedModel) -> None: ...
 
@@ -46,15 +49,15 @@ class VLAAdapterOutput(ModelOutput):
         actions (`torch.Tensor` of shape `(batch, chunk_size, action_dim)`):
             Predicted actions in normalised space.
         hidden_states (`tuple[torch.Tensor]`, *optional*, with `output_hidden_states=True`):
-            The language model's: the input embeddings, then one per layer, the last after the final norm, each
-            `(batch, prompt + patches + action queries, hidden)`. A row's real positions come first.
+            Hidden states of the language model: the input embeddings, then one per layer, the last after the final
+            norm, each `(batch, prompt + patches + action queries, hidden)`. Padding comes last in every row.
         attentions (`tuple[torch.Tensor]`, *optional*, with `output_attentions=True` and eager attention):
-            The language model's, one per layer, `(batch, heads, sequence, sequence)`.
+            Attention weights of the language model, one per layer, `(batch, heads, sequence, sequence)`.
         policy_hidden_states (`tuple[torch.Tensor]`, *optional*, with `output_hidden_states=True`):
             The policy's latent before the first block and after each, `(batch, chunk_size, hidden)`.
         policy_attentions (`tuple[torch.Tensor]`, *optional*, with `output_attentions=True` and eager attention):
-            The policy's, one per block, `(batch, heads, chunk_size, sources)`: the latent, the action states, the
-            proprio token, then the task states.
+            Attention weights of the policy, one per block, `(batch, heads, chunk_size, sources)`. The sources are the
+            latent, the action states, the proprio token and the task states, in this order.
     """
 
     loss: torch.Tensor | None = None
@@ -65,8 +68,25 @@ class VLAAdapterOutput(ModelOutput):
     policy_attentions: tuple[torch.Tensor, ...] | None = None
 
 
+def mask_maker(create: Callable[..., Any]) -> Callable[..., Any]:
+    """`create` with all arguments that it requires set to `None`, except `config` and `inputs_embeds`.
+
+    Releases of transformers differ in what they require here; nothing else is passed.
+    """
+    parameters = inspect.signature(create).parameters.values()
+    required = [parameter.name for parameter in parameters if parameter.default is parameter.empty]
+    return partial(create, **dict.fromkeys(name for name in required if name not in ("config", "inputs_embeds")))
+
+
+# By the type of a layer of the language model.
+MASK_MAKERS = {
+    "full_attention": mask_maker(create_causal_mask),
+    "sliding_attention": mask_maker(create_sliding_window_causal_mask),
+}
+
+
 class VisionProjector(nn.Module):
-    """Patch features of both towers, side by side, into the language model's space."""
+    """Projects the patch features of both towers, concatenated, to the width of the language model."""
 
     def __init__(self, config: VLAAdapterConfig):
         super().__init__()
@@ -104,16 +124,16 @@ class VLAAdapterPreTrainedModel(CheckpointMixin, PreTrainedModel):
         elif isinstance(module, BridgeAttention):
             init.zeros_(module.gating_factor)
         elif isinstance(module, RotaryTables):
-            # Always from the CPU's arithmetic, lest another device round differently.
+            # Computed on the CPU, because another device may round differently.
             init.copy_(module.bits, module.make_bits("cpu"))
         else:
             super()._init_weights(module)
 
 
 class VLAAdapterForActionPrediction(ActionPredictionMixin, VLAAdapterPreTrainedModel):
-    """Two vision towers, a language model that reads prompt, patches and action queries once, and the policy.
+    """Two vision towers, a language model that reads prompt, patches and action queries, and a policy.
 
-    [`forward`] works in normalised space and is for training; [`predict_action`] works in physical units.
+    [`forward`] works in normalised space and is for training. [`predict_action`] works in physical units.
     """
 
     # The loss is a mean over a batch; the Trainer must not divide it by a number of tokens.
@@ -124,14 +144,14 @@ class VLAAdapterForActionPrediction(ActionPredictionMixin, VLAAdapterPreTrainedM
         config.validate_architecture()
         self.dinov2 = AutoModel.from_config(config.dinov2_config)
         self.siglip = AutoModel.from_config(config.siglip_config)
-        # The features are read without a final norm. Without one, `last_hidden_state` is what is wanted.
+        # The features are the states before the final norm. Without the norm, they are `last_hidden_state`.
         self.dinov2.layernorm = nn.Identity()
         getattr(self.siglip, "vision_model", self.siglip).post_layernorm = nn.Identity()
-        # Only masked pretraining uses it; a parameter without gradient would stop distributed training.
+        # It is used in masked pretraining only. Distributed training fails on a parameter that gets no gradient.
         self.dinov2.embeddings.mask_token.requires_grad_(False)
         self.vision_projector = VisionProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
-        # Left alone, it prepares for the first request for hidden states when that comes, which no compiler can follow.
+        # Otherwise the first forward pass installs them, which torch.compile cannot trace.
         maybe_install_capturing_hooks(self.language_model)
         self.action_queries = nn.Embedding(config.num_action_queries, config.text_config.hidden_size)
         self.proprio_projector = ProprioProjector(config)
@@ -147,18 +167,20 @@ class VLAAdapterForActionPrediction(ActionPredictionMixin, VLAAdapterPreTrainedM
 
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        """Patches of all cameras, as both towers see them and as the language model reads them.
+        """Patch features of all cameras, from both towers and projected for the language model.
 
         Args:
-            pixel_values (`torch.Tensor`): `(batch, 6 * cameras, height, width)`; of each camera three channels
+            pixel_values (`torch.Tensor`): `(batch, 6 * cameras, height, width)`. Per camera three channels that are
                 normalised for DINOv2, then three for SigLIP.
             kwargs: for the towers, e.g. `output_hidden_states`, `output_attentions`.
 
         Returns:
             `BaseModelOutputWithPooling`: `last_hidden_state` `(batch, cameras * patches, both widths)`, cameras in
-            order; `pooler_output` `(batch, cameras * patches, hidden)`, the same projected into the language model's
-            space; `hidden_states` and `attentions` on request, first DINOv2's and then SigLIP's, of
-            `batch * cameras` frames.
+            order. `pooler_output` `(batch, cameras * patches, hidden)`: the same, projected to the language model's
+            width. On request `hidden_states` and `attentions` of `batch * cameras` frames, DINOv2's and then SigLIP's.
+
+        Raises:
+            ValueError: when `pixel_values` has another shape.
         """
         config = self.config
         check_images(config, pixel_values)
@@ -178,11 +200,11 @@ class VLAAdapterForActionPrediction(ActionPredictionMixin, VLAAdapterPreTrainedM
     def embed_inputs(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, patches: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The language model's input: `[t0] [patches] [t1 ...] [action queries]`, then whatever was padding.
+        """The language model's input: `[t0] [patches] [t1 ...] [action queries]`, then the padding.
 
-        `t0` is a row's first real token, on whichever side it was padded. With the padding moved behind everything
-        else, causal attention never sees it and positions count real tokens only, so neither a mask nor position
-        ids are needed and every row gets the actions that it gets alone.
+        `t0` is the first real token of a row, whether the row was padded left or right. Because padding comes last,
+        causal attention never reaches it and positions count real tokens only. So neither a mask nor position ids are
+        needed, and every row of a batch gets the actions that it gets alone.
 
         Returns:
             `tuple[torch.Tensor, torch.Tensor]`: embeddings `(batch, prompt + patches + queries, hidden)`, and the
@@ -195,15 +217,16 @@ class VLAAdapterForActionPrediction(ActionPredictionMixin, VLAAdapterPreTrainedM
         queries = self.action_queries.weight.to(tokens.dtype).expand(batch_size, -1, -1)
         sources = torch.cat((tokens, patches.to(tokens.dtype), queries), dim=1)
 
+        # Every source gets a position to sort by. Ties between padding keep their order.
         real = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
-        rank = real.cumsum(dim=1) - 1  # of a real token among the real ones
-        behind_all = num_patches + prompt_length + num_queries
-        token_place = torch.where(rank > 0, rank + num_patches, 0)
-        token_place = torch.where(real.bool(), token_place, behind_all)
-        patch_place = 1 + torch.arange(num_patches, device=device)
-        query_place = num_patches + prompt_length + torch.arange(num_queries, device=device)
-        others = torch.cat((patch_place, query_place)).expand(batch_size, -1)
-        order = torch.cat((token_place, others), dim=1).argsort(dim=1, stable=True)
+        rank = real.cumsum(dim=1) - 1  # of a real token among the real ones of its row
+        last = num_patches + prompt_length + num_queries
+        token_positions = torch.where(rank > 0, rank + num_patches, 0)
+        token_positions = torch.where(real.bool(), token_positions, last)
+        patch_positions = 1 + torch.arange(num_patches, device=device)
+        query_positions = num_patches + prompt_length + torch.arange(num_queries, device=device)
+        others = torch.cat((patch_positions, query_positions)).expand(batch_size, -1)
+        order = torch.cat((token_positions, others), dim=1).argsort(dim=1, stable=True)
         embeddings = sources.gather(1, order[..., None].expand_as(sources))
         return embeddings, num_patches + real.sum(dim=1)
 
@@ -232,28 +255,29 @@ class VLAAdapterForActionPrediction(ActionPredictionMixin, VLAAdapterPreTrainedM
             pixel_values (`torch.Tensor` of shape `(batch, 6 * cameras, height, width)`):
                 Prepared images, see [`get_image_features`].
             proprio (`torch.Tensor` of shape `(batch, proprio_dim)`):
-                The **normalised** state. (A raw `state` goes to [`predict_action`] only.)
+                The **normalised** state. A raw `state` is for [`predict_action`] only.
             actions (`torch.Tensor` of shape `(batch, chunk_size, action_dim)`, *optional*):
                 True actions in normalised space.
             action_is_pad (`torch.BoolTensor` of shape `(batch, chunk_size)`, *optional*):
-                Steps past an episode's end; they do not count in the loss.
+                Steps past the end of an episode. They do not count in the loss.
             output_hidden_states (`bool`, `int` or `list[int]`, *optional*):
-                Whether to return hidden states, or the indices of those to return; in the place of the others is `None`.
+                Whether to return hidden states, or the indices of those to return. The others are `None`.
             preparation (`str` or `list[str]`, *optional*):
                 How the processor prepared the inputs; compared with the model's configuration.
-            kwargs: what transformers, its Trainer and the collator hand to every model, and is not used here.
+            kwargs: what transformers, its Trainer and the collator pass to every model (`IGNORED`). It has no effect.
 
         Raises:
-            TypeError: for an argument that is none of these, lest a misspelt one be passed over in silence.
+            TypeError: for any other argument, such as one that is misspelt, and for values that are not tensors.
+            ValueError: for a tensor of the wrong shape, or inputs that a processor with other settings prepared.
         """
         if kwargs.pop("state", None) is not None:
             raise TypeError(
                 "forward works in normalised space and takes `proprio`, the normalised state; a raw `state` belongs "
                 "to predict_action, which normalises it."
             )
-        unknown = sorted(name for name in kwargs if name not in PASSED_OVER)
+        unknown = sorted(name for name in kwargs if name not in IGNORED)
         if unknown:
-            raise TypeError(f"forward takes no {', '.join(unknown)}; the true actions are called `actions`.")
+            raise TypeError(f"forward has no argument {', '.join(unknown)}; the true actions are called `actions`.")
         config = self.config
         check_observation(config, input_ids, attention_mask, pixel_values)
         check_preparation(config, preparation)
@@ -275,7 +299,7 @@ class VLAAdapterForActionPrediction(ActionPredictionMixin, VLAAdapterPreTrainedM
             return_dict=True,
         )
 
-        # 3. Act: every block of the policy reads one layer, the input embeddings excepted.
+        # 3. Act: block i of the policy reads layer i. The input embeddings are not used.
         task_states, action_states = self._policy_inputs(states.hidden_states[1:], patches.shape[1], first_query)
         proprio_token = self.proprio_projector(proprio.to(embeddings.dtype))
         predicted, latents, policy_attentions = self.policy(task_states, action_states, proprio_token)
@@ -293,23 +317,24 @@ class VLAAdapterForActionPrediction(ActionPredictionMixin, VLAAdapterPreTrainedM
         )
 
     def _causal_masks(self, embeddings: torch.Tensor) -> dict[str, Any]:
-        """By the types of the language model's layers, what their attention needs: mostly `None`, being causal anyway.
+        """The mask of each type of layer in the language model. It is mostly `None`: attention is causal anyway.
 
-        Left to itself the language model looks at the positions for sequences packed into one. That waits for the
-        device in every pass, and under `torch.compile`, where it cannot look, leaves a mask that faster kernels refuse.
+        Without these the language model would search the positions for packed sequences. That waits for the device in
+        every pass, and under `torch.compile` it leaves a mask that faster kernels refuse.
         """
         config = self.language_model.config
-        makers = {"full_attention": create_causal_mask, "sliding_attention": create_sliding_window_causal_mask}
-        arguments = {"config": config, "inputs_embeds": embeddings, "attention_mask": None, "past_key_values": None}
-        return {layer_type: makers[layer_type](**arguments) for layer_type in set(config.layer_types)}
+        layer_types = set(config.layer_types)
+        return {
+            layer_type: MASK_MAKERS[layer_type](config=config, inputs_embeds=embeddings) for layer_type in layer_types
+        }
 
     def _policy_inputs(
         self, hidden_states: tuple[torch.Tensor, ...], num_patches: int, first_query: torch.Tensor
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Per layer the task states and the action states.
+        """The task states and the action states of every layer.
 
-        The read-out is shifted left by one, as in next-token prediction: task states are `t0` and all patches but the
-        last, action states start at the position before the first query and leave out the last query.
+        They are shifted left by one, as in next-token prediction. Task states are those of `t0` and of all patches
+        except the last. Action states start one position before the first query and end before the last query.
         """
         config = self.config
         positions = first_query[:, None] - 1 + torch.arange(config.num_action_queries, device=first_query.device)

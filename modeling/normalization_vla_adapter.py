@@ -1,7 +1,7 @@
-"""Between physical units and the model's normalised space, in float64 on the host.
+"""From physical units to the model's normalised space and back, in float64 on the host.
 
-The arithmetic is that of the published models (see the docstrings). `state` and physical `actions` are in the robot's
-units; `proprio` and normalised actions are what the network sees and returns.
+The formulas are those of the published models. `state` and physical `actions` are in the robot's units. `proprio` and
+normalised actions are what the network takes and returns.
 """
 
 from typing import Any
@@ -13,7 +13,7 @@ NORM_TYPES = ("bounds_q99", "bounds", "normal")
 CONSTANT_DIM_RULES = ("zero", "published")
 # The two statistics that each type uses: low and high, or mean and standard deviation.
 USED_STATISTICS = {"bounds_q99": ("q01", "q99"), "bounds": ("min", "max"), "normal": ("mean", "std")}
-# Keeps the division finite where a dimension does not move; part of the published formula, in both directions.
+# Keeps the division finite where a dimension does not move. It is part of the published formula in both directions.
 EPSILON = 1e-8
 # How far a rotation may jump while the robot hardly moves, from -pi to pi.
 ANGLE_JUMP = 2 * np.pi
@@ -24,15 +24,15 @@ def normalize(
 ) -> np.ndarray:
     """Physical units to normalised space, along the last axis.
 
-    Bounds: `clip(2 (x - low) / (high - low + 1e-8) - 1, -1, 1)`; normal: `(x - mean) / (std + 1e-8)`, not clipped.
-    Dimensions where `stats["mask"]` is false are left alone.
+    Bounds: `clip(2 (x - low) / (high - low + 1e-8) - 1, -1, 1)`. Normal: `(x - mean) / (std + 1e-8)`, not clipped.
+    Dimensions where `stats["mask"]` is false are not changed.
 
     Args:
         values (`np.ndarray`): `(..., dims)`, states or actions in physical units.
         stats (`dict`): the `"action"` or `"proprio"` part of a set of norm stats.
         norm_type (`str`): `"bounds_q99"`, `"bounds"` or `"normal"`.
-        constant_dims (`str`): `"zero"` maps normalised dimensions whose min equals their max to 0; `"published"`
-            does what the original code does at inference: nothing special, so the formula gives -1.
+        constant_dims (`str`): `"zero"` maps normalised dimensions whose min equals their max to 0. `"published"`
+            applies the formula to them, as the original code does at inference, which gives -1.
 
     Returns:
         `np.ndarray`: float64, of the same shape.
@@ -52,9 +52,9 @@ def unnormalize(
 ) -> np.ndarray:
     """Normalised space to physical units, along the last axis: the inverse of [`normalize`] within its bounds.
 
-    Bounds: `0.5 (x + 1) (high - low + 1e-8) + low`; normal: `x (std + 1e-8) + mean`. Values are not clipped first, as
-    in the original. Dimensions where the mask is false are left alone (the gripper). With `constant_dims="zero"` a
-    constant dimension comes back as its constant whatever the network said.
+    Bounds: `0.5 (x + 1) (high - low + 1e-8) + low`. Normal: `x (std + 1e-8) + mean`. Values are not clipped first, as
+    in the original. Dimensions where the mask is false (the gripper) are not changed. With `constant_dims="zero"` a
+    constant dimension becomes its constant, whatever the network returned.
 
     Returns:
         `np.ndarray`: float64, of the same shape.
@@ -105,10 +105,10 @@ def _recorded_range(stats: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def select_norm_stats(norm_stats: dict[str, Any] | None, unnorm_key: str | None) -> tuple[str, dict[str, Any]]:
-    """The set of statistics that `unnorm_key` names.
+    """The set of statistics with the name `unnorm_key`.
 
-    The key may be left out when there is one set only, and `libero_object` finds `libero_object_no_noops`, the name
-    under which the published LIBERO statistics are stored.
+    The key is not needed if there is one set only. `libero_object` finds `libero_object_no_noops`, the name of the
+    published LIBERO statistics.
 
     Returns:
         `tuple[str, dict]`: the key as stored, and its statistics.
@@ -118,7 +118,7 @@ def select_norm_stats(norm_stats: dict[str, Any] | None, unnorm_key: str | None)
     """
     if not norm_stats:
         raise ValueError(
-            "The model has no norm_stats, so it cannot tell physical units: train it with statistics, or pass "
+            "The model has no norm_stats, so it cannot convert physical units: train it with statistics, or pass "
             "norm_stats={...} to from_pretrained."
         )
     keys = ", ".join(sorted(norm_stats))
@@ -126,7 +126,7 @@ def select_norm_stats(norm_stats: dict[str, Any] | None, unnorm_key: str | None)
         raise TypeError(f"unnorm_key must be one key, a string, got {unnorm_key!r}; the model has: {keys}.")
     if unnorm_key is None:
         if len(norm_stats) > 1:
-            raise ValueError(f"unnorm_key is needed, as the model has several sets of norm_stats: {keys}.")
+            raise ValueError(f"unnorm_key is needed, because the model has several sets of norm_stats: {keys}.")
         return next(iter(norm_stats.items()))
     for key in (unnorm_key, f"{unnorm_key}_no_noops"):
         if key in norm_stats:
@@ -137,7 +137,7 @@ def select_norm_stats(norm_stats: dict[str, Any] | None, unnorm_key: str | None)
 def check_norm_stats(
     norm_stats: Any, norm_type: str, action_dim: int, proprio_dim: int, constant_dims: str = "zero"
 ) -> None:
-    """Refuse statistics that are incomplete, of the wrong length, not finite or upside down.
+    """Refuse statistics that are incomplete, of the wrong length, not finite, or with a lower bound above the upper.
 
     Raises:
         TypeError, ValueError: naming the entry, what came and what was expected.
@@ -189,7 +189,7 @@ def _as_float64(values: np.ndarray, stats: dict[str, Any]) -> np.ndarray:
     values = np.asarray(values, dtype=np.float64)
     dims = len(next(iter(stats.values())))
     if values.shape[-1:] != (dims,):
-        # Without this check a (batch, 1) array would be broadcast against the statistics and pass for a state.
+        # Otherwise a (batch, 1) array would be broadcast against the statistics and be taken for a state.
         raise ValueError(f"values have shape {values.shape}, but the statistics are for {dims} dimensions.")
     return values
 

@@ -1,11 +1,12 @@
-"""From a camera frame to `pixel_values`, bit for bit as the original's TensorFlow computes it, in NumPy.
+"""From a camera frame to `pixel_values` in NumPy, bit for bit as TensorFlow computes it in the original code.
 
-`prepare` brings a frame to the model's size (JPEG round trip, Lanczos-3 resize) and takes its centre crop; `normalize`
-makes of it the channels that the two vision towers read. Training shares `resize_lanczos3`, and `crop_and_resize` with
-`to_float01` and `to_uint8` for its random crops.
+`prepare` resizes a frame to the model's size (JPEG round trip, Lanczos-3) and takes the centre crop. `normalize`
+computes the channels for the two vision towers. Training uses `resize_lanczos3`, and `crop_and_resize` with
+`to_float01` and `to_uint8` for random crops.
 
-Equality in the last bit of a float32 fixes the order of every addition: the loops below run over the taps of a filter,
-one after the other, and are vectorised over the pixels. A product of matrices would be free to add in another order.
+It is written by hand because no library resizes to the same bits as TensorFlow. The bits depend on the order of
+additions: the loops below go through the taps of a filter one by one and are vectorised over pixels. A matrix product
+may add in another order.
 """
 
 import operator
@@ -20,8 +21,8 @@ from .jpeg_round_trip_vla_adapter import check_rgb_image, jpeg_round_trip
 LANCZOS_RADIUS = np.float32(3)
 PI = np.float32(3.14159265359)
 
-# What `sinf` of the GNU C library (since 2.28, file `sincosf.h`) computes with, in double: 2^24 / (pi/2), pi/2, and
-# the coefficients of polynomials for the sine (x^3, x^5, x^7) and the cosine (1, x^2, ... x^8) on [-pi/4, pi/4].
+# The constants of `sinf` in the GNU C library (since 2.28, file `sincosf.h`), in double: 2^24 / (pi/2), pi/2, and the
+# coefficients of polynomials for the sine (x^3, x^5, x^7) and the cosine (1, x^2, ... x^8) on [-pi/4, pi/4].
 _QUADRANTS = float.fromhex("0x1.45F306DC9C883p+23")
 _HALF_PI = float.fromhex("0x1.921FB54442D18p0")
 _SINE = [float.fromhex(c) for c in "-0x1.555545995a603p-3 0x1.1107605230bc4p-7 -0x1.994eb3774cf24p-13".split()]
@@ -31,18 +32,18 @@ _COSINE += [float.fromhex(c) for c in "-0x1.6c087e89a359dp-10 0x1.99343027bf8c3p
 
 
 def prepare(image: np.ndarray, size: tuple[int, int], round_trip: bool = True, crop: float | None = 0.9) -> np.ndarray:
-    """Take a camera frame to what the model sees, before normalisation.
+    """Resize and crop a camera frame as the model sees it, before normalisation.
 
     Args:
         image: uint8 (height, width, 3), RGB.
         size: (height, width) of the result.
-        round_trip: whether the frame makes a JPEG round trip before it is resized, for models trained on frames that
-            had been stored as JPEG. A frame that has the right size already makes none, and is not resized either.
-        crop: the share of the area that the centre crop keeps, for models trained with crop augmentation; None for
-            no crop.
+        round_trip: whether the frame is encoded as JPEG and decoded before it is resized, for models trained on
+            frames that were stored as JPEG. A frame that already has the right size is neither encoded nor resized.
+        crop: the share of the area that the centre crop keeps, for models trained with random crops. None for no
+            crop.
 
     Returns:
-        uint8 (size[0], size[1], 3); `image` itself where there is nothing to do.
+        uint8 (size[0], size[1], 3). `image` itself if there is nothing to do.
 
     Raises:
         TypeError: `image` is not an array of uint8, or `size` is not a pair of integers.
@@ -82,11 +83,11 @@ def resize_lanczos3(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def center_crop(image: np.ndarray, area: float = 0.9) -> np.ndarray:
-    """Cut out the centre, `area` of the whole, and resize it back to the size of the image.
+    """Cut out the centre, and resize it to the size of the image.
 
     Args:
         image: uint8 (height, width, 3).
-        area: the share of the area that is kept, above 0 and at most 1. Both sides shrink by its square root.
+        area: the share of the area that is kept, above 0 and at most 1. Height and width are multiplied by its root.
 
     Returns:
         uint8 (height, width, 3).
@@ -101,7 +102,7 @@ def center_crop(image: np.ndarray, area: float = 0.9) -> np.ndarray:
 
 
 def crop_and_resize(image: np.ndarray, box: Sequence[float], size: tuple[int, int]) -> np.ndarray:
-    """Cut out a box and resize it bilinearly, as `tf.image.crop_and_resize`: the outer samples lie on the box's edges.
+    """Cut out a box and resize it bilinearly, as `tf.image.crop_and_resize`: the outer samples are on the box's edges.
 
     Args:
         image: float32 (height, width, channels).
@@ -109,7 +110,7 @@ def crop_and_resize(image: np.ndarray, box: Sequence[float], size: tuple[int, in
         size: (height, width) of the result.
 
     Returns:
-        float32 (size[0], size[1], channels). Samples beyond the first or last pixel centre are 0.
+        float32 (size[0], size[1], channels). Samples outside the centres of the outer pixels are 0.
     """
     _check_dtype(image, np.float32)
     if image.ndim != 3 or 0 in image.shape:
@@ -121,7 +122,7 @@ def crop_and_resize(image: np.ndarray, box: Sequence[float], size: tuple[int, in
     top, bottom, down, outside_rows = _bilinear_taps(image.shape[0], height, box[0], box[2])
     left, right, across, outside_columns = _bilinear_taps(image.shape[1], width, box[1], box[3])
 
-    # Columns first: what lies between two pixels of a row, for the rows that are needed.
+    # Columns first: interpolate between two pixels of a row, in the rows that are needed.
     first, last = top.min(), bottom.max() + 1
     pixels = image[first:last].reshape(last - first, -1)
     channel = np.arange(channels)
@@ -131,7 +132,7 @@ def crop_and_resize(image: np.ndarray, box: Sequence[float], size: tuple[int, in
     step *= across.repeat(channels)
     out += step
 
-    # Then rows: what lies between two of the rows just made.
+    # Then rows: interpolate between two of these rows.
     upper = np.take(out, top - first, axis=0)  # (height, width * channels)
     step = np.take(out, bottom - first, axis=0)
     step -= upper
@@ -145,13 +146,13 @@ def crop_and_resize(image: np.ndarray, box: Sequence[float], size: tuple[int, in
 
 
 def to_float01(image: np.ndarray) -> np.ndarray:
-    """uint8 0...255 -> float32 0...1, by multiplication with float32(1/255) as TensorFlow does (not by division)."""
+    """uint8 0...255 -> float32 0...1, multiplied by float32(1/255) as in TensorFlow (not divided)."""
     _check_dtype(image, np.uint8)
     return image * np.float32(1 / 255)
 
 
 def to_uint8(image: np.ndarray) -> np.ndarray:
-    """float32, clipped to 0...1 -> uint8 0...255, by truncating x * 255.5 as TensorFlow does (not by rounding)."""
+    """float32, clipped to 0...1 -> uint8 0...255: x * 255.5, truncated as in TensorFlow (not rounded)."""
     _check_dtype(image, np.float32)
     image = np.clip(image, 0, 1)
     image *= np.float32(255.5)
@@ -159,7 +160,7 @@ def to_uint8(image: np.ndarray) -> np.ndarray:
 
 
 def normalize(image: np.ndarray, means: Sequence[Sequence[float]], stds: Sequence[Sequence[float]]) -> np.ndarray:
-    """(x/255 - mean) / std for each vision tower, stacked along channels: torchvision's `to_tensor` and `normalize`.
+    """`(x / 255 - mean) / std` per vision tower, stacked along channels: torchvision's `to_tensor` and `normalize`.
 
     Args:
         image: uint8 (height, width, 3), as `prepare` returns it.
@@ -197,12 +198,12 @@ def _checked_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _filter_first_axis(values: np.ndarray, out_length: int) -> np.ndarray:
-    """Lanczos-3 along the first axis: float32 (length, n) -> (out_length, n), tap after tap."""
+    """Lanczos-3 along the first axis: float32 (length, n) -> (out_length, n)."""
     starts, weights = _lanczos3_taps(values.shape[0], out_length)
     out = np.zeros((out_length, values.shape[1]), np.float32)
     product = np.empty_like(out)
     for tap, weight in enumerate(weights):
-        # Where a window is cut off by the edge its last weights are 0, and any row will do.
+        # Windows that the edge cuts off have weight 0 here, so any row may be taken for them.
         np.take(values, starts + tap, axis=0, out=product, mode="clip")
         product *= weight[:, None]
         out += product
@@ -214,7 +215,7 @@ def _lanczos3_taps(in_length: int, out_length: int) -> tuple[np.ndarray, np.ndar
     """First input and float32 weights (taps, out_length) of every output sample, as TensorFlow's ScaleAndTranslate."""
     one, half = np.float32(1), np.float32(0.5)
     inverse_scale = one / (np.float32(out_length) / np.float32(in_length))
-    kernel_scale = max(inverse_scale, one)  # a wider kernel where the image shrinks: the antialiasing
+    kernel_scale = max(inverse_scale, one)  # antialiasing: the kernel is wider if the image shrinks
     centers = (np.arange(out_length, dtype=np.float32) + half) * inverse_scale
     reach = LANCZOS_RADIUS * kernel_scale
     starts = np.clip(np.ceil(centers - reach - half), 0, in_length - 1).astype(np.int64)
@@ -242,10 +243,10 @@ def _lanczos3_kernel(x: np.ndarray) -> np.ndarray:
 
 
 def _sin_float32(x: np.ndarray) -> np.ndarray:
-    """The sine of float32 values in [0, 120) as `sinf` of the GNU C library gives it.
+    """The sine of float32 values in [0, 120), as `sinf` of the GNU C library computes it.
 
-    Neither the correctly rounded sine nor NumPy's own in float32 (which depends on the processor) will do: both differ
-    in the last place of some weights. All steps here are in double; only the result is rounded.
+    The correctly rounded sine and NumPy's own in float32 (which depends on the processor) both give other last bits
+    for some weights. All steps are in double, and only the result is rounded.
     """
     x = x.astype(np.float64)
     quadrant = ((x * _QUADRANTS).astype(np.int64) + (1 << 23)) >> 24
@@ -262,7 +263,7 @@ def _sin_float32(x: np.ndarray) -> np.ndarray:
 def _bilinear_taps(
     in_length: int, out_length: int, start: float, end: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Lower and upper input, the way between them, and whether that is outside, for every output sample of an axis."""
+    """Per output sample of an axis: lower and upper input, the fraction between them, and whether it is outside."""
     start, end, last = np.float32(start), np.float32(end), np.float32(in_length - 1)
     if out_length > 1:
         step = (end - start) * last / np.float32(out_length - 1)

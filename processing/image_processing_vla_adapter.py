@@ -1,4 +1,4 @@
-"""Image processor of VLA-Adapter: camera frames to `pixel_values`, bit for bit as the published models expect them."""
+"""Image processor of VLA-Adapter: camera frames to `pixel_values`, equal in every bit to the original code's."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ class VLAAdapterImageProcessorKwargs(ImagesKwargs, total=False):
     cameras (`list[str]`):
         Names of the camera views, in the order in which the model sees them.
     do_jpeg_round_trip (`bool`):
-        Whether a frame of another size than the model's goes through JPEG before it is resized.
+        Whether a frame of another size than the model's is encoded as JPEG and decoded before it is resized.
     crop_area (`float`):
         Share of the area that the centre crop keeps.
     tower_means (`list[list[float]]`):
@@ -40,10 +40,9 @@ class VLAAdapterImageProcessorKwargs(ImagesKwargs, total=False):
 class VLAAdapterImageProcessor(PilBackend):
     r"""
     Prepares the frames of one or several cameras: JPEG round trip, Lanczos-3 resize, centre crop, and one
-    normalisation per vision tower. The steps are those of `image_preparation_vla_adapter`, where they are explained.
+    normalisation per vision tower. `image_preparation_vla_adapter` explains the steps.
 
-    Whether a model wants the round trip and the crop depends on how it was trained (published models: both), so the
-    switches are saved with the checkpoint.
+    Round trip and crop must be as in training (the published models use both), so they are saved with the checkpoint.
 
     Args:
         size (`dict`, *optional*, defaults to `{"height": 224, "width": 224}`): the size that the towers see.
@@ -64,8 +63,8 @@ class VLAAdapterImageProcessor(PilBackend):
     do_center_crop = True
     crop_area = 0.9
     cameras = ["image", "wrist_image"]
-    # For DINOv2 the ImageNet numbers, for SigLIP one half. The former are rounded to bfloat16: the published files also
-    # hold the exact ones, but these are what the published code normalises with.
+    # For DINOv2 ImageNet's, for SigLIP one half. ImageNet's are rounded to bfloat16, as in the published code. (The
+    # published files also hold the exact numbers.)
     tower_means = [[0.484375, 0.455078125, 0.40625], [0.5, 0.5, 0.5]]
     tower_stds = [[0.228515625, 0.2236328125, 0.224609375], [0.5, 0.5, 0.5]]
 
@@ -128,8 +127,8 @@ class VLAAdapterImageProcessor(PilBackend):
             matches = matching_names(camera, exact if camera in exact else rest)
             if len(matches) > 1:
                 raise ValueError(
-                    f"images of sample {index}: camera {camera!r} could be any of {', '.join(matches)}; give the frames "
-                    f"under the model's own camera names {list(cameras)}."
+                    f"images of sample {index}: camera {camera!r} could be any of {', '.join(matches)}; give the "
+                    f"frames under the model's own camera names {list(cameras)}."
                 )
             found += matches
         if len(found) != len(cameras) or sorted(found) != sorted(names):
@@ -148,19 +147,19 @@ class VLAAdapterImageProcessor(PilBackend):
                 either uint8 or floating point in 0...1.
 
         Returns:
-            `BatchFeature`: `pixel_values`, float32 `(batch, 6 * cameras, height, width)`: of each camera three channels
-            normalised for DINOv2, then three for SigLIP.
+            `BatchFeature`: `pixel_values`, float32 `(batch, 6 * cameras, height, width)`. Per camera three channels
+            that are normalised for DINOv2, then three for SigLIP.
 
         Raises:
-            TypeError: for an option that there is none of, or that belongs to the model: its cameras.
+            TypeError: for an unknown option, and for `cameras`, which cannot be changed in a call.
         """
         unknown = sorted(set(kwargs) - set(self.valid_kwargs.__annotations__))
         if unknown:
             raise TypeError(f"{', '.join(unknown)}: the image processor has no such option.")
         if "cameras" in kwargs:
             raise TypeError(
-                f"cameras belong to the model, here {list(self.cameras)}, and cannot be changed in a call; to give the "
-                "frames in any order, give a dict by camera name."
+                f"cameras belong to the model, here {list(self.cameras)}, and cannot be changed in a call; to give "
+                "the frames in any order, give a dict by camera name."
             )
         return super().preprocess(images, *args, **kwargs)
 
@@ -177,10 +176,10 @@ class VLAAdapterImageProcessor(PilBackend):
                 f"a frame must be a PIL image, a NumPy array or a torch tensor, got {type(image).__name__}."
             )
         if isinstance(image, Image.Image):
-            # Not the library's conversion, whose treatment of transparency depends on the release.
+            # Not with transformers' own conversion: how it treats transparency depends on the release.
             image = image.convert("RGB") if do_convert_rgb else image
             input_data_format = ChannelDimension.LAST
-        # NumPy has no such type. Its 8 bits do not tell the 256 levels apart either; float16's 11 do.
+        # bfloat16 has 8 significant bits, too few for 256 levels in 0...1. float16 has 11.
         if str(getattr(image, "dtype", "")).removeprefix("torch.") == "bfloat16":
             raise TypeError("a frame is bfloat16, which has already lost digits; give uint8 or float32.")
         array = to_numpy_array(image)
@@ -206,8 +205,8 @@ class VLAAdapterImageProcessor(PilBackend):
             raise ValueError(f"crop_area must be a share of the area in (0, 1], got {crop_area}.")
         for name in ("do_resize", "do_rescale", "do_normalize"):
             if not kwargs[name]:
-                raise ValueError(f"{name}=False is not possible: the model would see something it was not trained on.")
-        # The rest of transformers' arguments that the published preparation has no use for: not to be ignored silently.
+                raise ValueError(f"{name}=False is not possible: the model was trained with it.")
+        # Other arguments of transformers that have no effect here must not be ignored silently.
         for name in ("resample", "image_mean", "image_std", "crop_size", "do_pad", "pad_size"):
             if kwargs[name] is not None and kwargs[name] is not False:
                 raise ValueError(

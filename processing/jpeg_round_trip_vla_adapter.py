@@ -1,16 +1,19 @@
-"""What a frame looks like after it has been stored as JPEG and read back by TensorFlow.
+"""A frame as it looks after it was stored as JPEG and read by TensorFlow.
 
-The frames that VLA-Adapter was trained on had been JPEG files, so at inference a frame first makes the same trip:
-Pillow's encoder at quality 95 with 4:2:0 chroma, then libjpeg-turbo's decoder in TensorFlow's modes: the
-fast integer inverse DCT and "fancy" chroma upsampling. Pillow's own decoder takes the accurate inverse DCT and
-differs in more than half of all values, by up to 18 levels.
+The published models were trained on frames that had been stored as JPEG, so at inference frames are encoded and
+decoded in the same way: with Pillow's encoder at quality 95 with 4:2:0 chroma, and with libjpeg-turbo's decoder as
+TensorFlow configures it (fast integer inverse DCT, "fancy" chroma upsampling).
 
-There are two ways, equal to the bit. `jpeg_round_trip_simplejpeg` has a library do it. `jpeg_round_trip_numpy` states
-the arithmetic of libjpeg-turbo (`jccolor.c`, `jcsample.c`, `jfdctint.c`, `jcdctmgr.c`, `jidctfst.c`, `jdsample.c`,
-`jdcolor.c`) in NumPy; entropy coding loses nothing and is left out. `jpeg_round_trip` takes the first where it can.
+It is written by hand because Pillow's own decoder uses the accurate inverse DCT, and differs in more than half of all
+values, by up to 18 levels.
 
-Every product of matrices below has integer operands and integer partial sums that its floating type holds exactly, so
-no order of summation, and no fused multiply-add, can change its result.
+There are two implementations with equal results. `jpeg_round_trip_simplejpeg` uses the library simplejpeg.
+`jpeg_round_trip_numpy` follows the arithmetic of libjpeg-turbo in NumPy (`jccolor.c`, `jcsample.c`, `jfdctint.c`,
+`jcdctmgr.c`, `jidctfst.c`, `jdsample.c`, `jdcolor.c`), without entropy coding, which is lossless. `jpeg_round_trip`
+uses simplejpeg if it is installed.
+
+All matrix products below have integer operands, and their floating type holds every partial sum exactly. So neither
+the order of summation nor fused multiply-add changes a result.
 """
 
 import io
@@ -21,13 +24,13 @@ from PIL import Image
 
 try:
     import simplejpeg
-except ImportError:  # an extra: the NumPy way is slower, not different
+except ImportError:  # optional: without it the result is the same and takes longer
     simplejpeg = None
 
 
 QUALITY = 95
 
-# The tables of ITU-T T.81 Annex K (the "standard tables"), rows of vertical frequency.
+# The standard tables of ITU-T T.81, Annex K. A row holds one vertical frequency.
 _LUMA_TABLE = np.array(
     [
         [16, 11, 10, 16, 24, 40, 51, 61],
@@ -43,16 +46,16 @@ _LUMA_TABLE = np.array(
 _CHROMA_TABLE = np.full((8, 8), 99)
 _CHROMA_TABLE[:4, :4] = [[17, 18, 24, 47], [18, 21, 26, 66], [24, 26, 56, 99], [47, 66, 99, 99]]
 
-# RGB to Y, Cb, Cr in units of 2^-16, and what is added before rounding down (to Cb, Cr: 128 and just under a half).
+# RGB to Y, Cb, Cr in units of 2^-16, and the offsets before rounding down (for Cb and Cr: 128 and just under a half).
 _RGB_TO_YCC = np.array([[19595, 38470, 7471], [-11059, -21709, 32768], [32768, -27439, -5329]], np.float32)
 _RGB_TO_YCC_OFFSET = np.array([[32768], [(128 << 16) + 32767], [(128 << 16) + 32767]], np.float32)
-# Cb - 128 and Cr - 128 to what they add to Y in R, G and B, in units of 2^-16.
+# The parts of R, G and B that come from Cb - 128 and Cr - 128, in units of 2^-16.
 _CHROMA_TO_RGB = np.array([[0, 91881], [-22554, -46802], [116130, 0]], np.float32)
 _HALF = np.float32(32768)
 _PER_65536 = np.float32(2**-16)
 
-# One pass of the accurate ("ISLOW") forward DCT, in units of 2^-13. libjpeg writes it as a butterfly; multiplied out,
-# each entry is a sum of its rounded constants, which is why some entries miss the rounded cosine by one.
+# One pass of the accurate ("ISLOW") forward DCT, in units of 2^-13. libjpeg computes it as a butterfly. Each entry
+# here is a sum of the butterfly's rounded constants, so some entries differ from the rounded cosine by one.
 _FORWARD_DCT = np.array(
     [
         [8192, 8192, 8192, 8192, 8192, 8192, 8192, 8192],
@@ -67,7 +70,7 @@ _FORWARD_DCT = np.array(
     np.float64,
 )
 
-# Constants of the fast ("IFAST") inverse DCT in units of 2^-8: sqrt(2), and the three of the odd part.
+# Constants of the fast ("IFAST") inverse DCT in units of 2^-8: sqrt(2), and three for the odd coefficients.
 _SQRT_2, _1_8478, _1_0824, _2_6131 = 362, 473, 277, 669
 
 
@@ -75,7 +78,7 @@ def jpeg_round_trip(image: np.ndarray) -> np.ndarray:
     """Encode `image` as JPEG (quality 95, 4:2:0) and decode it as TensorFlow does.
 
     Args:
-        image: uint8 (height, width, 3), RGB, any size from 1x1 on.
+        image: uint8 (height, width, 3), RGB, of at least one pixel.
 
     Returns:
         uint8 (height, width, 3). The same bytes with and without `simplejpeg`.
@@ -90,30 +93,30 @@ def jpeg_round_trip(image: np.ndarray) -> np.ndarray:
 
 
 def jpeg_round_trip_simplejpeg(image: np.ndarray) -> np.ndarray:
-    """`jpeg_round_trip` by Pillow's encoder and `simplejpeg`'s decoder; ImportError without the latter."""
+    """`jpeg_round_trip` with Pillow's encoder and simplejpeg's decoder. Raises an ImportError without simplejpeg."""
     if simplejpeg is None:
         raise ImportError("jpeg_round_trip_simplejpeg needs the package simplejpeg; jpeg_round_trip works without it")
     check_rgb_image(image)
     file = io.BytesIO()
-    # simplejpeg has an encoder too, but not one that gives these bytes.
+    # simplejpeg's own encoder gives other bytes.
     Image.fromarray(image).save(file, format="JPEG", quality=QUALITY, subsampling=2)
     return simplejpeg.decode_jpeg(file.getvalue(), colorspace="RGB", fastdct=True, fastupsample=False)
 
 
 def jpeg_round_trip_numpy(image: np.ndarray) -> np.ndarray:
-    """`jpeg_round_trip` in NumPy alone."""
+    """`jpeg_round_trip` in NumPy only."""
     check_rgb_image(image)
     height, width = image.shape[:2]
     luma, chroma = _to_subsampled_ycc(image)
     luma = _quantize_and_restore(luma, _LUMA_TABLE)
     chroma = _quantize_and_restore(chroma, _CHROMA_TABLE)
-    # The padding to whole blocks must not reach the upsampling: libjpeg repeats the last true row and column there.
+    # Padding is removed before upsampling: there, libjpeg repeats the last row and column of the image itself.
     chroma = _upsample(chroma[:, : (height + 1) // 2, : (width + 1) // 2])
     return _to_rgb(luma[0, :height, :width], chroma[:, :height, :width])
 
 
 def check_rgb_image(image: np.ndarray) -> None:
-    """Raise TypeError or ValueError unless `image` is a uint8 array (height, width, 3) with at least one pixel."""
+    """Raise a TypeError or ValueError unless `image` is a uint8 array (height, width, 3) of at least one pixel."""
     if not isinstance(image, np.ndarray):
         raise TypeError(f"expected an image as a NumPy array of uint8, got {type(image).__name__}")
     if image.dtype != np.uint8:
@@ -132,13 +135,13 @@ def _to_subsampled_ycc(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     planes = np.floor(planes, out=planes).reshape(3, height, width)
     luma, chroma = planes[:1], planes[1:]
 
-    # Columns are repeated up to whole blocks before the chroma is averaged, rows only up to an even number;
-    # the rest of the rows repeat averaged ones.
+    # Before chroma is averaged, columns are repeated up to whole blocks, but rows only up to an even number. Rows are
+    # repeated up to whole blocks afterwards.
     chroma_height, chroma_width = (height + 1) // 2, (width + 1) // 2
     chroma = _pad_by_repeating(chroma, 2 * chroma_height, 2 * _whole_blocks(chroma_width))
     chroma = chroma[:, ::2] + chroma[:, 1::2]
     chroma = chroma[:, :, ::2] + chroma[:, :, 1::2]
-    # The mean is rounded down after adding 1/4 in even columns and 2/4 in odd ones, lest rounding shift the whole.
+    # Before rounding down, 1/4 is added in even columns and 2/4 in odd ones, so that rounding does not shift the mean.
     chroma *= np.float32(0.25)
     chroma[:, :, ::2] += np.float32(0.25)
     chroma[:, :, 1::2] += np.float32(0.5)
@@ -161,35 +164,38 @@ def _quantize_and_restore(planes: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 def _forward_dct(blocks: np.ndarray) -> np.ndarray:
-    """Samples 0...255 (8, 8, blocks) -> coefficients times 8, float64 integers; rows first, then columns."""
+    """Samples 0...255 (8, 8, blocks) -> coefficients times 8, integers in float64. Rows first, then columns."""
     blocks = blocks.astype(np.float64)
     blocks -= 128
     blocks = _FORWARD_DCT @ blocks
-    _shift_right_rounding(blocks, 11)  # two bits more than the result has are kept between the passes
+    _shift_right_rounding(blocks, 11)  # between the passes two more bits are kept than in the result
     blocks = (_FORWARD_DCT @ blocks.reshape(8, -1)).reshape(blocks.shape)
     _shift_right_rounding(blocks, 15)
     return blocks
 
 
 def _shift_right_rounding(values: np.ndarray, bits: int) -> None:
-    """values / 2^bits to the nearest integer, halves up, in place."""
+    """Divide by 2^bits and round to the nearest integer, halves up, in place."""
     values *= 0.5**bits
     values += 0.5
     np.floor(values, out=values)
 
 
 def _quantize(coefficients: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Coefficients times 8, float64 (8, 8, blocks), used up -> int16 multiples of the table, halves away from zero."""
+    """Coefficients times 8, float64 (8, 8, blocks) -> int16 multiples of the table, halves away from zero.
+
+    `coefficients` is overwritten.
+    """
     coefficients /= (8.0 * table)[:, :, None]
     coefficients += np.copysign(0.5, coefficients)
-    return coefficients.astype(np.int16)  # drops the fraction
+    return coefficients.astype(np.int16)  # truncates
 
 
 def _inverse_dct(coefficients: np.ndarray, table: np.ndarray) -> np.ndarray:
     """Quantised coefficients (8, 8, blocks) int16 -> samples 0...255 int16, by the fast integer method.
 
-    The table takes up the scale factors of Arai, Agui and Nakajima, in units of 2^-2. All sums are 16 bits wide and
-    wrap around, as in libjpeg-turbo's vector code: patterns of pure black and white do reach that far.
+    The multipliers include the scale factors of Arai, Agui and Nakajima, in units of 2^-2. All sums are 16 bits wide
+    and wrap around, as in libjpeg-turbo's vector code. Patterns of pure black and white do overflow.
     """
     scale = np.cos(np.arange(8) * np.pi / 16) * np.where(np.arange(8) > 0, np.sqrt(2), 1)
     scale = np.rint(np.outer(scale, scale) * 2**14).astype(np.int64)
@@ -203,7 +209,7 @@ def _inverse_dct(coefficients: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 def _inverse_dct_pass(x: np.ndarray) -> np.ndarray:
-    """One pass along the first axis (of 8); the even half, the odd half, and where they meet."""
+    """One pass along the first axis (of 8): the even half, the odd half, and their sums and differences."""
     sum_04, difference_04 = x[0] + x[4], x[0] - x[4]
     sum_26 = x[2] + x[6]
     difference_26 = _times(x[2] - x[6], _SQRT_2) - sum_26
@@ -213,7 +219,7 @@ def _inverse_dct_pass(x: np.ndarray) -> np.ndarray:
     sum_17, difference_17 = x[1] + x[7], x[1] - x[7]
     shared = _times(difference_53 + difference_17, _1_8478)
     odd_0 = sum_17 + sum_53
-    # 2.6131 does not fit the vector code's 16-bit constants: it multiplies by 1.6131 and subtracts once more.
+    # 2.6131 does not fit into a 16-bit constant, so the vector code multiplies by 1.6131 and subtracts once more.
     odd_1 = _times(difference_53, 256 - _2_6131) - difference_53 + shared - odd_0
     odd_2 = _times(sum_17 - sum_53, _SQRT_2) - odd_1
     odd_3 = -(_times(difference_17, _1_0824) - shared + odd_2)
@@ -226,16 +232,16 @@ def _inverse_dct_pass(x: np.ndarray) -> np.ndarray:
 
 
 def _times(x: np.ndarray, constant: int) -> np.ndarray:
-    """int16 x * constant / 2^8, rounded down. As in the vector code x is quadrupled first, and wraps around there."""
+    """int16 x * constant / 2^8, rounded down. As in the vector code, x is multiplied by 4 first and wraps around."""
     product = np.multiply(x << 2, constant << 6, dtype=np.int32)
     product >>= 16
     return product.astype(np.int16)
 
 
 def _upsample(chroma: np.ndarray) -> np.ndarray:
-    """int16 (2, h, w) -> (2, 2h, 2w): "fancy" upsampling, weights 3:1 to the nearer row and column.
+    """int16 (2, h, w) -> (2, 2h, 2w): "fancy" upsampling, with weights 3:1 for the nearer row and column.
 
-    libjpeg repeats pixels instead where a plane is at most two wide.
+    libjpeg repeats pixels instead if a plane is at most two pixels wide.
     """
     planes, height, width = chroma.shape
     if width <= 2:
@@ -281,5 +287,5 @@ def _pad_by_repeating(planes: np.ndarray, height: int, width: int) -> np.ndarray
 
 
 def _pad_by_repeating_around(planes: np.ndarray) -> np.ndarray:
-    """One more row above and one more below."""
+    """Repeat the first row of (planes, h, w) above and the last row below."""
     return np.concatenate([planes[:, :1], planes, planes[:, -1:]], axis=1)

@@ -1,4 +1,4 @@
-"""Processor of VLA-Adapter: frames, instruction and state of a robot to the inputs of the model."""
+"""Processor of VLA-Adapter: a robot's frames, instruction and state to the inputs of the model."""
 
 import json
 from typing import Any
@@ -14,7 +14,7 @@ from .image_processing_vla_adapter import VLAAdapterImageProcessor, VLAAdapterIm
 from .jpeg_round_trip_vla_adapter import jpeg_round_trip  # noqa: F401
 
 
-# By the names under which they are saved. The instruction goes in in lower case, as in training.
+# By `prompt_style`. The instruction is in lower case, as in training.
 PROMPTS = {
     "chat": (
         "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
@@ -31,7 +31,7 @@ class VLAAdapterProcessorKwargs(ProcessingKwargs, total=False):
 
 class VLAAdapterProcessor(ProcessorMixin):
     r"""
-    What a robot sees, is told and feels, as inputs of [`VLAAdapterForActionPrediction.predict_action`].
+    Camera frames, an instruction and the robot's state as inputs of [`VLAAdapterForActionPrediction.predict_action`].
 
     Args:
         image_processor ([`VLAAdapterImageProcessor`]): prepares the frames.
@@ -119,8 +119,8 @@ class VLAAdapterProcessor(ProcessorMixin):
             `inputs.to(torch.bfloat16)` cannot round it before it is normalised.
 
         Raises:
-            ValueError, TypeError: for a wrong number of cameras, an empty instruction, a state of the wrong size;
-                the message names what was expected. A TypeError also for an option that there is none of.
+            ValueError, TypeError: for a wrong number of cameras, an empty instruction or a state of the wrong size.
+                The message names what was expected. A TypeError also for an unknown option.
         """
         if images is None or text is None:
             raise ValueError(
@@ -172,7 +172,11 @@ class VLAAdapterProcessor(ProcessorMixin):
         )
 
     def make_prompts(self, text: str | list[str]) -> list[str]:
-        """Instructions in the model's prompt."""
+        """The prompts around the instructions.
+
+        Raises:
+            TypeError, ValueError: for an instruction that is no string, is empty or holds a control token.
+        """
         instructions = [text] if isinstance(text, str) else list(text)
         for index, instruction in enumerate(instructions):
             if not isinstance(instruction, str):
@@ -185,7 +189,7 @@ class VLAAdapterProcessor(ProcessorMixin):
             for token in control_tokens:
                 if token in instruction:
                     raise ValueError(
-                        f"text[{index}] holds {token!r}, which the tokenizer takes for a control token, not for words."
+                        f"text[{index}] holds {token!r}, which the tokenizer reads as a control token, not as words."
                     )
         return [PROMPTS[self.prompt_style].format(instruction=instruction) for instruction in instructions]
 
@@ -194,7 +198,7 @@ class VLAAdapterProcessor(ProcessorMixin):
         return ["input_ids", "attention_mask", "pixel_values", "state", "preparation"]
 
     def _control_tokens(self) -> list[str]:
-        """What would end the instruction's turn, or the like. Words that somebody added to the vocabulary are fine."""
+        """Tokens such as the end of a turn. Words that were added to the vocabulary are not among them."""
         added = self.tokenizer.added_tokens_decoder.values()
         return [token.content for token in added if token.special or token.content.startswith("<")]
 
@@ -235,7 +239,7 @@ def check_tokenizer(tokenizer: Any, source: str) -> None:
 
 
 def _without_tensors(state: Any) -> Any:
-    """The state with arrays in place of tensors, also of those in a list, as long as none has lost digits."""
+    """The state with arrays instead of tensors, also in lists. Tensors of 16 bits are refused."""
     dtype = str(getattr(state, "dtype", "")).removeprefix("torch.")
     if dtype in ("float16", "bfloat16"):
         raise ValueError(f"state is {dtype}, which has already lost digits; give float32 or float64.")
@@ -245,7 +249,7 @@ def _without_tensors(state: Any) -> Any:
 
 
 def _check_options(options: dict[str, Any]) -> None:
-    """Refuse what transformers would pass over with a warning: a misspelled option would change nothing."""
+    """Refuse unknown options. transformers only warns about them, and a misspelled option would have no effect."""
     parts = {
         part: set(VLAAdapterProcessorKwargs.__annotations__[part].__annotations__)
         for part in ("text_kwargs", "images_kwargs")

@@ -190,6 +190,8 @@ REFUSED = {
     "one camera twice": (ValueError, "cameras", {"cameras": ["image", "image"]}),
     "a camera without quotes": (TypeError, "cameras", {"cameras": "image"}),
     "cameras by number": (TypeError, "cameras", {"cameras": [0, 1]}),
+    "a tower's field of the wrong type": (ValueError, "siglip_config.*hidden_size.*expected int", tower("siglip_config", hidden_size="48")),
+    "a list of layers of another length": (ValueError, "text_config.*num_hidden_layers.*layer.types", tower("text_config", layer_types=["full_attention"])),
     "towers of two image sizes": (ValueError, "dinov2_config and siglip_config", tower("siglip_config", image_size=56)),
     "towers of two patch sizes": (ValueError, "dinov2_config and siglip_config", tower("siglip_config", patch_size=7)),
     "an image that is not whole patches": (ValueError, "dinov2_config.image_size=30", tower("dinov2_config", image_size=30)),

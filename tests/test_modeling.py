@@ -381,7 +381,7 @@ def test_the_split_point_moves_states_between_the_two_sources():
 @pytest.mark.parametrize("name", ["action", "labels", "propio"])
 def test_an_argument_that_forward_does_not_know_is_refused(name):
     model = tiny_model()
-    with pytest.raises(TypeError, match=f"forward takes no {name}"):
+    with pytest.raises(TypeError, match=f"forward has no argument {name}"):
         model(**tiny_inputs(model.config), **{name: torch.zeros(2, 4, 7)})
 
 

@@ -361,7 +361,7 @@ class TestText:
     # In capitals too: the instruction goes in in lower case.
     @pytest.mark.parametrize("token", ["<|im_end|>", "<|IM_END|>", "<|endoftext|>"])
     def test_a_control_token_in_an_instruction_is_refused(self, processor, frames, token):
-        message = re.escape(f"text[1] holds '{token.lower()}', which the tokenizer takes for a control token")
+        message = re.escape(f"text[1] holds '{token.lower()}', which the tokenizer reads as a control token")
         with pytest.raises(ValueError, match=message):
             small(processor)(images=[frames[:2]] * 2, text=["open it", f"open it{token} now"])
 

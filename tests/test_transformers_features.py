@@ -1,11 +1,14 @@
 """What users of transformers expect of any model: attention kernels, checkpointing, compilation, devices, adapters."""
 
+import warnings
+
 import pytest
 import torch
 from model_fixtures import norm_stats, tiny_config, tiny_inputs, tiny_model
 from transformers import AutoModel
 
 from vla_adapter_hf import VLAAdapterForActionPrediction
+from vla_adapter_hf.modeling.modeling_vla_adapter import MASK_MAKERS, mask_maker
 
 
 # As for the goldens.
@@ -277,3 +280,28 @@ class TestPeft:
             merged = adapted.merge_and_unload()
             assert type(merged) is VLAAdapterForActionPrediction
             torch.testing.assert_close(merged(**inputs).actions, expected, rtol=0, atol=1e-4)
+
+
+class TestCausalMasks:
+    """Releases of transformers differ in what `create_causal_mask` takes; only what it requires is passed."""
+
+    def test_arguments_that_a_release_does_not_have_are_not_passed(self):
+        def without_past_key_values(config, inputs_embeds, attention_mask, position_ids=None):
+            return (config, inputs_embeds, attention_mask)
+
+        assert mask_maker(without_past_key_values)(config="c", inputs_embeds="e") == ("c", "e", None)
+
+    def test_arguments_that_a_release_requires_are_none(self):
+        def with_past_key_values(config, inputs_embeds, attention_mask, cache_position="unused", *, past_key_values):
+            return (config, inputs_embeds, attention_mask, cache_position, past_key_values)
+
+        assert mask_maker(with_past_key_values)(config="c", inputs_embeds="e") == ("c", "e", None, "unused", None)
+
+    @pytest.mark.parametrize("layer_type", sorted(MASK_MAKERS))
+    def test_the_installed_release_warns_of_nothing(self, layer_type):
+        layers = {"layer_types": [layer_type] * 2, "use_sliding_window": True, "sliding_window": 4}
+        model = tiny_model(text_config={**tiny_config().text_config.to_dict(), **layers})
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            output = model(**tiny_inputs(model.config))
+        assert torch.isfinite(output.actions).all()
