@@ -1,8 +1,7 @@
 """What happens to camera frames between decoding and the processor: resize, and in training augmentation.
 
 A transform is called with all cameras' frames of one sample and returns frames of the model's size. Its draws depend
-on seed, epoch, sample index and camera alone: the same sample looks the same whatever the number of workers and the
-order.
+on seed, epoch, sample index and camera only: the number of workers and the order of samples change nothing.
 """
 
 from __future__ import annotations
@@ -26,11 +25,6 @@ DEFAULT_CROP_AREA = 0.9
 _TINY = np.finfo(np.float32).tiny
 _TWO, _FOUR, _SIX = np.float32(2), np.float32(4), np.float32(6)
 
-# Freed arrays of a frame's size go back to the system at once, and every page of the next one is a page fault: more than
-# half of the time an augmentation takes. The GNU C library learns from the largest array freed, up to 32 MiB, what to keep
-# (in every process that imports this, so in workers too). The array itself is never touched, and other libraries ignore it.
-np.empty((32 << 20) - (1 << 16), np.uint8)
-
 
 def _size(image_size: int | Sequence[int]) -> tuple[int, int]:
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
@@ -44,12 +38,12 @@ def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 class ImageResize:
-    """Frames at the model's size and nothing else: for validation.
+    """Bring frames to the model's size and change nothing else; for validation.
 
     Args:
         image_size: pixels, one number or (height, width).
-        crop_area: also cut out the centre of this area, as at inference with a model trained with crops. The published
-            training validates without (None).
+        crop_area: also cut out the centre of this area, as at inference with a model trained with crops. None, as in
+            the published training, does not.
 
     Raises:
         ValueError: a size that is not positive.
@@ -84,19 +78,18 @@ class ImageAugmentation:
     4. saturation: S f in HSV, f in `saturation`;
     5. hue: H + d in HSV, d in [-hue, hue) of a full turn.
 
-    Values are clipped to 0...1 after each, and end as uint8 by truncating x * 255.5.
+    Values are clipped to 0...1 after each. They become uint8 by truncating x * 255.5.
 
     Args:
         image_size: pixels, one number or (height, width).
-        seed: with epoch, sample index and camera it decides all draws.
-        crop_area: share of the area that the crop keeps; the processor's centre crop at inference should have the
-            same.
-        independent_offsets: draw the crop's two offsets on their own. The published training uses one draw for both,
-            so its window moves along the diagonal only; that is the default.
+        seed: decides all draws, together with epoch, sample index and camera.
+        crop_area: share of the area that the crop keeps. The processor's centre crop at inference should be the same.
+        independent_offsets: draw the crop's two offsets independently. The published training uses one draw for both,
+            so its window moves along the diagonal only. That is the default.
         brightness, contrast, saturation, hue: the ranges of the draws.
 
     Raises:
-        ValueError: a size, an area or a range that makes no sense.
+        ValueError: a size, an area or a range that is not valid.
     """
 
     def __init__(
@@ -170,7 +163,7 @@ class ImageAugmentation:
         side = np.sqrt(np.float32(self.crop_area))
         y, x = np.float32(draw["y"]), np.float32(draw["x"])
         image = crop_and_resize(image, (y, x, y + side, x + side), self.image_size)
-        # A plane per channel from here on: every operation then runs over memory in order.
+        # One plane per channel: every operation then runs over memory in order.
         planes = np.empty((3, *self.image_size), np.float32)
         np.clip(image.transpose(2, 0, 1), 0.0, 1.0, out=planes)
         adjust_brightness(planes, draw["brightness"])
@@ -213,8 +206,8 @@ def adjust_contrast(planes: np.ndarray, factor: float) -> None:
 def adjust_saturation_and_hue(planes: np.ndarray, factor: float, delta: float) -> np.ndarray:
     """In HSV, scale S by `factor` (clipped to 0...1), then turn H by `delta` of a full turn.
 
-    Both in one passage through HSV: the value V and, away from grey, the hue survive the saturation step unchanged,
-    and what comes out of HSV lies in 0...1, so nothing is lost by not going back to RGB in between.
+    Both are done in one conversion to HSV and back. The saturation step changes neither V nor, except for grey, H, and
+    its result is within 0...1, so going back to RGB in between would change nothing.
 
     Args:
         planes: float32 (3, height, width) in 0...1.
@@ -229,8 +222,8 @@ def adjust_saturation_and_hue(planes: np.ndarray, factor: float, delta: float) -
     chroma = np.minimum(red, green)
     np.minimum(chroma, blue, out=chroma)
     np.subtract(value, chroma, out=chroma)
-    # Hue in sixths of a turn: a sector for the largest channel, and the difference of the other two within it.
-    # Of grey the differences are zero, whatever they are multiplied with.
+    # Hue in sixths of a turn: the largest channel gives the sector, the difference of the other two the place in it.
+    # For grey the differences are zero, whatever they are multiplied with.
     scale = np.reciprocal(np.maximum(chroma, _TINY))
     hue = red - green
     hue *= scale
@@ -244,13 +237,13 @@ def adjust_saturation_and_hue(planes: np.ndarray, factor: float, delta: float) -
     np.copyto(hue, difference, where=value == red)
     hue += turn
     hue -= _SIX * np.floor(hue / _SIX)
-    # Saturation is chroma / value: clipping it at one is clipping the chroma at the value.
+    # Saturation is chroma / value, so clipping it at one means clipping the chroma at the value.
     chroma *= factor
     np.minimum(chroma, value, out=chroma)
     value -= chroma  # the smallest channel of the result
     out = np.empty_like(planes)
     for channel, (centre, sign, offset) in enumerate(((3, 1, -1), (2, -1, 2), (4, -1, 2))):
-        # How far a channel rises above the smallest: by all of the chroma within a sixth of a turn of its own hue.
+        # A channel is above the smallest one by the whole chroma within a sixth of a turn of its own hue.
         share = np.abs(hue - np.float32(centre))
         share *= np.float32(sign)
         share += np.float32(offset)
