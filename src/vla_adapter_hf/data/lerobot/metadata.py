@@ -112,8 +112,8 @@ def read_lerobot_metadata(folder: Path, where: str | None = None) -> LeRobotMeta
             "with lerobot"
         )
     for name, feature in info["features"].items():
-        _check_keys(feature, {"dtype": str}, f"{where}: feature {name!r} of meta/info.json")
-    cameras = [name for name, feature in info["features"].items() if feature["dtype"] == "video"]
+        _check_keys(feature, {}, f"{where}: feature {name!r} of meta/info.json")
+    cameras = [name for name, feature in info["features"].items() if feature.get("dtype") == "video"]
     if cameras:
         reason = f"{where}: meta/info.json; camera {cameras[0]!r} is video"
         _check_keys(info, {"video_path": str}, reason)
