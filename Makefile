@@ -6,7 +6,7 @@ OLDEST := $(VENV)/oldest
 # pip asks nobody and prints its errors only.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-loop policy simulator test lint docs package oldest conformance clean
+.PHONY: demo demo-loop policy simulator test lint docs commands package oldest conformance clean
 
 # One prediction on a recorded observation; an episode, once `make demo-loop` has brought the simulator.
 demo: $(VENV)/demo-installed
@@ -35,6 +35,10 @@ lint: $(VENV)/test-installed
 # The documentation as a site in docs/_build/html; a warning, such as a link that leads nowhere, is an error.
 docs: $(VENV)/docs-installed
 	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html
+
+# The commands of README and documentation that need no network and no simulator.
+commands: $(VENV)/test-installed
+	$(BIN)/python -m pytest -m slow tests/test_documentation.py
 
 # sdist and wheel in dist/. The tests install the wheel into an empty environment, run its demo and check its types.
 package: $(VENV)/test-installed
