@@ -57,6 +57,9 @@ def serve(
         float, typer.Option(help="How long a batch waits for observations that are being prepared.")
     ] = ServeSettings.max_wait_ms,
     max_queue: Annotated[int, typer.Option(help="Observations that may wait.")] = ServeSettings.max_queue,
+    out_of_range: Annotated[
+        str, typer.Option(help="A state far outside the training data: warn (in the log), error or ignore.")
+    ] = ServeSettings.out_of_range,
     clip: Annotated[bool, typer.Option("--clip", help="Limit actions to the training range.")] = ServeSettings.clip,
     max_age: Annotated[
         float | None, typer.Option(help="Refuse observations that are older, in seconds.")
@@ -97,6 +100,7 @@ def serve(
         max_batch=max_batch,
         max_wait_ms=max_wait_ms,
         max_queue=max_queue,
+        out_of_range=out_of_range,
         clip=clip,
         max_age=max_age,
         max_frame_mb=max_frame_mb,

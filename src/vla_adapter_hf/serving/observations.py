@@ -217,8 +217,8 @@ def _age(message: dict[str, Any]) -> float:
     return max(oldest, 0.0)
 
 
-def decode_image(image: np.ndarray | EncodedImage, max_frame_bytes: int) -> np.ndarray:
-    """A frame as an array; the size of an encoded image is checked before it is decoded.
+def decode_image(image: np.ndarray | EncodedImage, camera: str, max_frame_bytes: int) -> np.ndarray:
+    """A camera's frame as an array. The size of an encoded image is checked before it is decoded.
 
     Raises:
         InvalidRequest: the image is broken.
@@ -230,10 +230,14 @@ def decode_image(image: np.ndarray | EncodedImage, max_frame_bytes: int) -> np.n
         with Image.open(io.BytesIO(image.data), formats=("PNG", "JPEG")) as opened:
             width, height = opened.size
         if 3 * width * height > max_frame_bytes:
-            raise TooLarge(f"a frame of {width} x {height} pixels is over the limit of {max_frame_bytes} bytes.")
+            raise TooLarge(
+                f"the frame of {camera!r}, {width} x {height} pixels, is over the limit of {max_frame_bytes} bytes."
+            )
         return decode_frame(image.data)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InvalidRequest(f"a frame cannot be decoded: {error}") from error
+        raise InvalidRequest(
+            f"the frame of {camera!r} cannot be decoded: it is no PNG or JPEG, or damaged."
+        ) from error
 
 
 def pad_to_square(frame: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ class PreparedObservation:
     Attributes:
         observation: where it comes from.
         inputs: `input_ids` and `attention_mask` `(1, prompt)`, `pixel_values` `(1, 6 * cameras, height, width)`, `state`
-            `(1, proprio_dim)`.
+            `(1, proprio_dim)`, and `preparation`, which the model compares with its configuration.
     """
 
     observation: Observation
@@ -127,7 +127,10 @@ class ServedPolicy:
             InvalidRequest: the observation does not fit the model; the message names the field.
         """
         try:
-            frames = [decode_image(frame, self.settings.max_frame_bytes) for frame in observation.frames]
+            frames = [
+                decode_image(frame, camera, self.settings.max_frame_bytes)
+                for frame, camera in zip(observation.frames, self.config.cameras, strict=True)
+            ]
             if self.settings.resize == "pad":
                 images = self.processor.image_processor
                 frames = [pad_to_square(images.process_image(frame, do_convert_rgb=True)) for frame in frames]
@@ -149,7 +152,9 @@ class ServedPolicy:
         if self.batch_sizes is not None:
             size = next(size for size in self.batch_sizes if size >= len(rows))
             rows += [rows[-1]] * (size - len(rows))
-        actions = self.model.predict_action(**_joined(rows), unnorm_key=self.rules.unnorm_key)
+        actions = self.model.predict_action(
+            **_joined(rows), unnorm_key=self.rules.unnorm_key, out_of_range=self.settings.out_of_range
+        )
         return [self.rules.apply(chunk) for chunk in actions[: len(batch)]]
 
     def warm_up(self) -> None:
@@ -212,6 +217,7 @@ def _joined(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "attention_mask": padded("attention_mask"),
         "pixel_values": torch.cat([row["pixel_values"] for row in rows]),
         "state": np.concatenate([row["state"] for row in rows]),
+        "preparation": [row["preparation"] for row in rows],
     }
 
 

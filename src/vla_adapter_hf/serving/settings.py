@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vla_adapter_hf.checkpoints.quantization import KINDS
+from vla_adapter_hf.modeling.inference_vla_adapter import OUT_OF_RANGE
 from vla_adapter_hf.robots import ROBOTS
 from vla_adapter_hf.utils.devices import check_device
 
@@ -40,6 +41,8 @@ class ServeSettings:
         max_batch: observations that are predicted at once.
         max_wait_ms: how long a batch waits for observations that are being prepared. A lone robot never waits.
         max_queue: observations that may wait; more are refused.
+        out_of_range: what to do about a state far outside the range of the training data: `"warn"` in the log, `"error"` or
+            `"ignore"`.
         clip: limit actions to the range of the training data.
         max_age: seconds; an observation that is older when its prediction begins is refused.
         max_frame_mb, max_message_mb: limits of one decoded frame and of one message, in MB (10^6 bytes).
@@ -69,6 +72,7 @@ class ServeSettings:
     max_batch: int = 8
     max_wait_ms: float = 5.0
     max_queue: int = 64
+    out_of_range: str = "warn"
     clip: bool = False
     max_age: float | None = None
     max_frame_mb: float = 8.0
@@ -100,6 +104,7 @@ class ServeSettings:
             ("--resize", self.resize, RESIZE_MODES),
             ("--quantize", self.quantize, (None, *KINDS)),
             ("--dtype", self.dtype, (None, *DTYPES)),
+            ("--out-of-range", self.out_of_range, OUT_OF_RANGE),
             ("--robot", self.robot, (None, PHYSICAL, *ROBOTS)),
         ):
             if value not in choices:
