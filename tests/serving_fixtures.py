@@ -94,15 +94,19 @@ class ServerProcess:
                 raise AssertionError(f"the server did not start:\n{self.process.stdout.read()}")
             time.sleep(0.2)
 
-    def stop(self, with_signal: int = signal.SIGTERM, seconds: float = 20) -> int:
-        """The exit code."""
+    def stop(self, with_signal: int = signal.SIGTERM, seconds: float = 30) -> tuple[int, str]:
+        """The exit code and what was printed."""
         self.process.send_signal(with_signal)
-        return self.process.wait(seconds)
+        output, _ = self.process.communicate(timeout=seconds)
+        return self.process.returncode, output
 
-    def kill(self) -> None:
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         if self.process is not None and self.process.poll() is None:
             self.process.kill()
-            self.process.wait()
+            self.process.communicate()
 
 
 @dataclass

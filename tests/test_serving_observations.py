@@ -188,15 +188,15 @@ def encoded(array, image_format="PNG"):
 
 def test_an_encoded_image_over_the_limit_is_refused_before_it_is_decoded():
     image = encoded(np.zeros((100, 100, 3), np.uint8))
-    assert decode_image(image, 30_000).shape == (100, 100, 3)
+    assert decode_image(image, "front", 30_000).shape == (100, 100, 3)
     with pytest.raises(TooLarge, match="100 x 100"):
-        decode_image(image, 29_999)
+        decode_image(image, "front", 29_999)
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", encoded(FRONT).data[:40], encoded(FRONT, "BMP").data])
 def test_a_broken_image_and_other_formats_are_refused(data):
-    with pytest.raises(InvalidRequest, match="decoded"):
-        decode_image(EncodedImage(data), 10**6)
+    with pytest.raises(InvalidRequest, match="'front' cannot be decoded"):
+        decode_image(EncodedImage(data), "front", 10**6)
 
 
 def test_padding_keeps_the_frame_and_adds_black():

@@ -332,6 +332,23 @@ def test_a_gripper_whose_convention_is_not_known_needs_a_robot(embedded_policy):
     assert ActionRules.of(config, ServeSettings(robot="none")).robot is None
 
 
+def test_a_state_in_other_units_is_an_error_on_request(embedded_policy, observation):
+    millimetres = {**observation, "state": 1000 * observation["state"]}
+    mean = embedded_policy.config.norm_stats["libero_object"]["proprio"]["mean"]
+    with server_thread(embedded_policy, ServeSettings(out_of_range="error")) as running:
+        error = ask_once(running, millimetres)
+        assert error["kind"] == PredictionFailed.kind and "units" in error["message"]
+        assert "actions" in ask_once(running, {**observation, "state": mean})
+
+
+def test_a_processor_with_other_settings_than_the_models_is_refused(embedded_policy, observation):
+    processor = copy.deepcopy(embedded_policy.processor)
+    processor.image_processor.do_center_crop = True
+    policy = ServedPolicy(embedded_policy.model, processor, ServeSettings(), embedded_policy.rules)
+    with pytest.raises(ValueError, match="crop"):
+        policy.warm_up()
+
+
 def test_a_session_has_one_controller_until_it_leaves(server, observation):
     with server.websocket(VLLM_OMNI_PATH) as first, server.websocket(VLLM_OMNI_PATH) as second:
         receive(first), receive(second)

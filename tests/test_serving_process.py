@@ -1,0 +1,178 @@
+"""`vla-adapter serve` as a process: how it starts, ends, is killed, and what its clients notice."""
+
+import signal
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from serving_fixtures import ServerProcess, free_port, receive, recorded_observation, request, server_thread
+from typer.testing import CliRunner
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from vla_adapter_cli import app
+from vla_adapter_hf.serving.client import PolicyClient, PolicyError
+from vla_adapter_hf.serving.server import serve
+from vla_adapter_hf.serving.settings import ServeSettings
+from vla_adapter_hf.serving.wire import pack
+
+
+@pytest.fixture(scope="module")
+def observation():
+    return recorded_observation()
+
+
+def ask(client, observation, **options):
+    images = {name: observation[name] for name in ("image", "wrist_image")}
+    return client.predict(images, observation["prompt"], observation["state"], **options)
+
+
+def test_sigterm_answers_what_has_arrived_and_ends_cleanly(observation):
+    with ServerProcess(free_port()) as server:
+        server.start()
+        robots = []
+        for _ in range(3):
+            robot = connect(f"ws://127.0.0.1:{server.port}/", compression=None, max_size=None, proxy=None).__enter__()
+            receive(robot)
+            robots.append(robot)
+        for robot in robots:
+            robot.send(pack(observation))
+        end = time.monotonic() + 30
+        while b'vla_adapter_requests_total{protocol="openpi"} 3.0' not in request(f"{server.url}/metrics").body:
+            assert time.monotonic() < end
+        code, output = server.stop()
+        assert code == 0 and "answered first" in output and "Traceback" not in output
+        for robot in robots:
+            assert receive(robot)["actions"].shape == (8, 7)
+            with pytest.raises(ConnectionClosed):
+                robot.recv(timeout=10)
+
+
+def test_a_stopping_server_takes_no_new_requests(embedded_policy, observation):
+    with server_thread(embedded_policy, ServeSettings()) as running, running.websocket() as websocket:
+        receive(websocket)
+        running.services.engine.is_stopping = True
+        websocket.send(pack(observation))
+        assert receive(websocket).startswith("stopping")
+        assert request(f"{running.url}/healthz").status == request(f"{running.url}/health").status == 503
+        assert request(f"{running.url}/act", "{}").status == 503
+
+
+def test_a_client_comes_back_after_a_killed_server_and_says_how_old_the_answer_is(observation):
+    port = free_port()
+    with ServerProcess(port) as first, ServerProcess(port) as second:
+        first.start()
+        with PolicyClient(f"ws://127.0.0.1:{port}", session="arm", give_up_after=120) as client:
+            before = ask(client, observation)
+            assert before.attempts == 1 and before.age < 30
+            first.process.send_signal(signal.SIGKILL)
+            first.process.communicate()
+            with ThreadPoolExecutor(1) as robot:
+                waiting = robot.submit(ask, client, observation)
+                time.sleep(0.5)
+                assert not waiting.done()
+                started = time.monotonic()
+                second.start()
+                after = waiting.result(60)
+            assert after.attempts > 1 and after.age >= time.monotonic() - started
+            np.testing.assert_allclose(after.actions, before.actions, atol=1e-5)
+
+
+def test_a_client_gives_up_in_time():
+    start = time.monotonic()
+    with pytest.raises(ConnectionError, match="no answer within 1 s"):
+        PolicyClient(f"ws://127.0.0.1:{free_port()}", give_up_after=1.0)
+    assert time.monotonic() - start < 5
+
+
+def test_a_client_never_takes_a_late_answer_for_that_of_another_observation(embedded_policy, observation):
+    other = {**observation, "state": observation["state"] + 0.05}
+    with (
+        server_thread(embedded_policy, ServeSettings()) as running,
+        PolicyClient(f"ws://127.0.0.1:{running.port}", timeout=0.5, give_up_after=0.6) as client,
+    ):
+        end = threading.Event()
+        running.services.engine._predict_thread.submit(end.wait, 30)
+        with pytest.raises(ConnectionError):
+            ask(client, observation)
+        end.set()
+        client.timeout, client.give_up_after = 30, 60
+        late, again = ask(client, other), ask(client, other)
+    np.testing.assert_allclose(late.actions, again.actions, atol=1e-5)
+
+
+def test_a_client_says_what_the_server_refuses(embedded_policy, observation):
+    with (
+        server_thread(embedded_policy, ServeSettings(max_age=1.0)) as running,
+        PolicyClient(f"ws://127.0.0.1:{running.port}") as client,
+    ):
+        assert client.metadata["cameras"] == ["image", "wrist_image"]
+        with pytest.raises(PolicyError, match="too_old"):
+            ask(client, observation, observed_at=time.monotonic() - 5)
+        with pytest.raises(PolicyError, match="8 numbers"):
+            ask(client, {**observation, "state": np.zeros(3)})
+        client.reset()
+        assert ask(client, observation).actions.shape == (8, 7)
+
+
+def test_a_second_controller_is_refused_until_the_first_leaves(embedded_policy, observation):
+    with server_thread(embedded_policy, ServeSettings()) as running:
+        url = f"ws://127.0.0.1:{running.port}"
+        with PolicyClient(url, session="arm") as first, PolicyClient(url, session="arm", give_up_after=1) as second:
+            ask(first, observation)
+            with pytest.raises(ConnectionError, match="another connection controls the session 'arm'"):
+                ask(second, observation)
+            first.close()
+            second.give_up_after = 30
+            assert ask(second, observation).actions.shape == (8, 7)
+
+
+def test_a_wrong_key_is_an_error_at_once(embedded_policy):
+    key = "a-key-of-twenty-chars"
+    with server_thread(embedded_policy, ServeSettings(), api_key=key) as running:
+        url = f"ws://127.0.0.1:{running.port}"
+        with pytest.raises(PolicyError, match="401"):
+            PolicyClient(url, api_key="wrong")
+        with PolicyClient(url, api_key=key) as client:
+            assert client.metadata["model"] == "vla-adapter"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"host": "0.0.0.0"}, "--without-key"),
+        ({"cameras": {"front": "nose"}}, "no camera nose"),
+        ({"unnorm_key": "other"}, "other"),
+        ({"robot": "aloha"}, "14 values"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_before_the_weights_are_loaded(monkeypatch, options, message):
+    monkeypatch.setattr("vla_adapter_hf.checkpoints.checkpoint.Checkpoint.load_model", pytest.fail)
+    with pytest.raises(ValueError, match=message):
+        serve(None, ServeSettings(**{"port": 0, **options}), report_progress=lambda line: None)
+
+
+def test_a_taken_port_is_noticed_before_a_checkpoint_is_opened():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=f"--port {port}"):
+            serve("no-such-checkpoint", ServeSettings(port=port))
+
+
+def test_the_command_hands_its_options_over(monkeypatch):
+    given = {}
+    monkeypatch.setattr(
+        "vla_adapter_hf.serving.server.serve",
+        lambda checkpoint, settings, report_progress: given.update(checkpoint=checkpoint, settings=settings),
+    )
+    words = ["--max-age", "0.5", "--clip", "--camera", "front=image", "hand=wrist_image", "--max_batch", "2"]
+    result = CliRunner().invoke(app, ["serve", "somewhere", *words])
+    assert result.exit_code == 0, result.output
+    cameras = {"front": "image", "hand": "wrist_image"}
+    assert given["checkpoint"] == "somewhere"
+    assert given["settings"] == ServeSettings(max_age=0.5, clip=True, cameras=cameras, max_batch=2)
+    refused = CliRunner().invoke(app, ["serve", "--camera", "front"])
+    assert refused.exit_code == 1 and "--camera" in refused.output
