@@ -6,8 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
+from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.simulation.action_queue import ActionChunkQueue
-from vla_adapter_hf.simulation.policies import camera_order, embedded_folder, make_policy
+from vla_adapter_hf.simulation.policies import camera_order, make_policy
 
 
 def chunk(first: float, size: int = 8) -> np.ndarray:

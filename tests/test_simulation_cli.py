@@ -86,7 +86,7 @@ def test_a_checkpoint_that_cannot_drive_is_refused(tmp_path):
     with pytest.raises(ValueError, match="'oracle' is no checkpoint"):
         describe("oracle")
     GPT2Config().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="is no VLA-Adapter"):
+    with pytest.raises(ValueError, match="it is not a VLA-Adapter"):
         describe(str(tmp_path))
 
 

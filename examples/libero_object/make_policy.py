@@ -25,6 +25,7 @@ from transformers import AutoModel, AutoProcessor
 
 from vla_adapter_hf import VLAAdapterConfig
 from vla_adapter_hf.checkpoints.backbones import load_tokenizer
+from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.checkpoints.model_card import fill_model_card
 from vla_adapter_hf.checkpoints.saving import verify, write_checkpoint
 from vla_adapter_hf.cli.train import parse_arguments
@@ -33,7 +34,6 @@ from vla_adapter_hf.recording.demonstrate import demonstrate
 from vla_adapter_hf.recording.scenes import record_scenes
 from vla_adapter_hf.recording.settings import RecordingSettings, SceneSettings
 from vla_adapter_hf.simulation.evaluate import evaluate
-from vla_adapter_hf.simulation.policies import embedded_folder
 from vla_adapter_hf.simulation.settings import EvaluationSettings
 from vla_adapter_hf.training.checkpoints import last_finished_checkpoint
 from vla_adapter_hf.training.train import train

@@ -6,13 +6,13 @@ import multiprocessing
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vla_adapter_hf.checkpoints.backbones import load_tokenizer
+from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.init.untrained import init_from_config
 from vla_adapter_hf.modeling.configuration_vla_adapter import (
@@ -63,7 +63,7 @@ def random_checkpoint(size: str, dtype: torch.dtype) -> Iterator[Path]:
 
 
 def _write_random(folder: str, size: str, dtype: torch.dtype) -> None:
-    with as_file(files("vla_adapter_hf").joinpath("embedded")) as embedded:
+    with embedded_folder() as embedded:
         tokenizer = load_tokenizer(str(embedded / "tokenizer"))
         norm_stats = open_checkpoint(embedded / "checkpoint").config.norm_stats
     config = VLAAdapterConfig(**SIZES[size], norm_stats=norm_stats, dtype=dtype)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.resources import as_file, files
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +29,7 @@ from vla_adapter_hf.bench.random_weights import random_checkpoint
 from vla_adapter_hf.bench.report import comparison, percentiles, table
 from vla_adapter_hf.bench.settings import BenchSettings
 from vla_adapter_hf.bench.turns import OtherProgram, answer_turns, split_command
+from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.saving import synthetic_observation
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
@@ -136,8 +136,8 @@ def _source(settings: BenchSettings, report_progress: Callable[[str], None]) -> 
         with random_checkpoint(settings.size, settings.dtype or torch.bfloat16) as folder:
             yield str(folder)
     elif settings.checkpoint is None:
-        with as_file(files("vla_adapter_hf").joinpath("embedded", "checkpoint")) as folder:
-            yield str(folder)
+        with embedded_folder() as folder:
+            yield str(folder / "checkpoint")
     else:  # a download must not count as loading
         yield settings.checkpoint if Path(settings.checkpoint).is_dir() else _download(settings.checkpoint)
 
@@ -168,7 +168,7 @@ def _load(source: str, settings: BenchSettings, load_options: dict[str, Any]) ->
 def _observations(config: VLAAdapterConfig, batch_size: int) -> dict[str, Any]:
     """Recorded frames, as many as the model has cameras; state and instruction of the right sizes."""
     one = synthetic_observation(config)
-    with as_file(files("vla_adapter_hf").joinpath("embedded", "observation.npz")) as path, np.load(path) as recorded:
+    with embedded_folder() as folder, np.load(folder / "observation.npz") as recorded:
         frames = list(islice(cycle((recorded["full_image"], recorded["wrist_image"])), config.num_cameras))
     return {
         "images": [frames] * batch_size,

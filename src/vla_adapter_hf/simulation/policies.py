@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from vla_adapter_hf.checkpoints.checkpoint import check_dtype
+from vla_adapter_hf.checkpoints.embedded import embedded_folder
+from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
 from vla_adapter_hf.robots import RobotPreset, get_robot
 from vla_adapter_hf.simulation.environment import Environment, Observation
 from vla_adapter_hf.utils.devices import check_device
 from vla_adapter_hf.utils.files import visible_files
-
-
-PRECISIONS = ("float32", "bfloat16", "float16", "auto")
 
 
 @dataclass(frozen=True)
@@ -174,20 +172,17 @@ class CheckpointPolicy:
         dtype: str | None = None,
         name: str | None = None,
     ) -> None:
-        from vla_adapter_hf.checkpoints.open import open_checkpoint
-
         device = device or "cpu"
-        dtype = dtype or ("float32" if device == "cpu" else "auto")
-        if dtype not in PRECISIONS:
-            raise ValueError(f"dtype must be one of {', '.join(PRECISIONS)}, got {dtype!r}")
+        dtype = check_dtype(dtype or ("float32" if device == "cpu" else "auto"))
         check_device(device)
         self.name = name or Path(checkpoint).name
         opened = open_checkpoint(checkpoint)
-        self.processor, self.model = opened.load_processor(), opened.load_model(dtype, device).eval()
-        # Checked before an environment is built: other statistics give actions of another size, without an error.
-        self.unnorm_key, stats = select_norm_stats(self.model.config.norm_stats, unnorm_key or suite)
+        # Checked before the weights are loaded: other statistics give actions of another size, without an error.
+        self.unnorm_key, stats = select_norm_stats(opened.config.norm_stats, unnorm_key or suite)
         check_gripper(stats["action"], robot)
-        self.camera_order = camera_order(self.model.config.cameras, get_robot(robot).cameras)
+        self.camera_order = camera_order(opened.config.cameras, get_robot(robot).cameras)
+        self.processor = opened.load_processor()
+        self.model = opened.load_model(dtype=dtype, device=device)
 
     def describe(self) -> dict[str, Any]:
         """What decides its actions (JSON values), so that a retrained checkpoint does not resume another's run."""
@@ -261,13 +256,6 @@ def blackened(observation: Observation | None) -> Observation | None:
     if observation is None:
         return None
     return Observation(tuple(np.zeros_like(image) for image in observation.images), observation.state)
-
-
-@contextmanager
-def embedded_folder() -> Iterator[Path]:
-    """The folder that ships with the package: `checkpoint/`, and `observation.npz`, a recorded LIBERO observation."""
-    with as_file(files("vla_adapter_hf").joinpath("embedded")) as folder:
-        yield folder
 
 
 def make_policy(name: str, robot: str, **options: Any) -> Policy | ResidentPolicy:

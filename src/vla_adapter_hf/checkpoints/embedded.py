@@ -1,0 +1,19 @@
+"""The checkpoint that ships with the package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import as_file, files
+from pathlib import Path
+
+
+@contextmanager
+def embedded_folder() -> Iterator[Path]:
+    """The folder that ships with the package.
+
+    Yields:
+        `Path`: a folder with `checkpoint/`, `tokenizer/`, and `observation.npz`, a recorded LIBERO observation.
+    """
+    with as_file(files("vla_adapter_hf").joinpath("embedded")) as folder:
+        yield folder
