@@ -136,6 +136,10 @@ class VLAAdapterConfig(PreTrainedConfig):
         constant_dims (`str`, *optional*, defaults to `"zero"`):
             What a dimension whose minimum equals its maximum is normalised to: `"zero"` to 0, `"published"` to -1, as
             the original code does at inference (for converted checkpoints).
+        action_names, state_names (`list[str]`, *optional*):
+            What each dimension of an action and of the state is, such as joint names; for tables and pictures.
+        fps (`float`, *optional*):
+            Control steps per second that the actions of a chunk are apart, where the recordings say so.
         prompt_style (`str`, *optional*, defaults to `"chat"`):
             The prompt around the instruction: `"chat"` (all published checkpoints) or `"in_out"` (`In: ... Out:`).
             `None` if it is not known, as in files written before this field existed.
@@ -178,6 +182,9 @@ class VLAAdapterConfig(PreTrainedConfig):
     norm_type: str = "bounds_q99"
     norm_stats: dict[str, Any] | None = None
     constant_dims: str = "zero"
+    action_names: list[str] | tuple[str, ...] | None = None
+    state_names: list[str] | tuple[str, ...] | None = None
+    fps: float | int | None = None
     prompt_style: str | None = "chat"
     image_jpeg_round_trip: bool = True
     image_center_crop: float | int | None = 0.9
@@ -197,8 +204,9 @@ class VLAAdapterConfig(PreTrainedConfig):
             elif not isinstance(value, config_class):
                 raise TypeError(f"{name} must be a dict or a {config_class.__name__}, got {type(value).__name__}.")
             setattr(self, name, value)
-        if isinstance(self.cameras, tuple):
-            self.cameras = list(self.cameras)
+        for name in ("cameras", "action_names", "state_names"):
+            if isinstance(getattr(self, name), tuple):
+                setattr(self, name, list(getattr(self, name)))
         if self.norm_stats == {}:
             self.norm_stats = None
         refuse_misspelt(kwargs)
@@ -250,6 +258,7 @@ class VLAAdapterConfig(PreTrainedConfig):
             "policy_noise_std",
             "image_center_crop",
             "initializer_range",
+            "fps",
         )
         for name in (*sizes, *numbers):
             if isinstance(getattr(self, name), bool):  # older releases of `@strict` accept True as 1
@@ -257,6 +266,7 @@ class VLAAdapterConfig(PreTrainedConfig):
         for name in sizes:
             _check_at_least_1(name, getattr(self, name))
         self._check_cameras()
+        self._check_names()
         self._check_towers()
         self._check_policy()
         _check_choice("norm_type", self.norm_type, NORM_TYPES)
@@ -275,6 +285,16 @@ class VLAAdapterConfig(PreTrainedConfig):
         cameras = self.cameras
         if not cameras or len(set(cameras)) != len(cameras) or not all(cameras):
             raise ValueError(f"cameras must be at least one name, each once and not empty, got {list(cameras)}.")
+
+    def _check_names(self) -> None:
+        for field, size_field in (("action_names", "action_dim"), ("state_names", "proprio_dim")):
+            names, size = getattr(self, field), getattr(self, size_field)
+            if names is not None and len(names) != size:
+                raise ValueError(
+                    f"{field} has {len(names)} names and {size_field} is {size}; give one name per value, or {field}=None."
+                )
+        if self.fps is not None and not 0 < self.fps < math.inf:
+            raise ValueError(f"fps must be a number above 0 or None, got {self.fps!r}.")
 
     def _check_towers(self) -> None:
         dinov2, siglip = self.dinov2_config, self.siglip_config

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from importlib.resources import files
 
 import data_fixtures
 import pytest
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 from vla_adapter_cli import COMMANDS, app
 from vla_adapter_hf.cli.command import in_option_words, readable_errors, spread_lists
 from vla_adapter_hf.data import VLAAdapterDataset
+from vla_adapter_hf.training.arguments import DataArguments
 
 
 def run(*words, **options):
@@ -66,7 +68,7 @@ def test_cameras_are_given_in_the_same_ways_to_every_command(words, monkeypatch,
 
     def note(name):
         def record(*args, **kwargs):
-            seen[name] = kwargs.get("cameras") or next(arg for arg in args if isinstance(arg, list))
+            seen[name] = kwargs.get("cameras") or next(arg.cameras for arg in args if isinstance(arg, DataArguments))
             raise ValueError("enough")
 
         return record
@@ -107,6 +109,38 @@ def test_a_bad_value_for_train_is_one_line_and_not_the_list_of_all_arguments(tmp
     assert result.exit_code == 1
     assert result.stderr.strip().splitlines()[-1].startswith("error: argument --max_steps")
     assert result.stderr.count("\n") == 1
+
+
+DEMOS = data_fixtures.DEMOS / "lerobot_v30_image"
+EMBEDDED = files("vla_adapter_hf") / "embedded" / "checkpoint"
+
+
+def test_chunks_longer_than_the_episodes_name_the_options_that_help(tmp_path):
+    words = ["--checkpoint", EMBEDDED, "--dataset", DEMOS, "--robot", "libero", "--output_dir", tmp_path / "out"]
+    result = run("train", *words, "--chunk_size", 100, "--preset", "frozen")
+    assert result.exit_code == 1
+    assert "give --chunk_size 20 or less, or --pad_chunks true" in result.stderr
+    assert "--on_bad_episode skip" in result.stderr
+
+
+def test_a_robot_of_another_size_names_the_command_that_adapts_a_checkpoint():
+    result = run("plot", EMBEDDED, DEMOS, "--action_column", "observation.state")
+    assert result.exit_code == 1
+    assert "has action_dim=8" in result.stderr and "has action_dim=7" in result.stderr
+    assert "vla-adapter train --checkpoint" in result.stderr
+
+
+def test_cameras_of_a_picture_must_be_in_the_checkpoints_order():
+    result = run("plot", EMBEDDED, DEMOS, "--robot", "libero", "--cameras", "wrist_image", "image")
+    assert result.exit_code == 1
+    assert "Give --cameras image wrist_image." in result.stderr
+
+
+def test_statistics_take_the_column_options_of_training_and_show_names():
+    usual = run("stats", DEMOS, "--robot", "libero").stdout
+    assert "action axis_angle1" in usual and "proprio gripper_l" in usual
+    swapped = run("stats", DEMOS, "--action_column", "observation.state", "--state-column", "action").stdout
+    assert "action gripper_l" in swapped and "proprio axis_angle1" in swapped
 
 
 def broken() -> None:

@@ -265,3 +265,14 @@ def test_a_file_of_another_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     with pytest.raises(ValueError, match="model_type 'qwen2', expected 'vla_adapter'"):
         VLAAdapterConfig.from_pretrained(tmp_path)
+
+
+def test_names_of_dimensions_and_the_frame_rate_are_kept_and_checked(tmp_path):
+    names = {"action_names": tuple("abcdefg"), "state_names": list("abcdefgh"), "fps": 30}
+    tiny_config(**names).save_pretrained(tmp_path)
+    read = VLAAdapterConfig.from_pretrained(tmp_path)
+    assert (read.action_names, read.state_names, read.fps) == (list("abcdefg"), list("abcdefgh"), 30)
+    with pytest.raises(ValueError, match="action_names has 7 names and action_dim is 6"):
+        tiny_config(**names, action_dim=6, norm_stats=None)
+    with pytest.raises(ValueError, match="fps must be a number above 0"):
+        tiny_config(fps=0)

@@ -327,6 +327,8 @@ def test_every_checkpoint_loads_with_auto_classes_and_predicts_what_the_trained_
         inputs = processor(images=sample["images"], text=sample["text"], state=sample["state"])
         actions.append(model.predict_action(**inputs))
         assert set(model.config.norm_stats) == set(dataset.norm_stats)
+        assert model.config.action_names == ["x", "y", "z", "axis_angle1", "axis_angle2", "axis_angle3", "gripper"]
+        assert model.config.state_names[-1] == "gripper_r" and model.config.fps == 10
         assert (folder / "README.md").read_text().startswith("---\nlibrary_name: transformers")
     assert actions[0].shape == (1, CHUNK, 7)
     np.testing.assert_allclose(actions[1], actions[2], atol=1e-5)

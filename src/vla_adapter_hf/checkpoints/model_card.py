@@ -44,12 +44,13 @@ def describe(config: VLAAdapterConfig) -> dict[str, str]:
     """What a configuration says about a model, as short texts by name, in the order to show them in."""
     crop = f"centre crop to {config.image_center_crop:g} of the area" if config.image_center_crop else "no crop"
     round_trip = "JPEG round trip, " if config.image_jpeg_round_trip else ""
+    rate = "" if config.fps is None else f"; {config.fps:g} actions per second"
     return {
         "policy": f"{config.policy_variant}, {config.policy_num_layers} Bridge Attention blocks",
         "cameras, in order": ", ".join(config.cameras),
         "images": f"{config.image_size} × {config.image_size} pixels; {round_trip}{crop}",
-        "chunk": f"{config.chunk_size} actions of {config.action_dim} values",
-        "state": f"{config.proprio_dim} values",
+        "chunk": f"{config.chunk_size} actions of {config.action_dim} values{_names(config.action_names)}{rate}",
+        "state": f"{config.proprio_dim} values{_names(config.state_names)}",
         "normalisation": config.norm_type,
         "action queries": str(config.num_action_queries),
         "language model": f"Qwen2, {config.text_config.num_hidden_layers} layers of {config.text_config.hidden_size}",
@@ -96,6 +97,10 @@ def fill_model_card(
         facts="\n".join(f"| {name} | {text} |" for name, text in describe(config).items()),
         statistics="\n".join(rows) or "| none | | |",
     )
+
+
+def _names(names: list[str] | None) -> str:
+    return "" if names is None else f" ({', '.join(names)})"
 
 
 def _variable(camera: str) -> str:

@@ -8,6 +8,8 @@ from typing import Annotated
 import torch
 import typer
 
+from vla_adapter_hf.training.arguments import DataArguments
+
 
 Robot = Annotated[str | None, typer.Option(help="Robot preset for what published weights do not say: libero, ...")]
 Step = Annotated[str | None, typer.Option(help="Which of several saved steps to take, e.g. 150000 or latest.")]
@@ -15,6 +17,25 @@ Cameras = Annotated[
     list[str] | None,
     typer.Option(help="Camera names, in the order in which the model sees them: --cameras front wrist."),
 ]
+
+
+def _of_train(name: str, kind: object = str | None) -> object:
+    """An option that `vla-adapter train` has too, with the same help."""
+    return Annotated[kind, typer.Option(help=DataArguments.__dataclass_fields__[name].metadata["help"])]
+
+
+Format = _of_train("format", str)
+DataRobot = _of_train("robot")
+OnBadEpisode = _of_train("on_bad_episode", str)
+StateColumn = _of_train("state_column")
+ActionColumn = _of_train("action_column")
+ChunkColumn = _of_train("chunk_column")
+EpisodeColumn = _of_train("episode_column")
+FrameColumn = _of_train("frame_column")
+InstructionColumn = _of_train("instruction_column")
+Instruction = _of_train("instruction")
+DatasetName = _of_train("name")
+Revision = _of_train("revision")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

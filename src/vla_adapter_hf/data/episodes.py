@@ -113,6 +113,7 @@ def too_short(episode_index: int, length: int, rows: int, chunk_size: int) -> Ba
     if length >= rows:
         return None
     reason = f"the episode ends after {length} steps, a chunk needs {chunk_size}"
+    reason += f" (give chunk_size={length} or less, or pad_chunks=True)"
     return BadEpisode(episode_index, length - 1, reason)
 
 

@@ -190,13 +190,19 @@ def with_key_and_mask(
     return {unnorm_key or named.name: {**entry, "action": {**entry["action"], "mask": mask}}}
 
 
-def describe_norm_stats(norm_stats: dict[str, dict[str, Any]]) -> str:
-    """Norm stats as a table for people, a line per dimension."""
+def describe_norm_stats(
+    norm_stats: dict[str, dict[str, Any]],
+    action_names: Sequence[str] | None = None,
+    state_names: Sequence[str] | None = None,
+) -> str:
+    """Norm stats as a table for people, a line per dimension, with its name where names are given."""
     lines = []
+    names = {"action": action_names or (), "proprio": state_names or ()}
+    width = 1 + max([13, *(len(f"{part} {name}") for part in names for name in names[part])])
     for key, entry in norm_stats.items():
         lines.append(f"{key}: {entry['num_transitions']} transitions in {entry['num_trajectories']} trajectories")
         columns = ("min", "q01", "mean", "q99", "max", "std")
-        lines.append(f"{'':14}" + "".join(f"{column:>11}" for column in columns))
+        lines.append(" " * width + "".join(f"{column:>11}" for column in columns))
         for part in ("action", "proprio"):
             stats = entry[part]
             for dimension in range(len(stats["mean"])):
@@ -206,6 +212,8 @@ def describe_norm_stats(norm_stats: dict[str, dict[str, Any]]) -> str:
                 if stats["min"][dimension] == stats["max"][dimension]:
                     notes.append("constant")
                 label = f"{part}[{dimension}]"
+                if len(names[part]) == len(stats["mean"]):
+                    label = f"{part} {names[part][dimension]}"
                 values = "".join(f"{stats[column][dimension]:11.4f}" for column in columns)
-                lines.append(f"{label:14}{values}  {', '.join(notes)}".rstrip())
+                lines.append(f"{label:{width}}{values}  {', '.join(notes)}".rstrip())
     return "\n".join(lines)

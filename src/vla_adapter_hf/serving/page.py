@@ -116,7 +116,7 @@ def drawn(policy: Any, prediction: Prediction, attention: list[np.ndarray] | Non
             {"name": name, "frame": data_url(frame), "attention": picture}
             for name, frame, picture in zip(policy.config.cameras, frames, pictures, strict=True)
         ],
-        "action_names": action_names(policy.config.action_dim),
+        "action_names": action_names(policy.config.action_dim, policy.config.action_names),
         "actions": chunk.actions.tolist(),
         "robot_actions": chunk.robot_actions.tolist(),
         "batch_size": prediction.batch_size,

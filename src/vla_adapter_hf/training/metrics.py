@@ -16,7 +16,7 @@ def make_compute_metrics(config: VLAAdapterConfig) -> Callable[[Any], dict[str, 
     Returns:
         `Callable`: gives `l1_normalized` (what the loss measures), `l1_first` and `l1_rest` (mean absolute error of the
         first action of a chunk and of the others, physical units, dimensions that are not normalised left out),
-        `l1_dim_<i>` for each dimension, and, where the last dimension is not normalised, `gripper_accuracy`: how often it
+        `l1_dim_<name>` for each dimension (its number where the configuration has no `action_names`), and, where the last dimension is not normalised, `gripper_accuracy`: how often it
         is on the right side of one half. Steps past an episode's end do not count.
     """
 
@@ -33,8 +33,8 @@ def make_compute_metrics(config: VLAAdapterConfig) -> Callable[[Any], dict[str, 
             "l1_first": _mean(physical[:, :1], counted[:, :1]),
             "l1_rest": _mean(physical[:, 1:], counted[:, 1:]),
         }
-        for dimension in range(config.action_dim):
-            metrics[f"l1_dim_{dimension}"] = _mean(physical[..., dimension], real)
+        for dimension, name in enumerate(config.action_names or range(config.action_dim)):
+            metrics[f"l1_dim_{name}"] = _mean(physical[..., dimension], real)
         gripper = real & ~mask[:, None, -1].astype(bool)
         if gripper.any():
             right = (predicted[..., -1] > 0.5) == (actions[..., -1] > 0.5)

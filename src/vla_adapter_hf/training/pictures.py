@@ -6,41 +6,51 @@ from pathlib import Path
 
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.data import ImageResize, load_demonstrations
-from vla_adapter_hf.utils.plotting import plot_chunks, save_figure
+from vla_adapter_hf.training.arguments import DataArguments
+from vla_adapter_hf.training.demonstrations import check_camera_order
+from vla_adapter_hf.utils.plotting import new_figure, plot_chunks, save_figure
 
 
-def plot_checkpoint(
-    checkpoint: str,
-    dataset: str,
-    output: str | Path = "chunks.png",
-    format: str = "auto",
-    robot: str | None = None,
-    cameras: list[str] | None = None,
-    episodes: int = 3,
-) -> Path:
-    """Draw predicted beside recorded actions for the first episodes of a dataset.
+def plot_checkpoint(checkpoint: str, arguments: DataArguments, output: str | Path = "chunks.png") -> Path:
+    """Draw predicted and recorded actions for the first episodes of datasets.
 
     Frames are prepared as in training, without JPEG round trip, and with the checkpoint's centre crop.
 
+    Args:
+        checkpoint: folder or Hub id.
+        arguments: the datasets, how they are read, and `picture_episodes`. Cameras are the checkpoint's by default.
+        output: the picture to write.
+
+    Returns:
+        `Path`: `output`.
+
     Raises:
-        ValueError: when the dataset's cameras or sizes are not the checkpoint's.
+        ValueError: when the cameras or sizes of a dataset are not the checkpoint's.
+        ImportError: without matplotlib.
     """
+    new_figure()  # raises before anything is read
     opened = open_checkpoint(checkpoint)
-    model = opened.load_model()
-    config = model.config
-    demonstrations = load_demonstrations(
-        dataset,
-        format,
-        cameras=cameras or list(config.cameras),
-        chunk_size=config.chunk_size,
-        robot=robot,
-        image_transform=ImageResize(config.image_size, config.image_center_crop),
-    )
-    for field, found in (("action_dim", demonstrations.action_dim), ("proprio_dim", demonstrations.state_dim)):
-        if found != getattr(config, field):
-            raise ValueError(f"{dataset} has {field}={found}, {checkpoint} has {getattr(config, field)}.")
+    config = opened.config
+    options = {
+        "format": arguments.format,
+        "cameras": arguments.cameras or list(config.cameras),
+        "chunk_size": config.chunk_size,
+        "robot": arguments.robot,
+        "on_bad_episode": arguments.on_bad_episode,
+        "image_transform": ImageResize.from_model_config(config),
+        **arguments.reader_options(),
+    }
+    datasets = [load_demonstrations(path, **options) for path in arguments.dataset]
     keys = config.norm_stats or {}
-    if demonstrations.unnorm_key not in keys and len(keys) == 1:
-        demonstrations.unnorm_key = next(iter(keys))
-    figure = plot_chunks(model, opened.load_processor(), [demonstrations], episodes)
+    for path, dataset in zip(arguments.dataset, datasets, strict=True):
+        check_camera_order(dataset.camera_names, config, checkpoint)
+        for field, found in (("action_dim", dataset.action_dim), ("proprio_dim", dataset.state_dim)):
+            if found != getattr(config, field):
+                raise ValueError(
+                    f"{path} has {field}={found}, {checkpoint} has {field}={getattr(config, field)}. Adapt the checkpoint "
+                    f"to this robot first: vla-adapter train --checkpoint {checkpoint} --dataset {path} ..."
+                )
+        if dataset.unnorm_key not in keys and len(keys) == 1:
+            dataset.unnorm_key = next(iter(keys))
+    figure = plot_chunks(opened.load_model(), opened.load_processor(), datasets, arguments.picture_episodes)
     return save_figure(figure, output)

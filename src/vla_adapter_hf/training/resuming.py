@@ -85,7 +85,9 @@ def check_same_run(checkpoint: Path, model: ModelArguments, data: DataArguments,
     if not differing:
         before = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
         now = json.loads(json.dumps(fields))
-        differing = {name: (before.get(name), now[name]) for name in now if before.get(name) != now[name]}
+        differing = {
+            name: (before.get(name), now[name]) for name in now if name in before and before[name] != now[name]
+        }
     if differing:
         listed = "; ".join(
             f"{name} was {_short(old)} and is now {_short(new)}" for name, (old, new) in differing.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,10 @@ def config_overrides(
         "chunk_size": dataset.chunk_size,
         "action_dim": dataset.action_dim,
         "proprio_dim": dataset.state_dim,
+        "action_names": _names(dataset.action_names, dataset.action_dim),
+        "state_names": _names(dataset.state_names, dataset.state_dim),
+        # The actions of a stored chunk may be closer together than the dataset's rows.
+        "fps": dataset.fps if dataset.reader.chunk_shape is None else None,
         "norm_stats": data.norm_stats,
         "norm_type": norm_type or config.norm_type,
         # The published split of the states at 512 is what two cameras' weights mean. With another number of cameras there
@@ -146,6 +150,11 @@ def config_overrides(
         "image_center_crop": (config.image_center_crop or DEFAULT_CROP_AREA) if data_arguments.augment else None,
         "image_jpeg_round_trip": wants_round_trip(data_arguments.jpeg_round_trip, data.parts),
     }
+
+
+def _names(names: Sequence[str] | None, size: int) -> list[str] | None:
+    """Names of a dataset's values, if the robot's conventions have left their number as it was."""
+    return list(names) if names is not None and len(names) == size else None
 
 
 def load_start(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,8 +18,10 @@ if TYPE_CHECKING:
 END_EFFECTOR_NAMES = ("Δx", "Δy", "Δz", "Δroll", "Δpitch", "Δyaw", "gripper")
 
 
-def action_names(action_dim: int) -> list[str]:
-    """Names for the dimensions of an action: those of an end effector where it has seven, numbers otherwise."""
+def action_names(action_dim: int, names: Sequence[str] | None = None) -> list[str]:
+    """Names for the dimensions of an action: those known, else those of an end effector if there are seven, else numbers."""
+    if names is not None:
+        return list(names)
     return list(END_EFFECTOR_NAMES) if action_dim == 7 else [f"action {index}" for index in range(action_dim)]
 
 
@@ -36,16 +39,22 @@ def new_figure(**options: Any) -> Figure:
 
 
 def plot_prediction(
-    frames: list[np.ndarray], cameras: list[str], instruction: str, actions: np.ndarray, note: str = ""
+    frames: list[np.ndarray],
+    cameras: list[str],
+    instruction: str,
+    actions: np.ndarray,
+    note: str = "",
+    names: Sequence[str] | None = None,
 ) -> Figure:
     """One observation and the chunk that was predicted for it.
 
     Args:
         frames (`list[np.ndarray]`): one `(height, width, 3)` uint8 frame per camera.
         cameras (`list[str]`): their names.
-        instruction (`str`): what the robot was told.
+        instruction (`str`): the instruction.
         actions (`np.ndarray`): `(chunk_size, action_dim)` in physical units.
         note (`str`): shown in red under the instruction.
+        names (`Sequence[str]`, *optional*): of the action's values.
     """
     chunk_size, action_dim = actions.shape
     columns = 4
@@ -61,7 +70,7 @@ def plot_prediction(
         axis.set_axis_off()
     bottom.suptitle(f"Predicted chunk of {chunk_size} actions, physical units")
     axes = bottom.subplots(rows, columns).flatten()
-    for axis, name, values in zip(axes, action_names(action_dim), actions.T, strict=False):
+    for axis, name, values in zip(axes, action_names(action_dim, names), actions.T, strict=False):
         axis.plot(range(chunk_size), values, marker="o", color="tab:blue")
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("step of the chunk")
@@ -102,6 +111,7 @@ def plot_chunks(model: Any, processor: Any, datasets: list[Any], episodes: int =
     """
     chosen = [(dataset, episode) for dataset in datasets for episode in dataset.episode_indices][:episodes]
     dims = model.config.action_dim
+    names = action_names(dims, model.config.action_names)
     figure = new_figure(figsize=(2.1 * dims + 1, 2.6 * len(chosen)), layout="constrained")
     for row, (dataset, episode) in zip(
         np.atleast_1d(figure.subfigures(len(chosen), 1, squeeze=False)[:, 0]), chosen, strict=True
@@ -110,7 +120,7 @@ def plot_chunks(model: Any, processor: Any, datasets: list[Any], episodes: int =
         row.suptitle(f"{dataset.unnorm_key}, episode {episode}: “{replay.text}”", fontsize=10)
         gaps = np.flatnonzero(np.diff(replay.steps) > 1) + 1
         steps = np.insert(replay.steps.astype(np.float64), gaps, np.nan)
-        for dim, (axis, name) in enumerate(zip(row.subplots(1, dims), action_names(dims), strict=True)):
+        for dim, (axis, name) in enumerate(zip(row.subplots(1, dims), names, strict=True)):
             for actions, color, label in (
                 (replay.recorded, "black", "recorded"),
                 (replay.predicted, "tab:orange", "predicted"),
