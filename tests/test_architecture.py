@@ -48,7 +48,6 @@ KNOWN: dict[str, set[str]] = {
         "vla_adapter_hf.simulation.evaluate:evaluate",
     },
     "parameters": {
-        "vla_adapter_hf.init.pretrained:init_from_base",
         "vla_adapter_hf.recording.demonstrate:demonstrate",
         "vla_adapter_hf.simulation.evaluate:evaluate",
     },
@@ -56,7 +55,6 @@ KNOWN: dict[str, set[str]] = {
         "vla_adapter_hf.simulation.policies",
     },
     "module": {
-        "vla_adapter_hf.checkpoints.published.layout",
         "vla_adapter_hf.recording.demonstrate",
         "vla_adapter_hf.simulation.libero.suite",
     },
@@ -79,14 +77,7 @@ KNOWN: dict[str, set[str]] = {
         "processing/jpeg_round_trip_vla_adapter.py",
         "processing/processing_vla_adapter.py",
         "src/vla_adapter_hf/__init__.py",
-        "src/vla_adapter_hf/checkpoints/backbones.py",
-        "src/vla_adapter_hf/checkpoints/convert.py",
-        "src/vla_adapter_hf/checkpoints/files.py",
-        "src/vla_adapter_hf/checkpoints/model_card.py",
-        "src/vla_adapter_hf/checkpoints/published/layout.py",
-        "src/vla_adapter_hf/checkpoints/saving.py",
         "src/vla_adapter_hf/demo.py",
-        "src/vla_adapter_hf/init/pretrained.py",
         "src/vla_adapter_hf/recording/demonstrate.py",
         "src/vla_adapter_hf/recording/expert.py",
         "src/vla_adapter_hf/simulation/environment.py",
@@ -103,7 +94,6 @@ KNOWN: dict[str, set[str]] = {
         "tests/test_simulation_calvin.py",
         "tests/test_simulation_evaluate.py",
         "tests/test_simulation_libero.py",
-        "tests/test_starting_points.py",
         "tests/test_untrained.py",
     },
 }

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from model_fixtures import tiny_config
 
 from vla_adapter_hf.checkpoints.convert import convert
-from vla_adapter_hf.checkpoints.model_card import NOT_EVALUATED, published_results
+from vla_adapter_hf.checkpoints.model_card import NOT_EVALUATED, fill_model_card, published_results
 from vla_adapter_hf.checkpoints.saving import verify
 
 
@@ -46,6 +48,33 @@ class TestResults:
         folder = convert(str(published_pro), tmp_path / "converted", say=lambda line: None)
         card = (folder / "README.md").read_text(encoding="utf-8")
         assert NOT_EVALUATED in card and "authors" not in card
+
+
+class TestCard:
+    """What a card says of a model with six joints, made from repositories on the Hub."""
+
+    @pytest.fixture
+    def card(self, tmp_path) -> str:
+        config = tiny_config(cameras=["front", "top.rgb"], action_dim=6, proprio_dim=6, norm_stats=None)
+        (tmp_path / "data").mkdir()
+        datasets = ["someone/so101", str(tmp_path / "data"), "data/../there"]
+        return fill_model_card(
+            config, "so101", "Trained.", base_model=["VLA-Adapter/LIBERO-Object"], datasets=datasets
+        )
+
+    def test_its_metadata_names_what_it_was_made_from(self, card):
+        metadata = yaml.safe_load(card.split("---")[1])
+        assert metadata["base_model"] == ["VLA-Adapter/LIBERO-Object"] and metadata["datasets"] == ["someone/so101"]
+        assert metadata["pipeline_tag"] == "robotics"
+
+    def test_its_example_fits_the_model(self, card):
+        assert "images=[front, top_rgb]" in card and "(1, 4, 6)" in card
+        assert "basket" not in card
+
+    def test_folders_are_not_named(self, published_pro, tmp_path):
+        folder = convert(str(published_pro), tmp_path / "converted", say=lambda line: None)
+        metadata = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---")[1])
+        assert "base_model" not in metadata and "datasets" not in metadata
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])

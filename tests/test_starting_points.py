@@ -7,6 +7,7 @@ small published checkpoint under the base's names, so its parts are those whose 
 import json
 import os
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -31,15 +32,22 @@ from typer.testing import CliRunner
 
 import vla_adapter_hf
 from vla_adapter_cli import app
-from vla_adapter_hf.checkpoints import base_vlm
 from vla_adapter_hf.checkpoints.backbones import fold_class_position
-from vla_adapter_hf.init.pretrained import init_from_base
+from vla_adapter_hf.init import pretrained
+from vla_adapter_hf.init.pretrained import PretrainedParts
 from vla_adapter_hf.modeling.checkpoint_names_vla_adapter import name_in_file
 
 
 TOKENIZER = Path(vla_adapter_hf.__file__).parent / "embedded" / "tokenizer"
 TOWER = {"num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 14}
 NEW_PARTS = ("policy.", "proprio_projector.", "action_queries.")
+
+
+def init_from_base(base=None, **arguments):
+    """The function of that name, with where the parts are among the arguments."""
+    names = {field.name for field in fields(PretrainedParts)} & set(arguments)
+    parts = PretrainedParts(base, **{name: arguments.pop(name) for name in names})
+    return pretrained.init_from_base(parts, **arguments)
 
 
 def with_weights_that_matter(model, seed):
@@ -132,7 +140,7 @@ def write_base(published, folder, name="latest-checkpoint.pt", without=()):
 
 @pytest.fixture(scope="module")
 def base_arguments(published_pro, pro_model, tmp_path_factory):
-    """The small base model, and what it needs beside it because it is small: heads, configuration and tokenizer."""
+    """The small base model, and what it also needs because it is small: heads, configuration and tokenizer."""
     folder = tmp_path_factory.mktemp("base")
     language_model = folder / "language_model"
     copy_tokenizer(language_model)
@@ -343,7 +351,7 @@ class TestBase:
         with pytest.raises(ValueError, match=r"siglip_config=\{'num_attention_heads': \.\.\.\}"):
             init_from_base(**arguments)
 
-    def test_towers_beside_a_base_that_has_them_are_refused(self, base_arguments, repositories):
+    def test_towers_next_to_a_base_that_has_them_are_refused(self, base_arguments, repositories):
         with pytest.raises(ValueError, match="holds its vision towers"):
             init_from_base(**base_arguments, siglip=repositories["siglip"])
 
@@ -356,30 +364,13 @@ class TestBase:
         folder = write_base(published_pro, tmp_path, "step-020792-epoch-01-loss=0.5134.pt")
         (tmp_path / "checkpoints" / "step-000100-epoch-00-loss=1.5000.pt").write_bytes(b"not read")
         arguments = {**base_arguments, "base": folder}
-        with pytest.raises(ValueError, match="step-000100.*, step-020792.*Say which"):
+        with pytest.raises(ValueError, match="step-000100.*, step-020792.*Choose one"):
             init_from_base(**arguments)
         with pytest.raises(ValueError, match="no step 7; it has"):
             init_from_base(**arguments, step=7)
         with pytest.raises(ValueError, match="damaged"):
             init_from_base(**arguments, step=100)
         init_from_base(**arguments, step=20792)
-
-    def test_of_a_repository_on_the_hub_one_file_is_downloaded(
-        self, published_pro, base_arguments, tmp_path, monkeypatch
-    ):
-        write_base(published_pro, tmp_path)
-        names = ["config.json", "latest-checkpoint.pt", "checkpoints/latest-checkpoint.pt"]
-        names.append("checkpoints/step-000100-epoch-00-loss=1.5000.pt")
-        downloaded = []
-
-        def download(repo, name):
-            downloaded.append((repo, name))
-            return str(tmp_path / name)
-
-        monkeypatch.setattr(base_vlm.HfApi, "list_repo_files", lambda self, repo: names)
-        monkeypatch.setattr(base_vlm, "hf_hub_download", download)
-        init_from_base(**{**base_arguments, "base": "someone/prism"})
-        assert downloaded == [("someone/prism", "checkpoints/latest-checkpoint.pt")]
 
     def test_a_single_step_needs_no_choice(self, published_pro, base_arguments, tmp_path):
         folder = write_base(published_pro, tmp_path, "step-020792-epoch-01-loss=0.5134.pt")
@@ -398,6 +389,12 @@ class TestBase:
 
 
 class TestRefusals:
+    @pytest.mark.parametrize("part", ["base", "dinov2", "siglip", "language_model", "tokenizer"])
+    def test_a_path_that_does_not_exist(self, repositories, tmp_path, part):
+        (tmp_path / "qwen").mkdir()
+        with pytest.raises(FileNotFoundError, match=f"{part} .*qwem: this folder does not exist.*Did you mean .*qwen"):
+            init_from_base(**{**repositories, part: str(tmp_path / "qwem")})
+
     def test_nothing_given(self):
         with pytest.raises(ValueError, match=r"dinov2=.*siglip=.*language_model=.*missing"):
             init_from_base()

@@ -76,7 +76,7 @@ def test_a_model_from_nothing_loads_and_depends_on_the_seed(tmp_path, config_fil
     (tmp_path / "instructions.txt").write_text("\n".join(INSTRUCTIONS), encoding="utf-8")
     models = {}
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
-        words = ["init", str(tmp_path / name), "--config", str(config_file), "--tokenizer", TOKENIZER]
+        words = ["init", str(tmp_path / name), "--config", str(config_file)]  # the small tokenizer is the default
         words += ["--instructions", str(tmp_path / "instructions.txt"), "--prompt-style", "in_out"]
         result = CliRunner().invoke(app, [*words, "--policy-variant", "original", "--seed", str(seed)])
         assert result.exit_code == 0, result.output

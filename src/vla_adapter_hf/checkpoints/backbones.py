@@ -1,6 +1,6 @@
 """Vision towers, language model and tokenizer from their own repositories, as parts of a new VLA-Adapter.
 
-They are loaded by transformers' own classes, so that how a release names their parameters does not matter.
+transformers' own classes load them, because the names of their parameters depend on the release of transformers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from vla_adapter_hf.modeling.checkpoint_names_vla_adapter import name_in_file
 from vla_adapter_hf.processing.processing_vla_adapter import check_tokenizer
 
 
-# What is taken of a tower's configuration: what its weights mean, and nothing about backbones or training.
+# The fields of a tower's configuration that decide what its weights compute.
 DINOV2_FIELDS = (
     "hidden_size",
     "num_attention_heads",
@@ -51,7 +51,7 @@ SIGLIP_FIELDS = (
     "num_channels",
     "layer_norm_eps",
 )
-# Of the language model's, all but what is about the file that it was read from.
+# The fields of the language model's configuration that describe only its file.
 NOT_TAKEN = {"model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path"}
 
 Part = tuple[dict[str, Any], dict[str, torch.Tensor]]
@@ -75,7 +75,7 @@ def load_towers(dinov2: str, siglip: str) -> tuple[dict[str, dict[str, Any]], di
         ValueError: for another kind of model, or weights that do not fill it.
         OSError: when there is no such repository.
     """
-    # Both are looked at before the first is loaded.
+    # Check both before the first is loaded.
     _check_model_type(dinov2, ("dinov2_with_registers",), "DINOv2 with registers", "dinov2")
     _check_model_type(siglip, ("siglip", "siglip_vision_model"), "SigLIP", "siglip")
     siglip_fields, state_dict = _load_siglip(siglip)
@@ -129,7 +129,7 @@ def load_tokenizer(source: str, **kwargs: Any) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def expected_warnings() -> Iterator[None]:
-    """Keep transformers from reporting what is left out or begins anew on purpose. Errors are raised as ever."""
+    """Hide transformers' warnings about weights that are left out, or new, on purpose. Errors are still raised."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -141,15 +141,15 @@ def expected_warnings() -> Iterator[None]:
 def fold_class_position(
     class_token: torch.Tensor, positions: torch.Tensor, grid: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """DINOv2's class token with its position in it, and the table of the patches' positions for another grid.
+    """DINOv2's class token with its position added, and the table of the patches' positions for another grid.
 
-    As timm does with these weights, from which the published models were trained: a float32 bicubic resize with
-    antialiasing, which is also what transformers does whenever the image has another size than the table.
+    The table is resized as in timm, with which the published models were trained: bicubic with antialiasing, in
+    float32. transformers does the same when an image has another size than the table.
 
     Args:
         class_token (`torch.Tensor`): `(1, 1, hidden)`.
         positions (`torch.Tensor`): `(1, 1 + rows * rows, hidden)`, the class token's first.
-        grid (`int`): patches per side wanted.
+        grid (`int`): patches per side of the result.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: `(1, 1, hidden)`, and `(1, 1 + grid * grid, hidden)` whose first row is zero.
@@ -190,12 +190,12 @@ def _load_siglip(source: str) -> Part:
     depth = config.num_hidden_layers - 1
     state_dict = _tensors(model, "siglip", ("post_layernorm.", "head.", f"encoder.layers.{depth}."))
     fields = {name: getattr(config, name) for name in SIGLIP_FIELDS}
-    # Trained with the exact GELU, which the published models keep, although the configuration on the Hub says tanh.
+    # Trained with the exact GELU, as the published models use it, although the configuration on the Hub says tanh.
     return {**fields, "num_hidden_layers": depth, "hidden_act": "gelu", "vision_use_head": False}, state_dict
 
 
 def _tensors(model: PreTrainedModel, tower: str, left_out: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """A tower's tensors by the names of our files, without those that have no effect."""
+    """A tower's tensors under the names of our files, without those that have no effect."""
     named = {name_in_file(f"{tower}.{name}"): tensor for name, tensor in model.state_dict().items()}
     dropped = tuple(f"{tower}.{prefix}" for prefix in left_out)
     return {name: tensor for name, tensor in named.items() if not name.startswith(dropped)}

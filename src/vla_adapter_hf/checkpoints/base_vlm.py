@@ -1,9 +1,9 @@
-"""Reading the base vision-language model that VLA-Adapter starts from, in its own layout.
+"""Reading the base vision-language model from which VLA-Adapter is trained.
 
-`Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b` holds `checkpoints/latest-checkpoint.pt` or
-`checkpoints/step-*-epoch-*-loss=*.pt`, a pickle of `{"model": {"vision_backbone": ..., "llm_backbone": ...,
-"projector": ...}}`. The towers are missing where they were frozen in its training. Here it comes down to the names of
-the published layout, whose translation does the rest.
+`Stanford-ILIAD/prism-qwen25-extra-dinosiglip-224px-0_5b` has a file `checkpoints/latest-checkpoint.pt` or
+`checkpoints/step-*-epoch-*-loss=*.pt`. It is a pickle of `{"model": {"vision_backbone": ..., "llm_backbone": ...,
+"projector": ...}}`. Towers that were frozen in its training are not in it. Its tensors are renamed as in the published
+layout, and then translated like those of a published checkpoint.
 """
 
 from __future__ import annotations
@@ -15,21 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import OfflineModeIsEnabled
 
 from vla_adapter_hf.checkpoints.files import as_state_dict, read_pickle
 from vla_adapter_hf.checkpoints.published.config import dinov2_fields, siglip_fields
 from vla_adapter_hf.checkpoints.published.names import DINOV2_PREFIX, SIGLIP_PREFIX, has_effect, translate_weight
+from vla_adapter_hf.checkpoints.source import open_files
 from vla_adapter_hf.modeling.configuration_vla_adapter import PUBLISHED_DINOV2, PUBLISHED_QWEN2, PUBLISHED_SIGLIP
 
 
 FOLDER = "checkpoints"
 LATEST = "latest-checkpoint.pt"
-# A base with one vision tower, whichever it is, calls it `featurizer`.
+# The name of the tower in a base with one vision tower.
 ONE_TOWER = "vision_backbone:featurizer."
 STEP_FILE = re.compile(r"step-(\d+)-epoch-\d+-loss=.+\.pt")
-# Beginnings of the names in each part of the file, and what the published layout calls them.
+# Prefixes of the names in each part of the file, and those of the published layout.
 PUBLISHED_PREFIXES = {
     "vision_backbone": {"dino_featurizer.": DINOV2_PREFIX, "siglip_featurizer.": SIGLIP_PREFIX},
     "llm_backbone": {"llm.": "language_model."},
@@ -39,12 +38,17 @@ PUBLISHED_PREFIXES = {
 
 @dataclass
 class BaseModel:
-    """What one file of the base model holds, not yet read into memory where its format allows."""
+    """One file of a base model.
+
+    Args:
+        source (`str`): the folder or Hub id.
+        file_name (`str`): the file's name.
+        tensors (`dict`): under the names of the published layout; memory-mapped where the file's format allows.
+    """
 
     source: str
     file_name: str
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Under the names of the published layout."""
 
     @property
     def has_vision(self) -> bool:
@@ -59,7 +63,7 @@ class BaseModel:
 
 
 def open_base(source: str | Path, step: str | int | None = None) -> BaseModel:
-    """Find the file of a base model and look into it.
+    """Find the file of a base model and open it.
 
     Args:
         source (`str` or `Path`): a folder or a Hub id.
@@ -67,9 +71,11 @@ def open_base(source: str | Path, step: str | int | None = None) -> BaseModel:
             latest, or the only one.
 
     Raises:
-        ValueError: when there is no such file, a choice to be made, or something else in the file.
+        ValueError: when there is no such file, a step must be chosen, or the file holds something else.
+        FileNotFoundError: when there is no such folder or repository.
     """
-    path = _find_file(str(source), step)
+    files = open_files(source, argument="base").subfolder(FOLDER)
+    path = files.path(_choose(files.names, step, files.source))
     content = read_pickle(path)
     parts = content.get("model") if isinstance(content, dict) else None
     if not isinstance(parts, dict) or "projector" not in parts:
@@ -91,7 +97,7 @@ def open_base(source: str | Path, step: str | int | None = None) -> BaseModel:
 def base_fields(
     base: BaseModel, given: dict[str, dict[str, Any]], language_model: dict[str, Any] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """The configurations of the parts that the base holds, as far as its tensors and the published model tell.
+    """The configurations of the parts that the base holds, from its tensors and from the published model.
 
     Args:
         base ([`BaseModel`]): what was read.
@@ -103,7 +109,7 @@ def base_fields(
         `dict`: `dinov2_config`, `siglip_config` and `text_config`, where the part is there.
 
     Raises:
-        ValueError: when a part has not the size of the published one, and its number of heads was not given.
+        ValueError: when a part has another size than the published one, and its number of heads was not given.
     """
     shapes = {name: tuple(tensor.shape) for name, tensor in base.tensors.items()}
     fields: dict[str, dict[str, Any]] = {}
@@ -148,20 +154,7 @@ def _published_name(part: str, name: str) -> str:
         if name.startswith(prefix):
             name = published + name.removeprefix(prefix)
             return re.sub(r"\.gamma$", ".scale_factor", name) if part == "vision_backbone" else name
-    return f"{part}:{name}"  # fits nothing, and is said to when the model is filled
-
-
-def _find_file(source: str, step: str | int | None) -> Path:
-    folder, inside = Path(source), f"{FOLDER}/"
-    if not folder.is_dir():
-        try:
-            names = HfApi().list_repo_files(source)
-        except OfflineModeIsEnabled:
-            folder = Path(snapshot_download(source, allow_patterns=[f"{inside}*"], local_files_only=True))
-        else:
-            chosen = _choose([name.removeprefix(inside) for name in names if name.startswith(inside)], step, source)
-            return Path(hf_hub_download(source, f"{inside}{chosen}"))
-    return folder / FOLDER / _choose([path.name for path in (folder / FOLDER).glob("*.pt")], step, source)
+    return f"{part}:{name}"  # fits nothing, so check_shapes will name it
 
 
 def _choose(names: Iterable[str], step: str | int | None, source: str) -> str:
@@ -183,4 +176,4 @@ def _choose(names: Iterable[str], step: str | int | None, source: str) -> str:
         )
     if not found:
         raise ValueError(f"{source} has no step {step}; it has {listing}.")
-    raise ValueError(f"{source} has several steps: {', '.join(found)}. Say which (step=..., --step).")
+    raise ValueError(f"{source} has several steps: {', '.join(found)}. Choose one (step=..., --step).")

@@ -25,19 +25,19 @@ def convert(
     """Write a checkpoint in our own layout, with its processor and a model card, and check it by reading it back.
 
     Args:
-        source (`str`): folder or Hub id of a checkpoint in the published layout (or in ours, to write it anew).
+        source (`str`): folder or Hub id of a checkpoint in the published layout, or in ours.
         destination (`str` or `Path`): folder to make. It appears complete or not at all.
-        robot (`str`, *optional*): the preset that supplies what the weights do not tell.
+        robot (`str`, *optional*): the preset that supplies what the weights do not show.
         step (`str`, *optional*): which of several saved steps to take.
         dtype (`torch.dtype`, *optional*): precision of the weights; that of the source by default.
         push_to_hub (`str`, *optional*): Hub id to upload the result to.
-        say (`Callable`): receives a line of progress at a time.
+        say (`Callable`): receives lines of progress.
 
     Returns:
         `Path`: the destination.
 
     Raises:
-        ValueError: for a source that cannot be read or a destination that is there already; nothing is written.
+        ValueError: for a source that cannot be read or a destination that exists; nothing is written.
         RuntimeError: when the written checkpoint does not predict what the source predicts.
     """
     destination = check_destination(destination)
@@ -55,8 +55,9 @@ def convert(
     card = fill_model_card(
         model.config,
         title=Path(source).name,
-        summary=f"Converted from `{Path(source).name}`, the same weights without those that have no effect.",
+        summary=f"Converted from `{Path(source).name}`, without the weights that have no effect.",
         repo=push_to_hub or destination.name,
+        base_model=[source],
         results=published_results(source),
     )
     write_checkpoint(destination, model, processor, card, say)

@@ -1,7 +1,9 @@
-"""Filling in the model card that lies beside every checkpoint."""
+"""The model card of a checkpoint: its README.md."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from importlib.resources import files
 from math import prod
 from pathlib import Path
@@ -11,20 +13,21 @@ from vla_adapter_hf.checkpoints.shapes import model_shapes
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 
 
-# Success rates in per cent as published (arXiv 2509.09372, and the README of the released code): of the original and the
-# Pro policy, by LIBERO suite. Of CALVIN ABC→D, 1 to 5 subtasks in a row and the average length.
+# Published success rates in per cent (arXiv 2509.09372, and the README of the released code). LIBERO: of the original and
+# the Pro policy, by suite. CALVIN ABC→D: of 1 to 5 subtasks in a row, and the average length.
 LIBERO_RESULTS = {
     "": {"Spatial": 97.8, "Object": 99.2, "Goal": 97.2, "Long": 95.0},
     "-Pro": {"Spatial": 99.6, "Object": 99.6, "Goal": 98.2, "Long": 96.4},
 }
 CALVIN_PRO_RESULTS = (98.5, 95.0, 90.5, 85.3, 80.0, 4.50)
 NOT_EVALUATED = "Not evaluated."
+HUB_ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
 
 def published_results(source: str) -> str:
-    """What the authors published about the checkpoint with this Hub id. Nothing is known of any other.
+    """The published results of the checkpoint with this Hub id; for all others [`NOT_EVALUATED`].
 
-    A folder is any other, whatever its name: what lies in it may have been trained further.
+    A folder has none, whatever its name: its weights may have been trained further.
     """
     if Path(source).exists():
         return NOT_EVALUATED
@@ -41,7 +44,7 @@ def published_results(source: str) -> str:
 
 
 def describe(config: VLAAdapterConfig) -> dict[str, str]:
-    """What a configuration says about a model, as short texts by name, in the order to show them in."""
+    """What a configuration says about a model: short texts by name, in the order to show them."""
     crop = f"centre crop to {config.image_center_crop:g} of the area" if config.image_center_crop else "no crop"
     round_trip = "JPEG round trip, " if config.image_jpeg_round_trip else ""
     rate = "" if config.fps is None else f"; {config.fps:g} actions per second"
@@ -68,16 +71,20 @@ def fill_model_card(
     summary: str,
     repo: str = "path/to/this/folder",
     results: str = NOT_EVALUATED,
-    instruction: str = "pick up the alphabet soup and place it in the basket",
+    instruction: str = "pick up the cup",
+    base_model: Sequence[str | Path] = (),
+    datasets: Sequence[str | Path] = (),
 ) -> str:
     """The text of a checkpoint's README.md.
 
     Args:
         config ([`VLAAdapterConfig`]): of the model, with its norm stats.
-        title, summary, results (`str`): what is to be said about it, in Markdown.
+        title, summary, results (`str`): the card's parts, in Markdown.
         repo (`str`): the name to load it by.
-        instruction (`str`): an example of what it can be told.
+        instruction (`str`): an instruction of the kind that the model was trained on.
+        base_model, datasets (`Sequence[str]`): what it was made from. Hub ids go into the card's metadata; folders do not.
     """
+    metadata = {"base_model": _hub_ids(base_model), "datasets": _hub_ids(datasets)}
     stats = config.norm_stats or {}
     rows = [
         f"| `{key}` | {entry.get('num_transitions', '')} | {entry.get('num_trajectories', '')} |"
@@ -86,6 +93,7 @@ def fill_model_card(
     template = Template(files("vla_adapter_hf").joinpath("MODEL_CARD.md").read_text(encoding="utf-8"))
     return template.substitute(
         title=title,
+        metadata="".join(f"{name}:\n" + "".join(f"- {i}\n" for i in ids) for name, ids in metadata.items() if ids),
         summary=summary,
         repo=repo,
         results=results,
@@ -101,6 +109,11 @@ def fill_model_card(
 
 def _names(names: list[str] | None) -> str:
     return "" if names is None else f" ({', '.join(names)})"
+
+
+def _hub_ids(sources: Sequence[str | Path]) -> list[str]:
+    """Those of the sources that are repositories on the Hub."""
+    return [str(source) for source in sources if re.fullmatch(HUB_ID, str(source)) and not Path(source).exists()]
 
 
 def _variable(camera: str) -> str:

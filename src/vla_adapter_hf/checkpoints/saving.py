@@ -1,4 +1,4 @@
-"""Writing a checkpoint in our own layout: complete and read back, or not at all."""
+"""Writing a checkpoint in our own layout. It is read back and compared before it appears."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.utils.files import atomic_path
 
 
-# Largest difference of a verified reload, in physical units. The weights are the same to the bit; where they lie in
-# memory changes the order of additions, and with it the last digits.
+# Largest difference between actions before saving and after loading, in physical units. The weights are equal. Their place
+# in memory changes the order of additions, and so the last digits.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
 def check_destination(destination: str | Path) -> Path:
-    """The folder to write, which must not be there yet or be empty.
+    """The folder to write. It must be missing or empty.
 
     Raises:
-        ValueError: when there is something already.
+        ValueError: when it is neither.
     """
     destination = Path(destination)
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
@@ -33,16 +33,16 @@ def check_destination(destination: str | Path) -> Path:
 def write_checkpoint(
     destination: Path, model: torch.nn.Module, processor: object, card: str, say: Callable[[str], None] = print
 ) -> None:
-    """Write model, processor and model card beside the destination, read them back, and rename.
+    """Write model, processor and model card to a temporary folder, read them back, and rename the folder.
 
     Args:
         destination (`Path`): a folder that [`check_destination`] accepts.
         model, processor: what to save.
         card (`str`): the text of the README.md.
-        say (`Callable`): receives a line of progress at a time.
+        say (`Callable`): receives lines of progress.
 
     Raises:
-        RuntimeError: when what was written is not what was in memory. Nothing is left behind then.
+        RuntimeError: when what was written differs from what was in memory. The folder is removed then.
     """
     with atomic_path(destination) as temporary:
         say("Writing")
@@ -58,8 +58,8 @@ def write_checkpoint(
 def verify(folder: Path, model: torch.nn.Module, processor: object) -> float:
     """Read a written checkpoint back and compare weights (to the bit) and actions with the model in memory.
 
-    It is read by this package's classes. That the code written beside the weights does the same under
-    `trust_remote_code` is for the package's tests: it is the same in every checkpoint.
+    This package's classes read it. The code in the folder is the same in every checkpoint, so the package's tests check
+    it.
 
     Returns:
         `float`: the largest difference of an action, in physical units.
@@ -71,7 +71,7 @@ def verify(folder: Path, model: torch.nn.Module, processor: object) -> float:
     written = checkpoint.load_model(model.dtype)
     for (name, expected), (_, found) in zip(model.state_dict().items(), written.state_dict().items(), strict=True):
         if not torch.equal(expected.cpu(), found):
-            raise RuntimeError(f"verification failed: {name} changed on its way to disk.")
+            raise RuntimeError(f"verification failed: {name} is not what was saved.")
     observation = synthetic_observation(model.config)
     keys = list(model.config.norm_stats or {})
     if not keys:

@@ -44,6 +44,10 @@ class FolderFiles:
         """Names of files and folders, in order."""
         return sorted(path.name for path in self.folder.iterdir()) if self.folder.is_dir() else []
 
+    def subfolder(self, name: str) -> FolderFiles:
+        """The files of a folder inside this one."""
+        return FolderFiles(self.folder / name, self.source, self.commit)
+
     def open(self, name: str) -> BinaryIO:
         """A file, opened for reading at any position."""
         return open(self.path(name), "rb")
@@ -81,7 +85,14 @@ class HubFiles:
         """Names of files and folders, in order."""
         api = HfApi(token=self.hub.get("token"))
         entries = api.list_repo_tree(self.source, self.prefix.rstrip("/") or None, revision=self.commit)
-        return sorted(entry.path.removeprefix(self.prefix) for entry in entries)
+        try:
+            return sorted(entry.path.removeprefix(self.prefix) for entry in entries)
+        except EntryNotFoundError:  # there is no such folder
+            return []
+
+    def subfolder(self, name: str) -> HubFiles:
+        """The files of a folder inside this one."""
+        return HubFiles(self.source, self.commit, self.prefix + name, **self.hub)
 
     def open(self, name: str) -> BinaryIO:
         """A file, opened for reading at any position; of one that is not in the cache, only what is read is fetched."""

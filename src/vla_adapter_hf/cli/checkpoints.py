@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
@@ -12,6 +11,7 @@ from vla_adapter_hf.checkpoints.convert import convert as convert_checkpoint
 from vla_adapter_hf.checkpoints.info import checkpoint_info
 from vla_adapter_hf.cli.command import split_names
 from vla_adapter_hf.cli.options import Cameras, Robot, Step, parse_dtype
+from vla_adapter_hf.init.pretrained import PretrainedParts
 from vla_adapter_hf.init.pretrained import init as init_pretrained
 from vla_adapter_hf.init.untrained import init_untrained
 
@@ -89,8 +89,6 @@ def init(
     fields = {"chunk_size": chunk_size, "action_dim": action_dim, "proprio_dim": proprio_dim, "norm_type": norm_type}
     fields |= {"cameras": split_names(cameras), "policy_variant": policy_variant}
     fields |= {"prompt_style": prompt_style}
-    options = {"dinov2": dinov2, "siglip": siglip, "language_model": language_model, "tokenizer": tokenizer}
-    options |= {"robot": robot, "norm_stats": norm_stats, "step": step, "seed": seed}
     given = {name: value for name, value in fields.items() if value is not None}
     if config is not None:
         others = {"base": base, "dinov2": dinov2, "siglip": siglip, "language_model": language_model, "step": step}
@@ -98,14 +96,11 @@ def init(
         surplus = [f"--{name.replace('_', '-')}" for name, value in others.items() if value is not None]
         if surplus:
             raise ValueError(f"--config makes all parts new; leave out {', '.join(surplus)}.")
-        about = {
-            "tokenizer": tokenizer or str(files("vla_adapter_hf") / "embedded" / "checkpoint"),
-            "instructions": instructions,
-            "seed": seed,
-        }
-        given |= {"dtype": parse_dtype(dtype)}
-        init_untrained(destination, config, **about, say=typer.echo, **given)
+        about = {"tokenizer": tokenizer, "instructions": instructions, "seed": seed, "dtype": parse_dtype(dtype)}
+        init_untrained(destination, config, say=typer.echo, **about, **given)
         return
     if instructions is not None:
         raise ValueError("--instructions limits the vocabulary of a new language model; it needs --config.")
-    init_pretrained(destination, base, dtype=parse_dtype(dtype), say=typer.echo, **options, **given)
+    parts = PretrainedParts(base, step, dinov2, siglip, language_model, tokenizer)
+    about = {"robot": robot, "norm_stats": norm_stats, "dtype": parse_dtype(dtype), "seed": seed}
+    init_pretrained(destination, parts, say=typer.echo, **about, **given)

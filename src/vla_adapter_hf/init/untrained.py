@@ -1,7 +1,7 @@
-"""`vla-adapter init --config`: a model of any size that has learnt nothing at all, to train from scratch.
+"""`vla-adapter init --config`: a model of any size with random weights, to be trained from scratch.
 
-A small model has no use for the 150,000 tokens of Qwen2.5. Its vocabulary is cut down to what its instructions are made
-of; any other text falls back to bytes, which are always in it.
+A small model does not need the 150,000 tokens of Qwen2.5. Its vocabulary is made from its instructions. Other text is
+written in bytes, which are always in the vocabulary.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from vla_adapter_hf.checkpoints.backbones import load_tokenizer
 from vla_adapter_hf.checkpoints.model_card import fill_model_card
 from vla_adapter_hf.checkpoints.saving import check_destination, write_checkpoint
+from vla_adapter_hf.checkpoints.source import check_source
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction
 from vla_adapter_hf.processing.processing_vla_adapter import PROMPTS, VLAAdapterProcessor
@@ -30,18 +32,18 @@ SHARPNESS = 3.0  # times transformers' initialisation
 def cut_down_tokenizer(
     tokenizer: PreTrainedTokenizerBase, instructions: Iterable[str], vocab_size: int, prompt_style: str = "chat"
 ) -> PreTrainedTokenizerBase:
-    """A byte-level tokenizer of the same kind, whose vocabulary is made for some instructions.
+    """A byte-level tokenizer of the same kind, whose vocabulary is made from some instructions.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): a Qwen2 tokenizer; how it splits text and its control tokens are kept.
-        instructions (`Iterable[str]`): what the vocabulary is made for, in the prompt of `prompt_style`.
-        vocab_size (`int`): the most tokens there may be. The 256 bytes and the control tokens are among them.
+        instructions (`Iterable[str]`): what the vocabulary is made from, in the prompt of `prompt_style`.
+        vocab_size (`int`): the most tokens there may be, the 256 bytes and the control tokens included.
 
     Returns:
         `PreTrainedTokenizerBase`: any text survives encoding and decoding; the instructions take the fewest tokens.
 
     Raises:
-        ValueError: without instructions, with a size that the bytes and control tokens fill alone, or with an unknown prompt
+        ValueError: without instructions, for a size too small for the bytes and control tokens, or for an unknown prompt
             style.
     """
     if prompt_style not in PROMPTS:
@@ -53,7 +55,7 @@ def cut_down_tokenizer(
     if vocab_size <= least:
         raise ValueError(f"vocab_size={vocab_size} must be more than {least}, the bytes and the control tokens.")
     prompts = [PROMPTS[prompt_style].format(instruction=instruction) for instruction in instructions]
-    # Tokens that were added to the vocabulary without being control tokens come on top of the size asked for.
+    # Tokens that were added to the vocabulary, but are not control tokens, are not counted by vocab_size.
     cut_down = tokenizer.train_new_from_iterator(prompts, vocab_size, show_progress=False)
     surplus = len(cut_down) - vocab_size
     if surplus > 0:
@@ -69,7 +71,7 @@ def init_from_config(
     Args:
         config ([`VLAAdapterConfig`]): the whole model.
         tokenizer (`PreTrainedTokenizerBase`): its tokens must be among the configuration's `text_config.vocab_size`.
-        seed (`int`): what the weights are drawn from; torch's own generator is left as it was.
+        seed (`int`): seed of the weights. The state of torch's own generator is kept.
 
     Raises:
         ValueError: when the tokenizer has more tokens than the language model.
@@ -81,7 +83,7 @@ def init_from_config(
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        # In float32, whatever precision the parts' own configurations name.
+        # In float32, also when the parts' own configurations name another precision.
         model = VLAAdapterForActionPrediction(config).float().eval()
         let_inputs_count(model)
         model.to(config.dtype or torch.float32)
@@ -90,14 +92,16 @@ def init_from_config(
 
 @torch.no_grad()
 def let_inputs_count(model: VLAAdapterForActionPrediction, frames: int = 32) -> None:
-    """Bring everything that enters a new language model to mean 0 and variance 1, and its actions near 0, in place.
+    """Give all inputs of a new language model mean 0 and variance 1, and its actions values near 0, in place.
 
-    As libraries initialise them, the patches of untrained towers are one large constant with a little picture on it,
-    sixty times as long as the embedding of a word. What the language model makes of that hardly depends on picture or
-    words, and training settles for the state alone. Pretrained parts need nothing of the kind. The projector's last
-    layer is set by the data, as Salimans and Kingma (arXiv 1602.07868) do, from frames of random blocks. Attention starts
-    sharp, so that some queries look at some words and patches and not at the mean of all. The action head starts small:
-    answering to untrained features, it would first teach them to be silent.
+    With the usual initialisation, the patch features of untrained towers are almost constant, and 60 times as long as
+    the embedding of a word. The language model's output then hardly depends on images or words, and training uses the
+    state alone. Pretrained parts do not have this problem.
+
+    - The projector's last layer is scaled by its outputs on random frames (data-dependent initialisation, Salimans and
+      Kingma, arXiv 1602.07868).
+    - The queries and keys of attention start larger, so that attention is not uniform.
+    - The action head starts small. A large one would first train the features towards zero.
 
     Args:
         model ([`VLAAdapterForActionPrediction`]): with random weights.
@@ -130,7 +134,7 @@ def init_untrained(
     destination: str | Path,
     config: str | Path,
     *,
-    tokenizer: str,
+    tokenizer: str | Path | None = None,
     instructions: str | Path | None = None,
     seed: int = 0,
     say: Callable[[str], None] = print,
@@ -141,15 +145,17 @@ def init_untrained(
     Args:
         destination (`str` or `Path`): folder to make. It appears complete or not at all.
         config (`str` or `Path`): JSON file of fields of [`VLAAdapterConfig`].
-        tokenizer (`str`): folder or Hub id of a Qwen2 tokenizer.
-        instructions (`str` or `Path`, *optional*): text file, an instruction per line, that the vocabulary is cut down to;
-            without it the tokenizer is taken as it is.
+        tokenizer (`str` or `Path`, *optional*): folder or Hub id of a Qwen2 tokenizer; by default the small one that is
+            part of this package.
+        instructions (`str` or `Path`, *optional*): text file with an instruction per line, from which the vocabulary is
+            made. By default the tokenizer's own vocabulary is kept.
         seed: as in [`init_from_config`].
+        say (`Callable`): receives lines of progress.
         config_fields: fields that replace the file's.
 
     Raises:
-        ValueError, TypeError, OSError: for a file that holds something else, and when the destination is there already;
-            nothing is written.
+        ValueError, TypeError, OSError: for a file that holds something else, and when the destination exists; nothing
+            is written.
     """
     destination = check_destination(destination)
     if not Path(config).is_file():
@@ -160,7 +166,11 @@ def init_untrained(
         raise ValueError(f"{config} is not JSON: {error}") from error
     _check_fields(fields, str(config))
     model_config = VLAAdapterConfig(**{**fields, **config_fields})
-    loaded = load_tokenizer(tokenizer)
+    if tokenizer is None:
+        with as_file(files("vla_adapter_hf").joinpath("embedded", "tokenizer")) as folder:
+            loaded = load_tokenizer(str(folder))
+    else:
+        loaded = load_tokenizer(check_source(tokenizer, "tokenizer"))
     if instructions is not None:
         lines = Path(instructions).read_text(encoding="utf-8").splitlines()
         loaded = cut_down_tokenizer(loaded, lines, model_config.text_config.vocab_size, model_config.prompt_style)
@@ -169,7 +179,7 @@ def init_untrained(
     card = fill_model_card(
         model_config,
         title=destination.name,
-        summary="**Untrained, to start training from.** All weights are random, and its actions mean nothing.",
+        summary="**An untrained model, to start training from.** All weights are random; its actions mean nothing.",
         repo=destination.name,
         results="Not trained, not evaluated.",
     )
@@ -179,7 +189,7 @@ def init_untrained(
 
 
 def _check_fields(fields: Any, source: str) -> None:
-    """Refuse what the configurations would pass over: a misspelt size would silently become the published one."""
+    """Refuse misspelt names. The configurations would ignore them and use the published sizes."""
     if not isinstance(fields, dict):
         raise ValueError(f"{source} must hold an object of fields of VLAAdapterConfig, got {type(fields).__name__}.")
     missing = [name for name in VLAAdapterConfig.sub_configs if not isinstance(fields.get(name), dict)]
@@ -189,12 +199,12 @@ def _check_fields(fields: Any, source: str) -> None:
         )
     parts = {"": (fields, VLAAdapterConfig)}
     parts |= {f"{name}.": (fields[name], sub_config) for name, sub_config in VLAAdapterConfig.sub_configs.items()}
-    # What a saved config.json holds besides: where it came from, and what is for loading.
-    written_beside = {"architectures", "auto_map", "transformers_version", "model_type", "dtype", "_name_or_path"}
+    # What else a saved config.json holds.
+    other_entries = {"architectures", "auto_map", "transformers_version", "model_type", "dtype", "_name_or_path"}
     for prefix, (given, config_class) in parts.items():
-        known = set(config_class().to_dict()) | written_beside | set(getattr(config_class, "sub_configs", {}))
+        known = set(config_class().to_dict()) | other_entries | set(getattr(config_class, "sub_configs", {}))
         for name in given:
-            # Names that are like none are extra entries of some checkpoint, which configurations carry along.
+            # Other names pass: configurations keep extra entries of a checkpoint.
             near = [] if name in known else get_close_matches(name, known, n=1, cutoff=0.75)
             if near:
                 raise ValueError(

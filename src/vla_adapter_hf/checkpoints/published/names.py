@@ -1,7 +1,7 @@
 """How the published checkpoints call their tensors, and what our files call them.
 
-The vision towers are in timm's naming there, with query, key and value in one matrix. The base vision-language model
-that VLA-Adapter starts from comes down to the same names (see `base_model.py`).
+The vision towers have timm's names there, with query, key and value in one matrix. The base vision-language model is
+renamed to the same names (see `base_vlm.py`).
 """
 
 from __future__ import annotations
