@@ -18,11 +18,11 @@ ROPE_DTYPES = ("bfloat16", "float32")
 PROMPT_STYLES = ("chat", "in_out")
 
 # Readers of checkpoints in other layouts, by the `model_type` in their config.json: objects with `read_config(source,
-# hub, **overrides)` and `load_model(model_class, source, config, **kwargs)`. The package registers the published layout;
-# where these files travel alone there is none, and such a checkpoint is refused.
+# hub, **overrides)` and `load_model(model_class, source, config, **kwargs)`. The package registers the published
+# layout. Without the package there is no reader, and such a checkpoint is refused.
 OTHER_LAYOUTS: dict[str, Any] = {}
 
-# Of from_pretrained's arguments, those that say where files come from.
+# The arguments of from_pretrained that say where files come from.
 HUB_ARGUMENTS = {"cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token"}
 
 # The sizes of the published checkpoints. The features are read before each tower's last block (DINOv2: after block 23
@@ -333,8 +333,8 @@ class VLAAdapterConfig(PreTrainedConfig):
             raise ValueError(f"policy_num_heads={heads} must divide text_config.hidden_size={width}.")
         if self.policy_variant == "pro" and (width // heads) % 2:
             raise ValueError(
-                f"policy_num_heads={heads} gives heads of odd size {width // heads} (text_config.hidden_size={width}). "
-                "Rotary positions need an even size; choose another number of heads."
+                f"policy_num_heads={heads} gives heads of the odd size {width // heads} (text_config.hidden_size="
+                f"{width}). Rotary positions need an even size; choose another number of heads."
             )
         if self.policy_task_tokens is not None:
             _check_at_least_1("policy_task_tokens", self.policy_task_tokens)
@@ -345,18 +345,17 @@ class VLAAdapterConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs) -> "VLAAdapterConfig":
-        """As in transformers, but fields given as keyword arguments are checked together with the rest.
+        """As in transformers, but fields given as keyword arguments are checked together with the others.
 
-        `from_pretrained(repo, action_dim=14, norm_stats=...)` thus never sees the new size beside the old statistics.
-        A checkpoint in another layout is handed to its reader. [`VLAAdapterConfig.from_pretrained`] tells the reader
-        which revision to read, and whence; `AutoConfig` tells nobody, so what it reads in another layout is the
-        default revision. (`AutoModel` reads the configuration anew, with the weights' own revision.)
+        So `from_pretrained(repo, action_dim=14, norm_stats=...)` does not check the new size against the old
+        statistics. Checkpoints in another layout are passed to their reader, with the revision and the other arguments
+        of [`VLAAdapterConfig.from_pretrained`]. `AutoConfig` does not pass these on, so it reads the default revision.
         """
         source = kwargs.pop("_source", kwargs.get("name_or_path"))
         hub = kwargs.pop("_hub", {})
         layout = config_dict.get("model_type", VLAAdapterConfig.model_type)
         if layout != VLAAdapterConfig.model_type:
-            if config_dict.get("_commit_hash") is not None:  # older releases of transformers do tell
+            if config_dict.get("_commit_hash") is not None:  # older releases of transformers set it
                 hub = {"revision": config_dict["_commit_hash"], **hub}
             kwargs.setdefault("name_or_path", source)
             return_unused_kwargs = kwargs.pop("return_unused_kwargs", False)
@@ -365,7 +364,8 @@ class VLAAdapterConfig(PreTrainedConfig):
         for name in ("robot", "step"):
             if kwargs.get(name) is not None:
                 raise ValueError(
-                    f"{name}={kwargs[name]!r} goes with checkpoints in the published layout; {source} says itself what it is."
+                    f"{name}={kwargs[name]!r} goes with checkpoints in the published layout; the configuration of "
+                    f"{source} is complete."
                 )
         refuse_misspelt(kwargs)
         config_dict = {"prompt_style": None, **config_dict}  # not recorded in older files
@@ -379,27 +379,17 @@ class VLAAdapterConfig(PreTrainedConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, **kwargs) -> "VLAAdapterConfig":
-        """As in transformers (of which release 5.4 forgets the `token`).
-
-        Readers of other layouts need to know the name, and where the files come from.
-        """
+        """As in transformers, for other layouts too. (`AutoConfig` of release 5.4 does not pass on the `token`.)"""
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS & set(kwargs)}
         source = str(pretrained_model_name_or_path)
         config_dict, kwargs = cls.get_config_dict(source, **kwargs)
         return cls.from_dict(config_dict, _source=source, _hub=hub, **kwargs)
 
-    def to_dict(self) -> dict[str, Any]:
-        """As in transformers, without what a reader of another layout remembers of its reading."""
-        whole = super().to_dict()
-        whole.pop("_reading", None)
-        return whole
-
     def to_diff_dict(self) -> dict[str, Any]:
         """The whole configuration, not only what differs from the defaults.
 
-        Defaults of the towers' and the language model's configurations change between releases of transformers; a
-        checkpoint must mean the same under all of them. What says nothing about the model is left out: where it was
-        loaded from, and the label maps that every configuration has.
+        The defaults of the towers' and the language model's configurations change between releases of transformers,
+        but a checkpoint must mean the same under all of them. Label maps and the place it was loaded from are left out.
         """
         whole = self.to_dict()
         for part in (whole, *(whole[name] for name in self.sub_configs)):
@@ -430,9 +420,9 @@ def _check_at_least_1(name: str, value: int) -> None:
 
 
 def refuse_misspelt(names: Iterable[str]) -> None:
-    """Refuse what looks like one of our fields and is none.
+    """Refuse names that are nearly those of our fields.
 
-    Other names pass: transformers puts entries of its own into config.json, in each release others.
+    Other names are accepted: every release of transformers writes other entries into config.json.
 
     Raises:
         TypeError: with the field that is probably meant.

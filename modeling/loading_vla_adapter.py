@@ -28,15 +28,18 @@ class CheckpointMixin:
         strict: bool = True,
         **kwargs: Any,
     ) -> Model:
-        """As in transformers, but a file that does not fill the model exactly is an error and not a warning.
+        """As in transformers, but a file whose tensors are not exactly the model's is an error and not a warning.
 
-        A policy with some layers left at random predicts actions that look like actions. With
-        `ignore_mismatched_sizes=True`, for another robot's action size say, tensors of another shape than the model's
-        start anew; all of them must be there all the same. `strict=False` lets tensors be missing, which then start
-        anew, and left over.
+        A policy with some random layers predicts actions that look right.
+
+        Args:
+            ignore_mismatched_sizes (`bool`): give new random values to tensors whose shape differs from the file's, as
+                for another robot's action size. All tensors must be in the file.
+            strict (`bool`): `False` gives new random values to tensors that the file does not have, and ignores those
+                that the model does not have.
 
         Raises:
-            ValueError: when parameters are missing or left over; the message lists them.
+            ValueError: when tensors are missing or unexpected. The message lists them.
         """
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS & set(kwargs)}
         source = pretrained_model_name_or_path
@@ -68,9 +71,9 @@ class CheckpointMixin:
                     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
                     raise ValueError(
                         f"{config.name_or_path or source}: {kind.replace('_', ' ')} {shown}. The file and the "
-                        "configuration do not belong together: the file is incomplete, or what the configuration "
-                        "describes (policy_variant, numbers of layers) is another model. ignore_mismatched_sizes=True "
-                        "starts tensors of another shape anew, but none that are missing; strict=False does."
+                        "configuration do not belong together: the file is incomplete, or the configuration describes "
+                        "another model (policy_variant, numbers of layers). strict=False gives missing tensors random "
+                        "values; ignore_mismatched_sizes=True does so for tensors of another shape only."
                     )
         return (model, loading_info) if output_loading_info else model
 
@@ -84,7 +87,7 @@ class CheckpointMixin:
 
 
 def rename_to_installed(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args) -> None:
-    """Let `load_state_dict` (and the Trainer, which resumes with it) take the names of our files."""
+    """A hook with which `load_state_dict` takes the names of our files. The Trainer resumes with it."""
     installed = {prefix + name_in_file(name): prefix + name for name in module.state_dict()}
     for name in [name for name in state_dict if name in installed and installed[name] != name]:
         state_dict[installed[name]] = state_dict.pop(name)

@@ -1,4 +1,4 @@
-"""Prediction that is compiled once and then runs: the same actions, no graph breaks, no compiling anew, no waiting."""
+"""Compiled prediction: the same actions, one compilation, no graph breaks, no waiting for the device."""
 
 import copy
 import inspect
@@ -46,7 +46,7 @@ def assert_same(actions: np.ndarray, expected: np.ndarray) -> None:
 
 
 class TestOneGraph:
-    """Compiling anew is an error in these, and graph breaks are in all."""
+    """Recompilation is an error in these tests. Graph breaks are an error in all."""
 
     @pytest.fixture(autouse=True)
     def no_compiling(self, compiled):

@@ -37,7 +37,7 @@ ADAPTED: dict[str, dict[str, str]] = {
     "ModelTest": {
         "test_can_init_all_missing_weights": (
             "loads with strict=False: without it from_pretrained refuses files that lack weights, "
-            "lest a policy with some layers left at random moves a robot. And as if our class were the library's own: "
+            "because a policy with some random layers must not move a robot. And as if our class were the library's own: "
             "in others' classes transformers passes over modules whose parameters are all their children's, by which "
             "some of SigLIP's initialisations, when its weights are missing, are not those of the library"
         ),
@@ -90,7 +90,7 @@ SETTINGS: dict[str, dict[str, str]] = {
     },
     "all": {
         "_auto_class": (
-            "none: save_pretrained puts no code beside the weights and no mark of it into the files, which the common "
+            "none: save_pretrained puts no code next to the weights and no mark of it into the files, which the common "
             "tests, made for models of the library, do not expect where they compare them"
         ),
     },

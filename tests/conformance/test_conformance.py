@@ -69,7 +69,7 @@ TINY = {
 
 @pytest.fixture(autouse=True, scope="module")
 def as_in_the_library():
-    """Without the code that `save_pretrained` puts beside the weights, and its mark (`auto_map`) in saved files.
+    """Without the code that `save_pretrained` puts next to the weights, and its mark (`auto_map`) in saved files.
 
     The common tests compare what was saved with what is loaded, and do not know of either.
     """
