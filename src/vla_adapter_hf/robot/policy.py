@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from transformers import AutoModel, AutoProcessor
 
+from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
 from vla_adapter_hf.robots import RobotPreset, get_robot
 
@@ -35,8 +35,8 @@ class LocalPolicy:
         dtype: str = "float32",
     ) -> None:
         self.robot = None if robot is None else get_robot(robot)
-        self.processor = AutoProcessor.from_pretrained(checkpoint)
-        self.model = AutoModel.from_pretrained(checkpoint, dtype=dtype).eval().to(device)
+        opened = open_checkpoint(checkpoint)
+        self.processor, self.model = opened.load_processor(), opened.load_model(dtype, device)
         config = self.model.config
         self.unnorm_key, _ = select_norm_stats(config.norm_stats, unnorm_key)
         self.cameras, self.state_dim, self.action_dim = config.cameras, config.proprio_dim, config.action_dim

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vla_adapter_hf.simulation.action_queue import ActionChunkQueue
+from vla_adapter_hf.robot.action_queue import ActionChunkQueue
 
 
 STRATEGIES = ("sync", "ensemble", "async", "async-rolled")

@@ -112,6 +112,21 @@ class PolicyClient:
         self.metadata: dict[str, Any] = {}
         self._persist(lambda: None, time.monotonic())
 
+    @property
+    def cameras(self) -> list[str]:
+        """The model's cameras, as the server says."""
+        return list(self.metadata["cameras"])
+
+    @property
+    def state_dim(self) -> int:
+        """Size of a state."""
+        return int(self.metadata["state_dim"])
+
+    @property
+    def action_dim(self) -> int:
+        """Size of an action."""
+        return int(self.metadata["action_dim"])
+
     def predict(
         self,
         images: Mapping[str, np.ndarray],

@@ -5,17 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vla_adapter_hf.robot.state_model import STATE_MODELS
+from vla_adapter_hf.robot.strategies import ChunkStrategy
 from vla_adapter_hf.robots import get_robot
-from vla_adapter_hf.simulation.action_queue import ActionChunkQueue
 from vla_adapter_hf.simulation.environment import Suite
 from vla_adapter_hf.simulation.libero.suite import LiberoSuite
-from vla_adapter_hf.simulation.policies import OraclePolicy, Policy, Request, ResidentPolicy, blackened, make_policy
+from vla_adapter_hf.simulation.policies import (
+    OraclePolicy,
+    Policy,
+    Request,
+    ResidentPolicy,
+    blackened,
+    make_policy,
+    standing_still,
+)
 from vla_adapter_hf.simulation.results import EpisodeResult, ResultsFile, Timing, wilson_interval, write_summary
 from vla_adapter_hf.simulation.rollout import draw_contact_sheet, draw_rollout, write_picture, write_rollout
 from vla_adapter_hf.simulation.settings import EvaluationSettings, choose_tasks
@@ -68,6 +77,10 @@ def evaluate(
             raise ValueError(f"policy='oracle' solves suite='libero_object' only, got {suite.name!r}")
         if settings.instruction == "other":
             raise ValueError(f"instruction='other' needs the objects of suite='libero_object', got {suite.name!r}")
+    if settings.strategy == "async-rolled" and suite.robot not in STATE_MODELS:
+        raise ValueError(
+            f"strategy='async-rolled' knows how actions move {', '.join(STATE_MODELS)}, not {suite.robot!r}"
+        )
     instructions = list(suite.tasks)
     tasks = choose_tasks(settings.tasks, len(instructions))
     selected = [(task, episode) for task in tasks for episode in settings.episode_numbers]
@@ -78,6 +91,7 @@ def evaluate(
         "instruction": settings.instruction,
         "execute": settings.execute,
         "ensemble": settings.ensemble,
+        **settings.timing(),
         **(policy.describe() if hasattr(policy, "describe") else {}),
     }
     output = Path(output)
@@ -139,7 +153,8 @@ class _Slot:
     """One worker and the episode that it plays."""
 
     worker: int
-    queue: ActionChunkQueue
+    strategy: ChunkStrategy
+    hold: np.ndarray | None = None  # what is executed where no action of a chunk is left
     task: int | None = None
     episode: int = 0
     report: Report | None = None
@@ -178,7 +193,7 @@ class _EpisodeLoop:
         self.schedule = _Schedule(missing)
         try:
             with WorkerPool(self.suite, min(self.settings.processes, len(missing))) as self.pool:
-                self.slots = [_Slot(worker, self.settings.action_queue()) for worker in range(len(self.pool))]
+                self.slots = [_Slot(worker, self.settings.chunk_strategy()) for worker in range(len(self.pool))]
                 with _leave_cores_to(len(self.pool)):
                     self._play_slots()
         finally:
@@ -205,7 +220,8 @@ class _EpisodeLoop:
         if entry is None:
             return False
         slot.task, slot.episode = entry
-        slot.queue.reset()
+        slot.strategy.reset()
+        slot.hold = standing_still(self.preset)
         slot.queries, slot.latency = [], []
         filmed = slot.episode in self.filmed
         observe = self.resident is None and self.policy.needs_observation
@@ -217,6 +233,7 @@ class _EpisodeLoop:
             render=filmed or (observe and not self.settings.black_images),
             frames_every=FRAMES_EVERY if filmed else 0,
             resident=self.resident,
+            step_limit=self.settings.step_limit,
         )
         self.pool.send(slot.worker, message)
         return True
@@ -228,6 +245,10 @@ class _EpisodeLoop:
             observation = slot.report.observation
             if self.settings.black_images:
                 observation = blackened(observation)
+            upcoming = slot.strategy.ask(self.settings.delay)
+            if len(upcoming):
+                state = STATE_MODELS[self.suite.robot].roll(observation.state, upcoming)
+                observation = replace(observation, state=state)
             requests.append(Request(observation, slot.report.instruction, slot.task, slot.episode, slot.report.steps))
         started = time.perf_counter()
         chunks = self.policy.predict(requests)
@@ -236,9 +257,24 @@ class _EpisodeLoop:
         for slot, chunk in zip(slots, chunks, strict=True):
             slot.queries.append(slot.report.steps)
             slot.latency.append(round(seconds, 6))
-            slot.queue.add(chunk)
-            actions = np.stack([slot.queue.pop() for _ in range(slot.queue.steps_until_query())])
+            actions = self._actions_until_query(slot, chunk)
             self.pool.send(slot.worker, Execute(self.preset.to_environment(actions)))
+
+    def _actions_until_query(self, slot: _Slot, chunk: np.ndarray) -> np.ndarray:
+        """What is executed while the policy thinks, and then until it is asked again: (n, A)."""
+        delay = self.settings.delay
+        actions = [self._next_action(slot) for _ in range(delay)]
+        slot.strategy.answer(chunk)
+        while not slot.strategy.wants_chunk(delay):
+            actions.append(self._next_action(slot))
+        return np.stack(actions)
+
+    def _next_action(self, slot: _Slot) -> np.ndarray:
+        action = slot.strategy.next_action()
+        if action is not None:
+            # To hold is no motion for delta actions, and the same value for the rest, the gripper.
+            slot.hold = np.where(self.preset.action_mask, 0.0, action)
+        return slot.hold if action is None else action
 
     def _end(self, slot: _Slot) -> None:
         report = slot.report

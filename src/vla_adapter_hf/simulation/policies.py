@@ -60,6 +60,14 @@ class ResidentPolicy(Protocol):
         """Called after each reset; returns a function that gives the next action in the environment's convention."""
 
 
+def standing_still(robot: RobotPreset) -> np.ndarray:
+    """The action (A,) that moves nothing and keeps the gripper open, for a robot with delta actions."""
+    action = np.zeros(robot.action_dim)
+    if not robot.action_mask[-1]:
+        action[-1] = 1.0  # a binary gripper: 1 is open in physical units
+    return action
+
+
 class NoopPolicy:
     """Stands still with the gripper open: the lower bound."""
 
@@ -68,10 +76,7 @@ class NoopPolicy:
 
     def __init__(self, robot: str) -> None:
         preset = get_robot(robot)
-        action = np.zeros(preset.action_dim)
-        if not preset.action_mask[-1]:
-            action[-1] = 1.0  # a binary gripper: 1 is open in physical units
-        self._chunk = np.tile(action, (preset.chunk_size, 1))
+        self._chunk = np.tile(standing_still(preset), (preset.chunk_size, 1))
 
     def predict(self, requests: Sequence[Request]) -> list[np.ndarray]:
         return [self._chunk.copy() for _ in requests]

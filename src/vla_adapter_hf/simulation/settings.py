@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from vla_adapter_hf.simulation.action_queue import ActionChunkQueue
+from vla_adapter_hf.robot.strategies import ChunkStrategy, StrategySettings
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,9 @@ class EvaluationSettings:
         execute: actions of a chunk that are executed before the next query; None executes the whole chunk, as
             published.
         ensemble: temporal ensembling, see `ActionChunkQueue`.
+        strategy: `sync`, `async` or `async-rolled`: what the robot does during a `delay`, see `StrategySettings`.
+        delay: control steps that the world goes on while the policy thinks; 0 stops the world, as published.
+        step_limit: steps after which an episode has failed, those of delays among them; None is the suite's own.
         black_images: a control: the policy sees black frames.
         instruction: a control: the policy gets this text instead of the task's instruction. `other` names another
             object in view, and success is then that object's, as for a text that names one in libero_object's words.
@@ -45,6 +49,9 @@ class EvaluationSettings:
     processes: int = 1
     execute: int | None = None
     ensemble: float | None = None
+    strategy: str = "sync"
+    delay: int = 0
+    step_limit: int | None = None
     black_images: bool = False
     instruction: str | None = None
     rollouts: int = 0
@@ -63,16 +70,34 @@ class EvaluationSettings:
             raise ValueError(f"rollouts must be 0 or more films of each task, got {self.rollouts}")
         if not self.episode_numbers or min(self.episode_numbers) < 0:
             raise ValueError(f"episodes must be a positive number or numbers of 0 or more, got {self.episodes!r}")
-        self.action_queue()
+        if self.delay < 0:
+            raise ValueError(f"delay must be 0 or more control steps, got {self.delay}")
+        if self.step_limit is not None and self.step_limit < 1:
+            raise ValueError(f"step_limit must be at least 1 step, got {self.step_limit}")
+        self.chunk_strategy()
 
     @property
     def episode_numbers(self) -> list[int]:
         """The episodes of each task, each once."""
         return list(range(self.episodes)) if isinstance(self.episodes, int) else list(dict.fromkeys(self.episodes))
 
-    def action_queue(self) -> ActionChunkQueue:
-        """A new queue that executes chunks as these settings say."""
-        return ActionChunkQueue(self.execute, self.ensemble)
+    def timing(self) -> dict[str, Any]:
+        """What differs from the published protocol in time; runs that differ here are not merged."""
+        chosen = {"strategy": self.strategy, "delay": self.delay, "step_limit": self.step_limit}
+        published = {"strategy": "sync", "delay": 0, "step_limit": None}
+        return {} if chosen == published else chosen
+
+    def chunk_strategy(self) -> ChunkStrategy:
+        """A new strategy that executes chunks as these settings say.
+
+        Raises:
+            ValueError: `ensemble` with an asynchronous strategy, or without overlapping chunks.
+        """
+        if self.ensemble is None:
+            return ChunkStrategy(StrategySettings(self.strategy, self.execute))
+        if self.strategy not in ("sync", "ensemble"):
+            raise ValueError(f"ensemble={self.ensemble:g} does not go with strategy={self.strategy!r}")
+        return ChunkStrategy(StrategySettings("ensemble", self.execute, self.ensemble))
 
 
 def choose_tasks(tasks: Sequence[int] | None, count: int) -> list[int]:

@@ -29,6 +29,7 @@ class Begin:
         observe: whether the policy uses observations.
         render: whether anyone uses the frames. If not, environments that can do so render nothing.
         frames_every: keep a frame every so many steps for a rollout; 0 keeps none.
+        step_limit: steps after which the episode has failed; by default the environment's.
         resident: plays the whole episode in the worker, without the parent.
     """
 
@@ -39,6 +40,7 @@ class Begin:
     render: bool = True
     frames_every: int = 0
     resident: ResidentPolicy | None = None
+    step_limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class EpisodeRunner:
 
     def execute(self, message: Execute) -> Report:
         """Executes actions until they run out, the task is solved or the limit is reached."""
-        limit = self._environment.step_limit
+        limit = self._message.step_limit or self._environment.step_limit
         last = len(message.actions) - 1
         for index, action in enumerate(message.actions):
             # There is no query after the last step.
@@ -145,7 +147,7 @@ class EpisodeRunner:
     def _play_out(self, resident: ResidentPolicy) -> Report:
         act = resident.attach(self._environment)
         success = False
-        while not success and self.steps < self._environment.step_limit:
+        while not success and self.steps < (self._message.step_limit or self._environment.step_limit):
             success = self._step(act(), observe=False)
         return self._report(None, success=success, finished=True)
 

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from vla_adapter_hf.robot.action_queue import ActionChunkQueue
 from vla_adapter_hf.robots import get_robot
-from vla_adapter_hf.simulation.action_queue import ActionChunkQueue
 from vla_adapter_hf.simulation.environment import Observation
 from vla_adapter_hf.simulation.policies import Policy, Request
 from vla_adapter_hf.simulation.results import EpisodeResult, ResultsFile

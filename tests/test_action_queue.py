@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vla_adapter_hf.checkpoints.embedded import embedded_folder
-from vla_adapter_hf.simulation.action_queue import ActionChunkQueue
+from vla_adapter_hf.robot.action_queue import ActionChunkQueue
 from vla_adapter_hf.simulation.policies import camera_order, make_policy
 
 
