@@ -1,8 +1,8 @@
-"""What is fixed per robot: chunk length, sizes, cameras, normalisation, and the conventions of its gripper and state.
+"""Robot presets: chunk length, sizes, cameras, normalisation, and the conventions of gripper and state.
 
-A convention has two sides and both live here, so that they cannot drift apart: `to_training` turns recorded actions
-into the ones a model learns, `to_environment` turns a model's physical actions into the ones the robot or simulator
-takes. The numbers are those of the published VLA-Adapter configurations (arXiv 2509.09372).
+Both directions of a convention are here: `to_training` turns recorded actions into those that a model learns, and
+`to_environment` turns a model's physical actions into those that the robot or simulator takes. The numbers are those of
+the published VLA-Adapter configurations (arXiv 2509.09372).
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class GripperConvention(str, Enum):
 
     - `LIBERO`: recorded -1 (open) ... +1 (closed); learnt as 1 (open) or 0 (closed); the simulator takes -1 / +1.
     - `CALVIN`: recorded and taken by the simulator as +1 (open) / -1 (closed); learnt as 1 / 0, without inversion.
-    - `BRIDGE`: recorded 0 (closed) ... 1 (open), binarised over the episode; handed on as it is.
-    - `NONE`: actions are the same everywhere.
+    - `BRIDGE`: recorded 0 (closed) ... 1 (open); learnt as 0 or 1, see [`binarize_gripper`]; the robot takes the same.
+    - `NONE`: recorded, learnt and taken are the same.
     """
 
     LIBERO = "libero"
@@ -55,8 +55,8 @@ def _open_above_half(gripper: np.ndarray) -> np.ndarray:
 def binarize_gripper(gripper: np.ndarray) -> np.ndarray:
     """Gripper (steps,) in 0...1 of one whole episode -> 0 (below 0.05) or 1 (above 0.95).
 
-    Values in between are a gripper on its way: each takes the value that it reaches next. Where an episode ends on its
-    way, nothing was reached, and those last steps all keep the episode's last value.
+    A value in between is a moving gripper. It becomes the 0 or 1 that the gripper reaches next. If the episode ends
+    first, it becomes the episode's last value.
     """
     gripper = np.asarray(gripper)
     binary = gripper.copy()

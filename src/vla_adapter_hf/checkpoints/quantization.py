@@ -15,29 +15,29 @@ from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPred
 
 
 KINDS = ("int8", "int4")
-# Small layers that all the model's knowledge of a frame, a state or an action passes through: 2.5 % of the weights of the
-# published model. docs/speed.md has what rounding each part alone does to the actions.
+# Small layers through which everything about frames, state and actions passes: 2.5 % of the published model's weights.
+# docs/speed.md has the effect of rounding each part alone.
 KEPT = ("vision_projector", "proprio_projector", "policy.fc_in", "policy.fc_out")
-# Weights that share a scale in four bits. Rows that it does not divide (SigLIP's of 4304) stay as they are.
+# Weights that share a scale in four bits. Rows whose length is no multiple of it (SigLIP's 4304) are not quantized.
 GROUP_SIZE = 32
-# With 0.17 eight bits could not be read back and four bits not be packed for a CPU.
+# In 0.17, saved int8 weights could not be loaded, and int4 weights could not be packed for a CPU.
 TORCHAO = "0.18.0"
 
 
 def quantization_config(
     kind: str = "int8", device: str | torch.device = "cpu", keep: Sequence[str] | None = None
 ) -> TorchAoConfig:
-    """What to give to `from_pretrained(..., quantization_config=...)`.
+    """The `quantization_config` for `from_pretrained`.
 
-    `"int8"` keeps weights in eight bits, a scale per output channel, and rounds what they are multiplied with to eight
-    bits too, a scale per token; on a CPU it is 1.2 times as fast as bfloat16 once `compile_for_inference` has put the
-    roundings together, and slower before (docs/speed.md). `"int4"` keeps weights in four bits and computes in the model's precision: it
-    saves memory, not time.
+    `"int8"` stores weights in eight bits with a scale per output channel, and rounds activations to eight bits with a
+    scale per token. On a CPU it is 1.2 times as fast as bfloat16 after `compile_for_inference`, and slower without
+    (docs/speed.md). `"int4"` stores weights in four bits and computes in the model's precision. It saves memory, not
+    time.
 
     Args:
         kind (`str`): `"int8"` or `"int4"`.
-        device (`str` or `torch.device`): CPU or CUDA; four bits are packed otherwise on each. For CUDA `from_pretrained`
-            also needs `device_map="cuda"`, as they are packed there, and for four bits `dtype="bfloat16"`.
+        device (`str` or `torch.device`): CPU or CUDA, where int4 is packed in different ways. For CUDA, `from_pretrained`
+            also needs `device_map="cuda"`, and for int4 `dtype="bfloat16"`.
         keep (`Sequence[str]`, *optional*): names of modules to leave in the model's precision, e.g.
             `["language_model", "policy.fc_out"]`; `KEPT` by default. In four bits `policy.fc_out` is always among them.
 
@@ -48,8 +48,8 @@ def quantization_config(
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
-    place = str(device).partition(":")[0]
-    if place not in ("cpu", "cuda"):
+    device_type = str(device).partition(":")[0]
+    if device_type not in ("cpu", "cuda"):
         raise ValueError(f"device must be cpu or cuda, got {device!r}.")
     kept = list(KEPT if keep is None else _checked(keep))
     if not is_torchao_available(TORCHAO):
@@ -60,7 +60,7 @@ def quantization_config(
 
     if kind == "int8":
         quant_type = Int8DynamicActivationInt8WeightConfig()
-    elif place == "cuda":
+    elif device_type == "cuda":
         quant_type = Int4WeightOnlyConfig(group_size=GROUP_SIZE, int4_packing_format="tile_packed_to_4d")
     else:
         from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
@@ -85,7 +85,7 @@ def _checked(keep: Sequence[str]) -> Sequence[str]:
 
 @cache
 def _module_names() -> frozenset[str]:
-    """All layers being numbered alike, those of a model of any depth and variant."""
+    """The modules of both variants. Layer numbers are replaced, so that the depth does not matter."""
     names = set()
     for variant in POLICY_VARIANTS:
         with torch.device("meta"):

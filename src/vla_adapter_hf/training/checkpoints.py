@@ -7,6 +7,7 @@ import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -37,10 +38,10 @@ class CheckpointCallback(TrainerCallback):
 
     Args:
         processor ([`VLAAdapterProcessor`]): is saved with the model.
-        describe (`Callable`, *optional*): gives `title` and `summary` for the model card at a step.
+        describe (`Callable`, *optional*): gives arguments of [`fill_model_card`] at a step.
     """
 
-    def __init__(self, processor: VLAAdapterProcessor, describe: Callable[[int], dict[str, str]] | None = None):
+    def __init__(self, processor: VLAAdapterProcessor, describe: Callable[[int], dict[str, Any]] | None = None):
         self.processor = processor
         self.describe = describe
 
@@ -84,8 +85,8 @@ class CheckpointCallback(TrainerCallback):
         self.processor.save_pretrained(folder)
         write_text(folder / CARD, fill_model_card(base.config, **self.card(folder, step)))
 
-    def card(self, folder: Path, step: int) -> dict[str, str]:
-        """Title and summary of the model card at a step."""
+    def card(self, folder: Path, step: int) -> dict[str, Any]:
+        """Arguments of [`fill_model_card`] at a step."""
         if self.describe is not None:
             return self.describe(step)
         run = folder.parent if folder.name.startswith(PREFIX_CHECKPOINT_DIR) else folder

@@ -90,7 +90,12 @@ def train(
         eval_dataset=demonstrations.validation,
         data_collator=VLAAdapterDataCollator(processor, model.config),
         compute_metrics=make_compute_metrics(model.config),
-        describe=lambda step: {"title": output.name, "summary": f"{summary}, {step} steps."},
+        describe=lambda step: {
+            "title": output.name,
+            "summary": f"{summary}, {step} steps.",
+            "base_model": [model_arguments.checkpoint],
+            "datasets": data_arguments.dataset,
+        },
     )
     if training_arguments.fsdp and trainer.accelerator.distributed_type != DistributedType.FSDP:
         raise ValueError("fsdp was asked for, but accelerate shards on accelerators only and would ignore it here.")

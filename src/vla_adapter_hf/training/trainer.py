@@ -108,13 +108,13 @@ class VLAAdapterTrainer(Trainer):
 
     Args:
         args, kwargs: as for `Trainer`. The processor is that of the [`VLAAdapterDataCollator`], or `processing_class`.
-        describe (`Callable`, *optional*): gives `title` and `summary` for the model card at a step.
+        describe (`Callable`, *optional*): gives arguments of `fill_model_card` at a step, such as `title` and `summary`.
 
     Raises:
         ValueError: when no processor is given.
     """
 
-    def __init__(self, *args: Any, describe: Callable[[int], dict[str, str]] | None = None, **kwargs: Any):
+    def __init__(self, *args: Any, describe: Callable[[int], dict[str, Any]] | None = None, **kwargs: Any):
         super().__init__(*args, **kwargs)
         given = [callback for callback in self.callback_handler.callbacks if isinstance(callback, CheckpointCallback)]
         if not given:
