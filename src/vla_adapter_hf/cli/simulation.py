@@ -11,6 +11,7 @@ from vla_adapter_hf.cli.options import format_numbers, parse_numbers
 from vla_adapter_hf.recording.demonstrate import demonstrate as record
 from vla_adapter_hf.recording.settings import RecordingSettings
 from vla_adapter_hf.simulation.evaluate import evaluate as run_evaluation
+from vla_adapter_hf.simulation.grid import evaluate_grid
 from vla_adapter_hf.simulation.results import joined_table
 from vla_adapter_hf.simulation.settings import EvaluationSettings
 
@@ -19,7 +20,11 @@ def evaluate(
     checkpoint: Annotated[str | None, typer.Option(help="Folder or Hub id of the policy.")] = None,
     policy: Annotated[str | None, typer.Option(help="Instead of a checkpoint: embedded, oracle or noop.")] = None,
     suite: Annotated[
-        str, typer.Option(help="libero_spatial, libero_object, libero_goal, libero_10, ...")
+        str,
+        typer.Option(
+            help="libero_spatial, libero_object, libero_goal, libero_10 or libero_90. With _object, _swap, _lan or "
+            "_task at its end, a perturbation of LIBERO-PRO; with _pro, all of them."
+        ),
     ] = "libero_object",
     output: Annotated[Path, typer.Option(help="Folder for results; an interrupted run goes on there.")] = Path("eval"),
     tasks: Annotated[str | None, typer.Option(help="Which, as in 3 or 0,2,5-7; all by default.")] = None,
@@ -85,7 +90,10 @@ def evaluate(
         device=device,
         dtype=dtype,
     )
-    run_evaluation(checkpoint or policy, suite, output, settings, report=typer.echo)
+    if suite.endswith("_pro"):
+        evaluate_grid(checkpoint or policy, suite.removesuffix("_pro"), output, settings, report=typer.echo)
+    else:
+        run_evaluation(checkpoint or policy, suite, output, settings, report=typer.echo)
     typer.echo(f"\n{(output / 'summary.md').read_text(encoding='utf-8')}\nwritten to {output}")
 
 

@@ -18,7 +18,6 @@ from vla_adapter_hf.recording.episodes import resized
 from vla_adapter_hf.recording.jobs import check_settings, in_turns, run_jobs
 from vla_adapter_hf.recording.lerobot_writer import encode_image
 from vla_adapter_hf.recording.settings import SceneSettings
-from vla_adapter_hf.simulation.libero.scene import BASKET
 from vla_adapter_hf.simulation.libero.suite import CAMERAS, LiberoEnvironment, LiberoSuite
 from vla_adapter_hf.simulation.placement import STREAMS
 from vla_adapter_hf.utils.files import atomic_path, exclusive_folder
@@ -113,7 +112,7 @@ def _scenes(environment: LiberoEnvironment, block: int, settings: SceneSettings)
         order = generator.permutation(len(poses))
         for pose in order:
             environment.pose_arm(poses[pose])
-            if not any(environment.meets_hand(name) for name in (*names, BASKET)):
+            if not any(environment.meets_hand(name) for name in (*names, environment.basket)):
                 break
         else:
             continue  # the arm would be inside an object

@@ -70,12 +70,11 @@ def evaluate(
     if isinstance(suite, str):
         suite = LiberoSuite(suite, placement=settings.placement, seed=settings.seed, hard_reset=settings.hard_reset)
     if isinstance(policy, str):
-        options = {"unnorm_key": settings.unnorm_key, "device": settings.device, "dtype": settings.dtype}
-        policy = make_policy(policy, suite.robot, suite=suite.name, **options)
-    if isinstance(suite, LiberoSuite) and suite.name != "libero_object":
-        if isinstance(policy, OraclePolicy):
+        policy = load_policy(policy, suite, settings)
+    if isinstance(suite, LiberoSuite):
+        if isinstance(policy, OraclePolicy) and suite.base != "libero_object":
             raise ValueError(f"policy='oracle' solves suite='libero_object' only, got {suite.name!r}")
-        if settings.instruction == "other":
+        if settings.instruction == "other" and suite.name != "libero_object":
             raise ValueError(f"instruction='other' needs the objects of suite='libero_object', got {suite.name!r}")
     if settings.strategy == "async-rolled" and suite.robot not in STATE_MODELS:
         raise ValueError(
@@ -109,6 +108,12 @@ def evaluate(
         results.sort()
         finished = [result for result in results.results if result.key in set(selected)]
         return write_summary(output, finished, instructions, described, timing)
+
+
+def load_policy(name: str, suite: Suite, settings: EvaluationSettings) -> Policy | ResidentPolicy:
+    """The policy of this name for a suite. A checkpoint takes the statistics of the suite, or of its base suite."""
+    options = {"unnorm_key": settings.unnorm_key, "device": settings.device, "dtype": settings.dtype}
+    return make_policy(name, suite.robot, suite=getattr(suite, "base", suite.name), **options)
 
 
 @contextmanager

@@ -249,7 +249,7 @@ def published_table(measured: Mapping[str, Mapping[str, Mapping[str, Any]]], com
     lines = ["| Policy | " + " | ".join(TITLES.get(name, name) for name in suites) + " | Average |"]
     lines.append("|---|" + "---|" * (len(suites) + 1))
     for policy, row in measured.items():
-        cells = [_cell(row.get(name)) for name in suites]
+        cells = [rate_cell(row.get(name)) for name in suites]
         rates = [100 * row[name]["success_rate"] for name in suites if name in row]
         # An average over some of the suites is not comparable with the published ones.
         average = f"{np.mean(rates):.1f}" if len(rates) == len(suites) else "—"
@@ -301,11 +301,12 @@ def task_table(summary: Mapping[str, Any]) -> str:
     for row in rows:
         steps = row["mean_steps_when_solved"]
         solved = f"{row['successes']}/{row['episodes']}"
-        lines.append(f"| {row['name']} | {solved} | {_cell(row)} | {'—' if steps is None else f'{steps:.0f}'} |")
+        lines.append(f"| {row['name']} | {solved} | {rate_cell(row)} | {'—' if steps is None else f'{steps:.0f}'} |")
     return "\n".join(lines) + "\n"
 
 
-def _cell(summary: Mapping[str, Any] | None) -> str:
+def rate_cell(summary: Mapping[str, Any] | None) -> str:
+    """A success rate in per cent with its interval, for a table."""
     if summary is None:
         return "—"
     low, high = summary["interval_95"]

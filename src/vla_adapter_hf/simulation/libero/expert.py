@@ -77,7 +77,7 @@ class LiberoObjectExpert:
     def __init__(
         self, environment: LiberoEnvironment, settings: ExpertSettings | None = None, closing: int = 0
     ) -> None:
-        if environment.suite.name != "libero_object":
+        if environment.suite.base != "libero_object":
             raise ValueError(f"the scripted expert only knows libero_object, got {environment.suite.name}")
         self.environment = environment
         self.settings = settings or ExpertSettings()

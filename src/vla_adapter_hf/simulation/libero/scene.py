@@ -13,9 +13,6 @@ import numpy as np
 from vla_adapter_hf.simulation.placement import HAND, PALM_OVER_TOP, Footprint
 
 
-BASKET, BASKET_REGION = "basket_1", "basket_1_contain_region"
-
-
 @dataclass(frozen=True)
 class PhysicalState:
     """Physics, controller, gripper and clock at one moment of an episode."""
@@ -31,10 +28,12 @@ class LiberoScene:
 
     Args:
         env: LIBERO's environment, inside its wrapper.
+        basket_region: libero_object and its perturbations: the region of the basket where objects count as placed.
     """
 
-    def __init__(self, env: Any) -> None:
+    def __init__(self, env: Any, basket_region: str) -> None:
         self._env = env
+        self.basket_site, self.basket = basket_region, basket_region.removesuffix("_contain_region")
         self._geoms: dict[str, list[int]] = {}
 
     @property
@@ -61,7 +60,7 @@ class LiberoScene:
     def basket_region(self) -> Footprint:
         """The region of the basket that counts, on the floor plane."""
         data, model = self._env.sim.data, self._env.sim.model
-        site = model.site_name2id(BASKET_REGION)
+        site = model.site_name2id(self.basket_site)
         half = np.abs(data.site_xmat[site].reshape(3, 3) @ model.site_size[site])
         return Footprint(data.site_xpos[site][:2].copy(), half[:2])
 

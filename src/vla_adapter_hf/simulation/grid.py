@@ -1,0 +1,70 @@
+"""LIBERO-PRO's table: a suite and its four perturbations in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from vla_adapter_hf.simulation.evaluate import evaluate, load_policy
+from vla_adapter_hf.simulation.libero.pro import BASES, PERTURBATIONS, PRO_PUBLISHED, grid
+from vla_adapter_hf.simulation.libero.suite import LiberoSuite
+from vla_adapter_hf.simulation.policies import Policy, ResidentPolicy
+from vla_adapter_hf.simulation.results import rate_cell
+from vla_adapter_hf.simulation.settings import EvaluationSettings
+from vla_adapter_hf.utils.files import write_text
+
+
+def evaluate_grid(
+    policy: str | Policy | ResidentPolicy,
+    base: str,
+    output: str | Path,
+    settings: EvaluationSettings | None = None,
+    report: Callable[[str], None] = print,
+) -> dict[str, dict[str, Any]]:
+    """Runs a policy on a base suite and on its perturbations, and resumes such a run.
+
+    Args:
+        policy: as for [`~vla_adapter_hf.simulation.evaluate.evaluate`].
+        base: one of `BASES`.
+        output: folder of the table, `summary.md`, and of a folder for every suite.
+        settings: of every suite's evaluation.
+        report: receives lines of progress.
+
+    Returns:
+        The summary of every suite.
+
+    Raises:
+        ValueError: another base suite, or a placement other than `official`; otherwise as for `evaluate`.
+    """
+    settings = settings or EvaluationSettings()
+    if base not in BASES:
+        raise ValueError(f"LIBERO-PRO perturbs {', '.join(BASES)}; got suite={base!r}")
+    if settings.placement != "official":
+        raise ValueError(f"LIBERO-PRO's suites have placement='official' only, got {settings.placement!r}")
+    if isinstance(policy, str):
+        policy = load_policy(policy, LiberoSuite(base), settings)
+    output = Path(output)
+    summaries = {}
+    for suite in grid(base):
+        report(f"{suite}:")
+        summaries[suite] = evaluate(policy, suite, output / suite, settings, report)
+    write_text(output / "summary.md", grid_table(policy.name, base, summaries))
+    return summaries
+
+
+def grid_table(policy: str, base: str, summaries: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table of LIBERO-PRO for one base suite as Markdown, success in per cent, with the published rows below.
+
+    Args:
+        policy: name of the policy.
+        base: one of `BASES`.
+        summaries: of the suites in `grid(base)`.
+    """
+    names = ["Original", *PERTURBATIONS.values()]
+    lines = [f"## {base} and LIBERO-PRO", "", "| Policy | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    lines.append(f"| {policy} | " + " | ".join(rate_cell(summaries.get(suite)) for suite in grid(base)) + " |")
+    for model, rates in PRO_PUBLISHED[base].items():
+        cells = ["—" if rate is None else str(rate) for rate in rates]
+        lines.append(f"| {model} (published) | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
