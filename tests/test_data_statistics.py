@@ -138,6 +138,15 @@ def test_the_cache_is_found_again_and_follows_the_content(tmp_path, cache):
     assert dataset_statistics(folder, robot="libero")["lerobot_v21_video"] == changed
 
 
+def test_other_columns_of_the_same_content_have_their_own_place_in_the_cache():
+    """Once the statistics of swapped columns were those of the columns read first."""
+    folder = DEMOS / "lerobot_v30_image"
+    columns = {"state_column": "action", "action_column": "observation.state"}
+    (usual,), (swapped,) = (dataset_statistics(folder, **more).values() for more in ({}, columns))
+    assert len(usual["action"]["mean"]) == len(swapped["proprio"]["mean"]) == 7
+    assert usual["action"]["max"] == swapped["proprio"]["max"] and usual["proprio"]["max"] == swapped["action"]["max"]
+
+
 def test_the_index_of_rlds_is_cached_and_made_again_when_broken(cache):
     expected = VLAAdapterDataset.from_rlds(RLDS, robot="libero")[5]
     index = next((cache / "rlds_index").iterdir())

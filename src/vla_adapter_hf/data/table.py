@@ -211,7 +211,7 @@ class PlainSource(DemonstrationSource):
         digest = hashlib.blake2b(digest_size=20)
         table = self.table
         for array in (table.states, table.actions, table.episode_indices, table.starts):
-            digest.update(np.ascontiguousarray(array).tobytes())
+            digest.update(repr(array.shape).encode() + np.ascontiguousarray(array).tobytes())
         if table.chunks is not None:
             digest.update(repr(table.chunks.shape).encode() + table.chunks.tobytes())
         return digest.hexdigest()

@@ -43,10 +43,11 @@ class LeRobotSource(DemonstrationSource):
         return {**self.__dict__, "_image_chunks": {}}
 
     def content_digest(self) -> str:
-        digest = hashlib.blake2b(digest_size=20)
         columns = [self.columns.state, self.columns.action, "episode_index", "frame_index"]
         if self.columns.chunk is not None:
             columns.append(self.columns.chunk)
+        # The files are hashed in their own order, which does not tell the state from the action.
+        digest = hashlib.blake2b(repr(columns).encode(), digest_size=20)
         for data_path, episodes in self.reader.files:
             digest.update(repr([(episode.index, episode.length) for episode in episodes.values()]).encode())
             try:
