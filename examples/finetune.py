@@ -27,29 +27,29 @@ parser.add_argument("--steps", type=int, default=40)
 args = parser.parse_args()
 set_seed(0)
 
-# 1. Demonstrations, augmented. One episode is held out; it sees the centre crop that inference sees.
+# 1. Demonstrations, and the start with this robot's cameras, sizes and statistics. Layers of other sizes are new.
 config = AutoConfig.from_pretrained(args.checkpoint)
 dataset = vla.VLAAdapterDataset.from_lerobot(args.dataset, args.cameras, config.chunk_size, args.robot)
-dataset.image_transform = vla.ImageAugmentation(config.image_size)
-train, held_out = dataset.split_by_episode(1, validation_transform=vla.ImageResize(config.image_size, crop_area=0.9))
-
-# 2. The start, told this robot's cameras, sizes and statistics. Layers for other sizes start anew, with a warning.
-fields = {"cameras": args.cameras, "action_dim": dataset.action_dim, "proprio_dim": dataset.state_dim}
+fields = {"cameras": dataset.camera_names, "action_dim": dataset.action_dim, "proprio_dim": dataset.state_dim}
+fields |= {"action_names": dataset.action_names, "state_names": dataset.state_names, "fps": dataset.fps}
 fields |= {"norm_stats": dataset.norm_stats, "constant_dims": "zero", "image_center_crop": 0.9}
 fields |= {"image_jpeg_round_trip": dataset.source.frames_are_jpeg()}
 fields["norm_type"] = vla.get_robot(args.robot).norm_type if args.robot else config.norm_type
 fields["policy_task_tokens"] = config.policy_task_tokens if len(args.cameras) == config.num_cameras else None
 model = AutoModel.from_pretrained(args.checkpoint, dtype="float32", ignore_mismatched_sizes=True, **fields)
-start = AutoProcessor.from_pretrained(args.checkpoint)
-processor = vla.VLAAdapterProcessor.from_model_config(model.config, start.tokenizer)
+tokenizer = AutoProcessor.from_pretrained(args.checkpoint).tokenizer
+processor = vla.VLAAdapterProcessor.from_model_config(model.config, tokenizer)
+
+# 2. Frames are augmented with random crops. The held-out episode has the centre crop that inference has.
+dataset.image_transform = vla.ImageAugmentation.from_model_config(model.config)
+train, held_out = dataset.split_by_episode(1, validation_transform=vla.ImageResize.from_model_config(model.config))
 
 # 3. Training: LoRA on towers and language model, the policy in full. Every checkpoint loads with AutoModel.
 every = {"logging_steps": 5, "eval_strategy": "steps", "eval_steps": 0.25, "save_steps": 0.25}
 settings = vla.VLAAdapterTrainingArguments(args.output, max_steps=args.steps, **every, **PRESETS["lora"])
 collator, metrics = vla.VLAAdapterDataCollator(processor, model.config), vla.make_compute_metrics(model.config)
-card = vla.CheckpointCallback(processor, lambda step: {"title": "Fine-tuned", "summary": f"LoRA, {step} steps."})
 lora = vla.apply_preset(model, "lora")
-trainer = vla.VLAAdapterTrainer(lora, settings, collator, train, held_out, compute_metrics=metrics, callbacks=[card])
+trainer = vla.VLAAdapterTrainer(lora, settings, collator, train, held_out, compute_metrics=metrics)
 trainer.train()
 
 # 4. One plain model, and what it predicts for the episode that it has not seen.

@@ -67,7 +67,6 @@ KNOWN: dict[str, set[str]] = {
         "docs/evaluation.md",
         "docs/speed.md",
         "docs/training.md",
-        "examples/finetune.py",
         "examples/libero_object/README.md",
         "examples/libero_object/make_policy.py",
         "examples/libero_object/pretrain.py",

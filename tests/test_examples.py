@@ -1,8 +1,10 @@
 """The examples run from a clone as they are, and leave a model behind that loads and predicts."""
 
 import os
+import re
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import data_fixtures
@@ -42,6 +44,31 @@ def test_the_script_fine_tunes_with_its_defaults(tmp_path):
 
 def test_the_script_fits_on_a_page():
     assert len((EXAMPLES / "finetune.py").read_text(encoding="utf-8").splitlines()) <= 60
+
+
+def test_the_short_program_of_the_documentation_fits_any_checkpoint(tmp_path, monkeypatch):
+    """From the embedded policy, which sees 112 pixels without a crop and has a prompt of its own."""
+    pytest.importorskip("peft")
+    page = (EXAMPLES.parent / "docs" / "first_steps.md").read_text(encoding="utf-8")
+    (program,) = [
+        block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "VLAAdapterTrainer" in block
+    ]
+    embedded = files("vla_adapter_hf") / "embedded" / "checkpoint"
+    replaced = {
+        '"VLA-Adapter/LIBERO-Object-Pro", ["front", "wrist"]': f'"{embedded}", ["image", "wrist_image"]',
+        '"me/pick-and-place"': f'"{data_fixtures.DEMOS / "lerobot_v30_image"}"',
+        "max_steps=20_000": 'max_steps=1, use_cpu=True, report_to="none"',
+    }
+    for text, other in replaced.items():
+        assert text in program
+        program = program.replace(text, other)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(program, "first_steps.md", "exec"), {})
+    final = predicted(tmp_path / "pick-and-place")
+    assert final.shape == (8, 7) and np.isfinite(final).all()
+    for folder in ("pick-and-place", "pick-and-place/checkpoint-1"):
+        processor = AutoProcessor.from_pretrained(tmp_path / folder)
+        assert (processor.prompt_style, processor.image_processor.do_center_crop) == ("in_out", False)
 
 
 def test_the_notebook_runs_from_its_first_cell_to_its_last(tmp_path, monkeypatch):
