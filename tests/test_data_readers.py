@@ -274,6 +274,22 @@ def test_parquet_metadata_that_lacks_a_column_or_is_damaged_is_refused(tmp_path)
         VLAAdapterDataset.from_lerobot(folder, robot="libero")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("dataset_info.json", b"{", "dataset_info.json is no JSON: .*Fetch the dataset again"),
+        ("dataset_info.json", b"[]", "dataset_info.json holds list, expected a mapping"),
+        ("dataset_info.json", b'{"splits": [{"shardLengths": ["2"]}]}', "splits in dataset_info.json cannot be read"),
+        ("features.json", b'{"featuresDict": []}', "features.json cannot be read"),
+    ],
+)
+def test_metadata_of_rlds_that_is_damaged_is_named(name, content, message, tmp_path):
+    folder = copy_of("rlds", tmp_path)
+    next(folder.rglob(name)).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        VLAAdapterDataset.from_rlds(folder, robot="libero")
+
+
 # An arm without a preset
 
 

@@ -27,12 +27,12 @@ def decode_frame(data: bytes, like_tensorflow: bool = False) -> np.ndarray:
 
     Args:
         data: the encoded frame.
-        like_tensorflow: decode JPEG with the fast inverse DCT, which is what TensorFlow does with RLDS datasets. It
-            needs simplejpeg (`pip install vla-adapter-hf[fast-jpeg]`) and then gives TensorFlow's pixels; without it
-            Pillow's accurate DCT is used, whose pixels differ by 1.3 levels on average and 16 at most.
+        like_tensorflow: decode JPEG with the fast inverse DCT, as TensorFlow does for RLDS datasets. The pixels are
+            TensorFlow's if simplejpeg is installed (`pip install vla-adapter-hf[fast-jpeg]`). Without it Pillow's
+            accurate DCT is used, whose pixels differ by 1.3 levels on average and by 16 at most.
 
     Raises:
-        ValueError: `data` is no image.
+        ValueError: `data` is not an image.
     """
     if like_tensorflow and simplejpeg is not None and is_jpeg(data):
         try:

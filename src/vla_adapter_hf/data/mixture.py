@@ -14,12 +14,12 @@ from vla_adapter_hf.data.dataset import VLAAdapterDataset
 class VLAAdapterMixture(torch.utils.data.Dataset):
     """Draws every sample from one of several datasets, with probability weight x number of transitions.
 
-    What is drawn depends on seed and epoch alone. Within a dataset nothing is drawn twice before everything was drawn
-    once. Samples keep their dataset's `unnorm_key`; `norm_stats` holds the statistics of all.
+    The draws depend on seed and epoch only. No sample of a dataset is drawn twice before all were drawn once. Samples
+    keep their dataset's `unnorm_key`, and `norm_stats` holds the statistics of all datasets.
 
     Args:
         datasets: datasets of the same chunk length, action size, state size and number of cameras.
-        weights: one per dataset, multiplied by its number of transitions; by default all 1.
+        weights: one per dataset, multiplied by its number of transitions; 1 by default.
         num_samples: samples per epoch; by default those of all datasets together.
         seed: decides the draws.
 
@@ -86,7 +86,7 @@ class VLAAdapterMixture(torch.utils.data.Dataset):
             raise IndexError(f"sample {index} of {len(self)}")
         index = int(index) % len(self)
         chosen, samples = self._planned()
-        # The place in the mixture decides the augmentation: a sample drawn twice looks different twice.
+        # The index in the mixture decides the augmentation, so a sample that is drawn twice looks different.
         return self.datasets[chosen[index]].get(int(samples[index]), draw_index=index)
 
     @property

@@ -117,6 +117,7 @@ class DemonstrationSamples:
         cameras: Sequence[str] | None = None,
         chunk_size: int | None = None,
         robot: str | RobotPreset | None = None,
+        *,
         split: str | None = "train",
         **options: Any,
     ) -> Self:
@@ -146,6 +147,7 @@ class DemonstrationSamples:
         cameras: Sequence[str] | None = None,
         chunk_size: int | None = None,
         robot: str | RobotPreset | None = None,
+        *,
         unnorm_key: str = "dataset",
         **options: Any,
     ) -> Self:
@@ -189,9 +191,7 @@ class DemonstrationSamples:
     @classmethod
     def check_options(cls, format: str, options: dict[str, Any], data: Any) -> None:
         """Raises TypeError for an argument that this class and format do not have; lists those that there are."""
-        own = [
-            name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "reader", "settings")
-        ]
+        own = set(inspect.signature(cls.__init__).parameters) - {"self", "reader", "settings"}
         known = {"cameras", "robot", *OPTIONS[format], *_SETTINGS, *own}
         if cls._streaming:
             known -= {"frame_column", *(() if format == "rlds" else ("split",))}

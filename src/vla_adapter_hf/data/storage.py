@@ -1,4 +1,4 @@
-"""Where derived files are kept, and where a dataset's folder comes from."""
+"""The cache directory, and a dataset's local folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def dataset_folder(
     allow_patterns: Sequence[str] | None = None,
     cache_dir: str | os.PathLike | None = None,
 ) -> Path:
-    """A dataset's local folder; a Hub dataset repository is fetched, as far as `allow_patterns` says.
+    """A dataset's local folder. Of a Hub dataset repository, files that match `allow_patterns` are fetched.
 
     Raises:
         ValueError: neither a folder that exists nor the form of a repository id.

@@ -1,7 +1,7 @@
 """Single frames out of MP4 files, in order or at random, with PyAV.
 
-Datasets written for training have a key frame every few frames, so a random frame costs a seek and two or three
-decoded frames; frames asked for in order are decoded one after the other without seeking.
+Datasets written for training have a key frame every few frames. A random frame takes a seek and two or three decoded
+frames. Frames in order are decoded one after the other, without a seek.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 
-# A jump of up to this many frames is decoded through; beyond it, seeking is cheaper.
+# A jump of up to this many frames is decoded; a seek is faster for longer ones.
 _MAX_DECODE_AHEAD = 4
 
 
 def import_av() -> Any:
-    """PyAV, or an ImportError that says how to get it."""
+    """PyAV, or an ImportError that says how to install it."""
     try:
         import av
     except ImportError as error:
@@ -50,7 +50,7 @@ class VideoFile:
             self._stream = self._container.streams.video[0]
         except (OSError, ValueError, IndexError) as error:  # av's errors derive from the first two
             raise VideoError(f"video {path} cannot be opened: {error}") from error
-        # One thread per decoder: the workers are the parallelism, and threads do not survive a fork.
+        # One thread per decoder: workers already run in parallel, and threads do not survive a fork.
         self._stream.thread_count = 1
         self._time_base = Fraction(self._stream.time_base)
         self._first = self._stream.start_time or 0
@@ -104,8 +104,8 @@ class VideoFile:
 class VideoCache:
     """The last `max_open` files used, kept open, per process.
 
-    A forked worker gets its own files: decoders are not shared with the parent, and those that came with the fork are
-    left alone rather than closed. Pickled to a spawned worker, the cache arrives empty.
+    A forked worker opens its own files. It neither uses nor closes the parent's decoders. A spawned worker gets an empty
+    cache.
     """
 
     def __init__(self, max_open: int = 16) -> None:
@@ -131,7 +131,7 @@ class VideoCache:
     def read(self, path: str | os.PathLike, frame_number: int, fps: float) -> np.ndarray:
         """See `VideoFile.read`."""
         if os.getpid() != self._process:
-            # Closing a decoder that was opened by the parent would end the parent's file position with it.
+            # Processes share the file position: closing the parent's decoder here could move it there.
             self._inherited.append(self._files)
             self._reset()
         with self._lock:

@@ -1,4 +1,4 @@
-"""The files of an RLDS / TFDS dataset: where its version folder is, which shards it has, which features are images."""
+"""The files of an RLDS / TFDS dataset: its version folder, its shards, and which features are images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 @dataclass(frozen=True)
 class Shard:
-    """One TFRecord file. `records` is the number of episodes that `dataset_info.json` promises, if it does."""
+    """One TFRecord file. `records` is the number of episodes by `dataset_info.json`, if it says so."""
 
     path: Path
     split: str
@@ -63,14 +63,13 @@ def find_version_folder(folder: Path, name: str | None = None) -> Path:
         return find_version_folder(datasets[0])
     if datasets:
         raise ValueError(
-            f"{folder} holds several RLDS datasets: {', '.join(entry.name for entry in datasets)}; choose one "
-            "with name=..."
+            f"{folder} holds several RLDS datasets: {', '.join(entry.name for entry in datasets)}; choose one with "
+            "name=..."
         )
     found = ", ".join(entry.name for entry in _entries(folder)[:10]) or "nothing"
     raise ValueError(
-        f"{folder} holds no RLDS dataset: expected files such as <name>-train.tfrecord-00000-of-00016, there "
-        "or in a version "
-        f"folder such as 1.0.0; found {found}"
+        f"{folder} holds no RLDS dataset: expected files such as <name>-train.tfrecord-00000-of-00016, there or in a "
+        f"version folder such as 1.0.0; found {found}"
     )
 
 
@@ -92,7 +91,7 @@ def read_rlds_files(folder: Path) -> RLDSFiles:
         raise ValueError(f"{folder}: fileFormat is {file_format!r}; this package reads tfrecord")
     shards: dict[str, dict[int, Path]] = {}
     counts: dict[str, int] = {}
-    # By the files that are there, not by the template: their prefix is not always the dataset's name.
+    # The template in dataset_info.json is not used: the prefix of the files is not always the dataset's name.
     for entry in _entries(folder):
         match = _SHARD.fullmatch(entry.name)
         if match:
@@ -104,15 +103,14 @@ def read_rlds_files(folder: Path) -> RLDSFiles:
             shards.setdefault(split, {})[int(match["shard"])] = entry
     if not shards:
         raise ValueError(f"{folder}: there are no files such as <name>-train.tfrecord-00000-of-00016")
-    promised = {split.get("name"): [int(n) for n in split.get("shardLengths", [])] for split in info.get("splits", [])}
+    promised = _shard_lengths(info, folder)
     ordered = []
     for split in sorted(shards, key=lambda split: (split != "train", split)):
         missing = sorted(set(range(counts[split])) - set(shards[split]))
         if missing:
             raise ValueError(
-                f"{folder}: split {split!r} lacks {len(missing)} of {counts[split]} shards, the first is "
-                f"number {missing[0]}. "
-                "Fetch the dataset again."
+                f"{folder}: split {split!r} lacks {len(missing)} of {counts[split]} shards, the first is number "
+                f"{missing[0]}. Fetch the dataset again."
             )
         lengths = promised.get(split, [])
         for number, path in sorted(shards[split].items()):
@@ -122,13 +120,33 @@ def read_rlds_files(folder: Path) -> RLDSFiles:
     shapes: dict[str, tuple[int, ...]] = {}
     if features_path.is_file():
         images = []
-        _walk_features(_json(features_path), "", images, shapes)
+        try:
+            _walk_features(_json(features_path), "", images, shapes)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{features_path} cannot be read: {error!r}") from error
     name = info.get("name") or (folder.parent.name if _VERSION.fullmatch(folder.name) else folder.name)
     return RLDSFiles(folder, name, ordered, images, shapes)
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """A JSON file's mapping; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:  # UnicodeDecodeError is one
+        raise ValueError(f"{path} is no JSON: {error}. Fetch the dataset again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, expected a mapping")
+    return content
+
+
+def _shard_lengths(info: dict[str, Any], folder: Path) -> dict[str, list[int]]:
+    """Episodes of each shard of each split."""
+    try:
+        return {split["name"]: [int(n) for n in split.get("shardLengths", [])] for split in info.get("splits", [])}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder}: splits in dataset_info.json cannot be read: {error!r}") from error
 
 
 def _walk_features(node: Any, name: str, images: list[str], shapes: dict[str, tuple[int, ...]]) -> None:
