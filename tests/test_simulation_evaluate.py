@@ -427,3 +427,38 @@ def test_arguments_that_cannot_work_are_named(tmp_path, arguments, message, proc
 
 def test_placements_are_the_documented_ones():
     assert PLACEMENTS == ("official", "jitter", "shuffle", "both")
+
+
+class TestDelay:
+    """The world goes on while the policy thinks."""
+
+    def actions(self, folder: Path, **settings) -> np.ndarray:
+        play(SeeingPolicy(), SUITE, folder, tasks=[0], episodes=1, processes=0, save_actions=True, **settings)
+        return np.load(folder / "actions" / "00-0000.npy")
+
+    def test_a_sync_robot_stands_still_during_the_delay_and_then_executes_the_same(self, tmp_path):
+        prompt = self.actions(tmp_path / "prompt")
+        delayed = self.actions(tmp_path / "delayed", delay=3)
+        assert not delayed[:3, :2].any()
+        assert np.array_equal(delayed[3 : 3 + min(8, len(prompt))], prompt[:8])
+
+    def test_asynchronous_robots_stand_still_for_the_first_chunk_only(self, tmp_path):
+        for strategy in ("async", "async-rolled"):
+            actions = self.actions(tmp_path / strategy, delay=2, strategy=strategy, step_limit=60)
+            assert not actions[:2, :2].any()
+            assert actions[2:10, :2].any(axis=1).any()
+        summary = (tmp_path / "async" / "summary.md").read_text()
+        assert "delay of 2 steps, async, at most 60 steps" in summary
+
+    def test_the_step_limit_counts_the_delay(self, tmp_path):
+        play(NoopPolicy("libero"), SUITE, tmp_path, tasks=[0], episodes=1, processes=0, delay=5, step_limit=12)
+        assert read_results(tmp_path / "episodes.jsonl")[0].steps == 12
+
+    def test_other_delays_are_another_run(self, tmp_path):
+        play(NoopPolicy("libero"), SUITE, tmp_path, tasks=[0], episodes=1, processes=0, delay=2)
+        with pytest.raises(ValueError, match="time"):
+            play(NoopPolicy("libero"), SUITE, tmp_path, tasks=[0], episodes=2, processes=0, delay=4)
+
+    def test_a_delay_below_0_is_refused(self):
+        with pytest.raises(ValueError, match="delay must be 0 or more"):
+            EvaluationSettings(delay=-1)

@@ -280,7 +280,7 @@ def joined_table(folders: Sequence[str | Path], name: str | None = None) -> str:
             raise ValueError(f"{folder} holds no summary.json of an evaluation")
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
         settings = summary["settings"]
-        is_control = settings["black_images"] or settings["instruction"] or settings.get("delay")
+        is_control = settings["black_images"] or settings["instruction"] or settings.get("time")
         if is_control or settings.get("placement", "official") != "official":
             raise ValueError(f"{folder} holds a control, which is no score of the published form")
         policy = name or settings["policy"]
@@ -380,9 +380,9 @@ def write_summary(
         controls.append(f"{settings['execute']} actions of each chunk executed")
     if settings["ensemble"] is not None:
         controls.append(f"chunks averaged with ensemble={settings['ensemble']:g}")
-    if settings.get("delay") or settings.get("step_limit"):
-        limit = f", at most {settings['step_limit']} steps" if settings["step_limit"] else ""
-        controls.append(f"delay of {settings['delay']} steps, {settings['strategy']}{limit}")
+    if time := settings.get("time"):
+        limit = f", at most {time['step_limit']} steps" if time["step_limit"] else ""
+        controls.append(f"delay of {time['delay']} steps, {time['strategy']}{limit}")
     # Published scores are compared with runs of the published protocol only: every task from each of its 50 states.
     is_published = (
         suite in PUBLISHED_SUITES

@@ -85,7 +85,7 @@ class EvaluationSettings:
         """What differs from the published protocol in time; runs that differ here are not merged."""
         chosen = {"strategy": self.strategy, "delay": self.delay, "step_limit": self.step_limit}
         published = {"strategy": "sync", "delay": 0, "step_limit": None}
-        return {} if chosen == published else chosen
+        return {} if chosen == published else {"time": chosen}
 
     def chunk_strategy(self) -> ChunkStrategy:
         """A new strategy that executes chunks as these settings say.
