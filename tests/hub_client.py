@@ -110,6 +110,10 @@ def online() -> None:
         return facts(AutoModel.from_pretrained("someone/nested", subfolder="inner"))
 
     @step
+    def structure_of_the_other() -> list:
+        return list(open_checkpoint("someone/looked-at").config.norm_stats)
+
+    @step
     def without_token() -> None:
         open_checkpoint("someone/policy")
 
@@ -173,6 +177,10 @@ def offline() -> None:
     @step
     def base() -> str:
         return open_base("someone/base").file_name
+
+    @step
+    def only_headers_were_read() -> None:
+        open_checkpoint("someone/looked-at")
 
     @step
     def never_downloaded() -> None:

@@ -74,6 +74,8 @@ def server(folder) -> HubServer:
     nested = server.repositories["someone/nested"] = Repository()
     shutil.copytree(folder / "abc", folder / "nested" / "inner")
     nested.add("main", folder / "nested")
+    server.repositories["someone/looked-at"] = Repository()
+    server.repositories["someone/looked-at"].add("main", folder / "abc")
     foreign = server.repositories["someone/foreign"] = Repository()
     (folder / "foreign").mkdir()
     config = {"model_type": "foreign", "auto_map": {"AutoConfig": "configuration_foreign.ForeignConfig"}}
@@ -203,6 +205,12 @@ class TestOffline:
     def test_prediction_from_the_cache(self, online, offline):
         for step in ("prediction", "prediction_of_our_layout"):
             np.testing.assert_allclose(offline[step], online[step], rtol=0, atol=3e-4)
+
+    def test_weights_that_were_never_downloaded_are_missing_in_the_cache(self, online, offline):
+        assert online["structure_of_the_other"] == ["data_2.0"]
+        assert (
+            "someone/looked-at (its copy in the cache) has no model.safetensors" in offline["only_headers_were_read"]
+        )
 
     def test_a_revision_from_the_cache(self, offline):
         assert offline["revision"] == {"bias": [2.0], "stats": ["data_2.0"]}

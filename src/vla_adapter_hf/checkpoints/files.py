@@ -72,7 +72,7 @@ def find_weights(files: FolderFiles | HubFiles) -> list[str]:
         names = sorted(set(weight_map.values()))
     missing = [name for name in names if name not in files.names]
     if missing:
-        raise ValueError(f"{source} has no {', '.join(missing)}.")
+        raise ValueError(f"{files.title} has no {', '.join(missing)}.")
     return names
 
 

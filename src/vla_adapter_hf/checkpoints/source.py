@@ -30,6 +30,8 @@ BLOCK_SIZE = 2**17
 class FolderFiles:
     """The files of a folder.
 
+    Its `title` is what messages about missing files call it.
+
     Args:
         folder (`Path`): the folder.
         source (`str`): what the user calls it.
@@ -38,6 +40,7 @@ class FolderFiles:
 
     def __init__(self, folder: Path, source: str, commit: str | None = None):
         self.folder, self.source, self.commit = folder, source, commit
+        self.title = source if commit is None else f"{source} (its copy in the cache)"
 
     @cached_property
     def names(self) -> list[str]:
@@ -77,7 +80,7 @@ class HubFiles:
     """
 
     def __init__(self, source: str, revision: str | None, subfolder: str = "", **hub: Any):
-        self.source, self.commit, self.hub = source, revision, hub
+        self.source, self.title, self.commit, self.hub = source, source, revision, hub
         self.prefix = f"{subfolder.strip('/')}/" if subfolder.strip("/") else ""
 
     @cached_property

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from vla_adapter_hf.checkpoints.backbones import load_tokenizer
+from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.checkpoints.model_card import fill_model_card
 from vla_adapter_hf.checkpoints.saving import check_destination, write_checkpoint
 from vla_adapter_hf.checkpoints.source import check_source
@@ -167,8 +167,8 @@ def init_untrained(
     _check_fields(fields, str(config))
     model_config = VLAAdapterConfig(**{**fields, **config_fields})
     if tokenizer is None:
-        with as_file(files("vla_adapter_hf").joinpath("embedded", "tokenizer")) as folder:
-            loaded = load_tokenizer(str(folder))
+        with embedded_folder() as folder:
+            loaded = load_tokenizer(str(folder / "tokenizer"))
     else:
         loaded = load_tokenizer(check_source(tokenizer, "tokenizer"))
     if instructions is not None:

@@ -136,7 +136,7 @@ def _find_pickle(files: FolderFiles | HubFiles, kind: str, step: str | int | Non
     if len(found) == 1:
         return found[0]
     if not names:
-        raise ValueError(f"{files.source} has no {kind}--checkpoint.pt (nor {kind}--<step>_checkpoint.pt).")
+        raise ValueError(f"{files.title} has no {kind}--checkpoint.pt (nor {kind}--<step>_checkpoint.pt).")
     if not found:
-        raise ValueError(f"{files.source} has no {wanted[0]}; it has {', '.join(names)}.")
+        raise ValueError(f"{files.title} has no {wanted[0]}; it has {', '.join(names)}.")
     raise ValueError(f"{files.source} has several of one kind: {', '.join(names)}. Choose one (step=..., --step).")
