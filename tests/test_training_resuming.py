@@ -7,9 +7,12 @@ from pathlib import Path
 
 import model_fixtures
 import pytest
+import torch
 from training_fixtures import DEMOS, QUIET, command, losses, run_training, write_start
 from transformers import AutoModel, AutoProcessor
+from typer.testing import CliRunner
 
+from vla_adapter_cli import app
 from vla_adapter_hf import VLAAdapterDataCollator, VLAAdapterDataset, VLAAdapterTrainer, VLAAdapterTrainingArguments
 from vla_adapter_hf.cli.train import parse_arguments
 from vla_adapter_hf.data import ImageResize
@@ -66,7 +69,7 @@ def test_a_resumed_run_with_another_model_or_other_samples_is_refused(start, fin
 
 
 def test_a_checkpoint_with_other_statistics_is_refused_without_the_kept_arguments_too(start, copied):
-    (copied / "arguments.json").unlink()
+    (copied / "_arguments.json").unlink()
     model, data, _ = parse_arguments(command(start, copied, *FROZEN, *RESUME))
     config = AutoModel.from_pretrained(copied / "checkpoint-4").config
     fields = {"chunk_size": config.chunk_size, "norm_stats": config.norm_stats}
@@ -216,3 +219,14 @@ def test_values_that_do_not_exist_are_refused_before_anything_is_read(tmp_path, 
     required = ["--checkpoint", "c", "--dataset", "d", "--output_dir", str(tmp_path)]
     with pytest.raises(ValueError, match=message):
         parse_arguments([*required, *words])
+
+
+def test_the_readmes_precision_trains_on_a_machine_without_an_accelerator(start, tmp_path):
+    if torch.accelerator.is_available():
+        pytest.skip("this machine has an accelerator")
+    words = command(start, tmp_path / "out", *FROZEN, "--bf16", "true", "--max_steps", 1)
+    position = words.index("--use_cpu")
+    result = CliRunner().invoke(app, ["train", *words[:position], *words[position + 2 :]])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("No accelerator found: training on the CPU.\n")
+    assert "Done: " in result.stdout

@@ -90,6 +90,16 @@ def test_a_model_from_nothing_loads_and_depends_on_the_seed(tmp_path, config_fil
     assert not torch.equal(weights["first"], weights["other"])
 
 
+def test_a_model_from_nothing_gets_the_small_tokenizer_that_ships_if_none_is_given(tmp_path, config_file):
+    (tmp_path / "instructions.txt").write_text("\n".join(INSTRUCTIONS), encoding="utf-8")
+    words = ["--config", str(config_file), "--instructions", str(tmp_path / "instructions.txt")]
+    result = CliRunner().invoke(app, ["init", str(tmp_path / "model"), *words])
+    assert result.exit_code == 0, result.output
+    processor = AutoProcessor.from_pretrained(tmp_path / "model")
+    assert len(processor.tokenizer) <= 400
+    assert processor.tokenizer.decode(processor.tokenizer("pick up the cup")["input_ids"]) == "pick up the cup"
+
+
 def test_a_vocabulary_larger_than_the_model_knows_is_refused(tmp_path, config_file):
     with pytest.raises(ValueError, match=r"text_config.vocab_size=400, but the tokenizer has"):
         init_untrained(tmp_path / "model", config_file, tokenizer=big_tokenizer(tmp_path))

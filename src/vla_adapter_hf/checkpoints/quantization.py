@@ -12,6 +12,7 @@ from transformers.utils import is_torchao_available
 
 from vla_adapter_hf.modeling.configuration_vla_adapter import POLICY_VARIANTS, VLAAdapterConfig
 from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction
+from vla_adapter_hf.utils.extras import install_hint
 
 
 KINDS = ("int8", "int4")
@@ -53,9 +54,7 @@ def quantization_config(
         raise ValueError(f"device must be cpu or cuda, got {device!r}.")
     kept = list(KEPT if keep is None else _checked(keep))
     if not is_torchao_available(TORCHAO):
-        raise ImportError(
-            f"quantised weights need torchao {TORCHAO} or newer: pip install 'vla-adapter-hf[quantization]'"
-        )
+        raise ImportError(f"quantised weights need torchao {TORCHAO} or newer: {install_hint('quantization')}")
     from torchao.quantization import Int4WeightOnlyConfig, Int8DynamicActivationInt8WeightConfig
 
     if kind == "int8":

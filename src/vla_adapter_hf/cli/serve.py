@@ -9,6 +9,7 @@ import typer
 
 from vla_adapter_hf.cli.command import split_names
 from vla_adapter_hf.serving.settings import ServeSettings
+from vla_adapter_hf.utils.extras import install_hint
 
 
 def serve(
@@ -80,7 +81,7 @@ def serve(
     try:
         from vla_adapter_hf.serving.server import serve as run_server
     except ModuleNotFoundError as error:
-        raise ImportError(f"vla-adapter serve needs {error.name}: pip install 'vla-adapter-hf[serve]'") from error
+        raise ImportError(f"vla-adapter serve needs {error.name}: {install_hint('serve')}") from error
 
     settings = ServeSettings(
         host=host,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from vla_adapter_hf.utils.extras import install_hint
 from vla_adapter_hf.utils.files import atomic_path
 
 
@@ -150,7 +151,7 @@ def _write_mp4(path: Path, images: Sequence[np.ndarray], fps: float) -> None:
     try:
         import av
     except ImportError as error:
-        raise ImportError("writing MP4 needs PyAV: pip install 'vla-adapter-hf[video]', or choose .gif") from error
+        raise ImportError(f"writing MP4 needs PyAV: {install_hint('video')}; or choose .gif") from error
     height, width = images[0].shape[:2]
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("mpeg4", rate=round(fps))

@@ -19,7 +19,8 @@ from vla_adapter_hf.training.trainer import VLAAdapterTrainingArguments
 from vla_adapter_hf.utils.files import write_json
 
 
-ARGUMENTS = "arguments.json"
+# Names with this first letter are not uploaded: the file holds paths of this machine.
+ARGUMENTS = "_arguments.json"
 # A resumed run may have other values of these: they change neither the samples nor the model.
 MAY_CHANGE = {"dataset", "picture_episodes", "attn_implementation", "revision"}
 

@@ -79,10 +79,6 @@ def train(
     count = sum(parameter.numel() for parameter in trained.parameters() if parameter.requires_grad)
     report_progress(f"  preset {model_arguments.preset}: {count / 1e6:.2f} M parameters train")
 
-    datasets = ", ".join(f"`{Path(name).name}`" for name in data_arguments.dataset)
-    summary = (
-        f"Fine-tuned from `{Path(model_arguments.checkpoint).name}` on {datasets}, preset `{model_arguments.preset}`"
-    )
     trainer = VLAAdapterTrainer(
         model=trained,
         args=training_arguments,
@@ -90,12 +86,7 @@ def train(
         eval_dataset=demonstrations.validation,
         data_collator=VLAAdapterDataCollator(processor, model.config),
         compute_metrics=make_compute_metrics(model.config),
-        describe=lambda step: {
-            "title": output.name,
-            "summary": f"{summary}, {step} steps.",
-            "base_model": [model_arguments.checkpoint],
-            "datasets": data_arguments.dataset,
-        },
+        describe=lambda step: describe_run(model_arguments, data_arguments, demonstrations, output, step),
     )
     if training_arguments.fsdp and trainer.accelerator.distributed_type != DistributedType.FSDP:
         raise ValueError("fsdp was asked for, but accelerate shards on accelerators only and would ignore it here.")
@@ -180,6 +171,21 @@ def load_start(
     return model, VLAAdapterProcessor.from_model_config(model.config, before.tokenizer)
 
 
+def describe_run(
+    model: ModelArguments, data: DataArguments, demonstrations: Demonstrations, output: Path, step: int
+) -> dict[str, Any]:
+    """Arguments of the model card after some steps."""
+    datasets = ", ".join(f"`{Path(name).name}`" for name in data.dataset)
+    start = f"Fine-tuned from `{Path(model.checkpoint).name}` on {datasets}"
+    return {
+        "title": output.name,
+        "summary": f"{start}, preset `{model.preset}`, {step} steps.",
+        "base_model": [model.checkpoint],
+        "datasets": data.dataset,
+        "instruction": demonstrations.parts[0].get(0, load_images=False)["text"],
+    }
+
+
 def write_results(
     trainer: VLAAdapterTrainer, metrics: dict[str, float], demonstrations: Demonstrations, episodes: int
 ) -> None:
@@ -193,7 +199,7 @@ def write_results(
     save_figure(plot_chunks(model, callback.processor, demonstrations.parts, episodes), output / "chunks.png")
 
 
-def save_trained(model: nn.Module, processor: VLAAdapterProcessor, output: Path, card: dict[str, str]) -> None:
+def save_trained(model: nn.Module, processor: VLAAdapterProcessor, output: Path, card: dict[str, Any]) -> None:
     """The trained model, merged, in the output folder itself: written to a folder of its own, then moved file by file."""
     with tempfile.TemporaryDirectory(prefix=".model-", dir=output) as whole:
         model.save_pretrained(whole)

@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from vla_adapter_hf.utils.extras import install_hint
+
 
 # A jump of up to this many frames is decoded; a seek is faster for longer ones.
 _MAX_DECODE_AHEAD = 4
@@ -25,7 +27,7 @@ def import_av() -> Any:
         import av
     except ImportError as error:
         raise ImportError(
-            "this dataset stores its camera frames as MP4, reading them needs PyAV: pip install vla-adapter-hf[video]"
+            f"this dataset stores its camera frames as MP4, reading them needs PyAV: {install_hint('video')}"
         ) from error
     return av
 

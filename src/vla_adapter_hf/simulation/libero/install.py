@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vla_adapter_hf.utils.extras import install_hint
 from vla_adapter_hf.utils.files import write_json
 
 
-INSTALL_PACKAGE = "pip install 'vla-adapter-hf[libero]'"
 INSTALL_LIBRARIES = "apt-get install -y --no-install-recommends libosmesa6 libgl1"
 
 
@@ -49,7 +49,7 @@ def import_libero() -> Libero:
         ImportError: LIBERO or one of its system libraries is missing; the message names the command that installs it.
     """
     if not is_libero_installed():
-        raise ImportError(f"LIBERO is not installed. Install it with: {INSTALL_PACKAGE}; {INSTALL_LIBRARIES}")
+        raise ImportError(f"LIBERO is not installed. Install it with: {install_hint('libero')}; {INSTALL_LIBRARIES}")
     if sys.platform.startswith("linux"):
         os.environ.setdefault("MUJOCO_GL", "osmesa")
     _provide_config()
