@@ -291,7 +291,8 @@ class VLAAdapterConfig(PreTrainedConfig):
             names, size = getattr(self, field), getattr(self, size_field)
             if names is not None and len(names) != size:
                 raise ValueError(
-                    f"{field} has {len(names)} names and {size_field} is {size}; give one name per value, or {field}=None."
+                    f"{field} has {len(names)} names and {size_field} is {size}; give one name per value, or "
+                    f"{field}=None."
                 )
         if self.fps is not None and not 0 < self.fps < math.inf:
             raise ValueError(f"fps must be a number above 0 or None, got {self.fps!r}.")
@@ -389,7 +390,7 @@ class VLAAdapterConfig(PreTrainedConfig):
         """The whole configuration, not only what differs from the defaults.
 
         The defaults of the towers' and the language model's configurations change between releases of transformers,
-        but a checkpoint must mean the same under all of them. Label maps and the place it was loaded from are left out.
+        but a checkpoint must mean the same under all of them. Label maps and the source's name are left out.
         """
         whole = self.to_dict()
         for part in (whole, *(whole[name] for name in self.sub_configs)):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .inputs_vla_adapter import check_observation, check_preparation, check_state
+from .inputs_vla_adapter import check_observation, check_preparation, check_state, check_tokens
 from .normalization_vla_adapter import find_out_of_range, normalize, select_norm_stats, unnormalize
 
 
@@ -79,6 +79,7 @@ class ActionPredictionMixin:
             raise ValueError("pixel_values holds values that are not finite.")
         if attention_mask is not None and not attention_mask.any(dim=-1).all():
             raise ValueError("attention_mask has a row without a single real token; every row needs an instruction.")
+        check_tokens(config, input_ids)
         state = check_state(state, input_ids.shape[0], config.proprio_dim)
         self._report_out_of_range(state, stats["proprio"], key, out_of_range)
 
@@ -115,8 +116,9 @@ class ActionPredictionMixin:
             found = [entry for entry in found if (key, entry[0]) not in self._warned_out_of_range]
         if not found:
             return
+        names = [f" ({name})" for name in self.config.state_names or []] or [""] * state.shape[1]
         values = "; ".join(
-            f"dimension {index} is {value:.6g}, in training {low:.6g} to {high:.6g}"
+            f"dimension {index}{names[index]} is {value:.6g}, in training {low:.6g} to {high:.6g}"
             for index, value, low, high in found
         )
         message = (

@@ -95,6 +95,17 @@ def check_preparation(config: VLAAdapterConfig, preparation: str | list[str] | N
             )
 
 
+def check_tokens(config: VLAAdapterConfig, input_ids: torch.Tensor) -> None:
+    """Refuse tokens that the language model does not have. On CUDA they would end the process."""
+    low, high = (int(value) for value in input_ids.aminmax())
+    size = config.text_config.vocab_size
+    if low < 0 or high >= size:
+        raise ValueError(
+            f"input_ids holds token {low if low < 0 else high}, but the model has tokens 0 to {size - 1}. Load the "
+            "processor from the model's folder: its tokenizer is that of another model."
+        )
+
+
 def check_state(state: Any, batch_size: int, proprio_dim: int) -> np.ndarray:
     if state is None:
         raise ValueError("state is missing: give the robot's state to the processor (state=...) or to predict_action.")
@@ -112,4 +123,12 @@ def check_state(state: Any, batch_size: int, proprio_dim: int) -> np.ndarray:
     return state
 
 
-__all__ = ["IGNORED", "check_images", "check_observation", "check_normalized", "check_preparation", "check_state"]
+__all__ = [
+    "IGNORED",
+    "check_images",
+    "check_observation",
+    "check_normalized",
+    "check_preparation",
+    "check_state",
+    "check_tokens",
+]

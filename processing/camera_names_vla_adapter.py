@@ -1,4 +1,4 @@
-"""Which of several full names a short name means: `top` means `observation.images.top`."""
+"""Which full column name a short one means: `top` means `observation.images.top`. Datasets follow the same rule."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,13 @@ def matching_names(name: str, available: Sequence[str]) -> list[str]:
     """
     if name in available:
         return [name]
-    parts = _parts(name)
-    return [full for full in available if _parts(full)[-len(parts) :] == parts]
+    parts = name_parts(name)
+    return [full for full in available if name_parts(full)[-len(parts) :] == parts]
 
 
-def _parts(name: str) -> list[str]:
+def name_parts(name: str) -> list[str]:
+    """`images/top` and `images.top` -> `["images", "top"]`."""
     return name.replace("/", ".").split(".")
 
 
-__all__ = ["matching_names"]
+__all__ = ["matching_names", "name_parts"]

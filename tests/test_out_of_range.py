@@ -65,6 +65,12 @@ def test_an_option_makes_it_an_error_every_time(model):
             model.predict_action(**inputs(state=with_millimetres()), out_of_range="error")
 
 
+def test_the_names_of_the_dimensions_are_given(caplog):
+    model = tiny_model(state_names=["x", "y", "z", "roll", "pitch", "yaw", "left", "right"])
+    model.predict_action(**inputs(state=with_millimetres(2)))
+    assert "dimension 2 (z) is 300" in warnings_of(caplog)[0]
+
+
 def test_one_row_of_a_batch_is_enough(model):
     state = np.concatenate([np.full((2, 8), 0.1), with_millimetres(7)])
     with pytest.raises(ValueError, match="dimension 7 is 300"):

@@ -102,6 +102,14 @@ def test_one_sample_of_a_batch_that_was_prepared_in_another_way_is_enough(model,
         model.predict_action(**inputs)
 
 
+@pytest.mark.parametrize("token", [-1, 1024])
+def test_a_token_of_another_vocabulary_is_refused(model, of_model, observation, token):
+    inputs = of_model(**observation)
+    inputs["input_ids"][0, 1] = token
+    with pytest.raises(ValueError, match=f"input_ids holds token {token}, but the model has tokens 0 to 1023"):
+        model.predict_action(**inputs)
+
+
 def test_inputs_made_by_hand_are_taken(model, processor, of_model, observation):
     inputs = of_model(**observation)
     by_hand = {name: inputs[name] for name in ("input_ids", "attention_mask", "pixel_values", "state")}

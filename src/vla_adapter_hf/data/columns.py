@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from vla_adapter_hf.processing.camera_names_vla_adapter import matching_names, name_parts
 from vla_adapter_hf.robots import GripperConvention, RobotPreset, get_robot
 
 
@@ -96,7 +97,7 @@ class Columns:
 
 def last_name(column: str) -> str:
     """The last part of a column's name: `steps/observation/wrist_image` -> `wrist_image`."""
-    return _parts(column)[-1]
+    return name_parts(column)[-1]
 
 
 def camera_names(cameras: Sequence[str]) -> list[str]:
@@ -106,25 +107,13 @@ def camera_names(cameras: Sequence[str]) -> list[str]:
     """
     names = []
     for column in cameras:
-        others = [_parts(other) for other in cameras if other != column]
-        parts = _parts(column)
+        others = [name_parts(other) for other in cameras if other != column]
+        parts = name_parts(column)
         size = 1
         while size < len(parts) and any(other[-size:] == parts[-size:] for other in others):
             size += 1
         names.append(".".join(parts[-size:]))
     return names
-
-
-def _parts(column: str) -> list[str]:
-    return column.replace("/", ".").split(".")
-
-
-def _named(name: str, available: Sequence[str]) -> list[str]:
-    """Columns whose full name or last parts are `name`."""
-    if name in available:
-        return [name]
-    parts = _parts(name)
-    return [column for column in available if _parts(column)[-len(parts) :] == parts]
 
 
 def _listed(columns: Sequence[str]) -> str:
@@ -146,7 +135,7 @@ def find_column(what: str, given: str | None, usual: Sequence[str], available: S
     """
     argument = f"{what}_column"
     if given is not None:
-        matches = _named(given, available)
+        matches = matching_names(given, available)
         problem = f"{argument}={given!r} is not a column"
     else:
         matches = [column for column in available if column in usual]
@@ -191,7 +180,7 @@ def find_cameras(
         raise ValueError(f"{where}: cameras is empty; cameras that exist: {_listed(available)}")
     found = []
     for name in given:
-        matches = _named(name, available)
+        matches = matching_names(name, available)
         if not matches:
             raise ValueError(
                 f"{where}: camera {name!r} does not exist; cameras that exist: {_listed(available)}. Give "
