@@ -169,16 +169,16 @@ def test_a_sequence_fits_the_environment_protocol():
     )
     assert isinstance(environment, Environment) and environment.step_limit == 800
     assert environment.reset(1) == {"subtasks": list("edcba")}
-    told = [environment.instruction]
+    instructions = [environment.instruction]
     action = np.zeros(7)
     assert environment.observe().state.shape == (8,)
     while environment.step(action) and environment.next_subtask():
-        told.append(environment.instruction)
-    assert len(set(told)) == 4  # the second step of "b" is still to come
+        instructions.append(environment.instruction)
+    assert len(set(instructions)) == 4  # the second step of "b" is still to come
     assert environment.step(action, observe=False) and environment.next_subtask() and environment.step(action)
     assert not environment.next_subtask()
     environment.reset(0)
-    assert environment.instruction != told[0]
+    assert environment.instruction != instructions[0]
     with pytest.raises(ValueError, match="a sequence has 5 subtasks, got 2"):
         SequenceEnvironment(ScriptedSimulation(outcomes), [CalvinSequence(None, ("a", "b"))])
 

@@ -113,7 +113,7 @@ def test_black_images_blind_the_policy(tmp_path):
     assert all(result.black_images for result in read_results(tmp_path / "episodes.jsonl"))
 
 
-def test_another_instruction_is_told_and_recorded_and_does_not_move_the_goal(tmp_path):
+def test_another_instruction_is_used_and_recorded_and_does_not_move_the_goal(tmp_path):
     summary = play(
         SeeingPolicy(), SUITE, tmp_path, tasks=[0], episodes=5, processes=0, instruction="move to the blue disc"
     )
@@ -175,9 +175,9 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path):
     # A kill in the middle of a write leaves half a line.
     with open(lines, "ab") as stream:
         stream.write(b'{"suite": "poi')
-    told: list[str] = []
-    summary = play(SeeingPolicy(), SUITE, tmp_path / "killed", episodes=20, processes=1, report=told.append)
-    assert len(told) == 60 - done
+    progress: list[str] = []
+    summary = play(SeeingPolicy(), SUITE, tmp_path / "killed", episodes=20, processes=1, report=progress.append)
+    assert len(progress) == 60 - done
     assert summary["episodes"] == 60
     assert outcomes(tmp_path / "killed") == outcomes(tmp_path / "whole")
 
@@ -202,9 +202,9 @@ def test_processes_of_a_killed_recording_end_too(tmp_path):
 
 def test_more_episodes_extend_a_run(tmp_path):
     play(SeeingPolicy(), SUITE, tmp_path, episodes=2, processes=0)
-    told: list[str] = []
-    summary = play(SeeingPolicy(), SUITE, tmp_path, episodes=4, processes=0, report=told.append)
-    assert (len(told), summary["episodes"]) == (6, 12)
+    lines: list[str] = []
+    summary = play(SeeingPolicy(), SUITE, tmp_path, episodes=4, processes=0, report=lines.append)
+    assert (len(lines), summary["episodes"]) == (6, 12)
 
 
 def test_a_task_or_an_episode_that_is_named_twice_is_played_once(tmp_path):
@@ -216,10 +216,10 @@ def test_a_task_or_an_episode_that_is_named_twice_is_played_once(tmp_path):
 def test_a_call_that_plays_nothing_keeps_the_timing_and_says_that_it_films_nothing(tmp_path):
     first = play(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0)
     text = (tmp_path / "summary.md").read_text(encoding="utf-8")
-    told: list[str] = []
-    again = play(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, rollouts=1, report=told.append)
+    lines: list[str] = []
+    again = play(SeeingPolicy(), SUITE, tmp_path, episodes=1, processes=0, rollouts=1, report=lines.append)
     assert again == first and (tmp_path / "summary.md").read_text(encoding="utf-8") == text
-    assert len(told) == 1 and told[0].startswith("3 episodes were played before")
+    assert len(lines) == 1 and lines[0].startswith("3 episodes were played before")
     assert not (tmp_path / "rollouts").exists()
 
 

@@ -248,10 +248,10 @@ def test_killed_in_an_episode_and_resumed_gives_the_file_of_the_uninterrupted_ru
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert [line["episode"] for line in lines_without_seconds(output)] == [0]
-    told: list[str] = []
+    lines: list[str] = []
     replay = ReplayPolicy.from_folder(actions, "libero")
-    play(replay, OBJECT, output, processes=1, report=told.append, **ORACLE)
-    assert len(told) == 2
+    play(replay, OBJECT, output, processes=1, report=lines.append, **ORACLE)
+    assert len(lines) == 2
     assert lines_without_seconds(output) == lines_without_seconds(replay_run)
 
 
@@ -335,7 +335,7 @@ def test_asking_for_other_objects_leaves_the_episode_as_it_is(soup):
         assert episode["images"]["image"][0] == itself["images"]["image"][first]
 
 
-def test_a_policy_that_drives_is_told_what_the_expert_would_do(soup):
+def test_a_policy_that_drives_gets_the_experts_chunks(soup):
     """Every row's chunk is the expert's, tried from where the row begins; what was played there is that or the policy's."""
     settings = RecordingSettings(image_size=16)
     driver = DrivingPolicy("embedded", "libero_object", share=0.4)

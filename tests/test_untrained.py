@@ -137,7 +137,7 @@ def test_words_pictures_and_queries_enter_a_new_language_model_alike():
     words, queries = model.get_input_embeddings().weight, model.action_queries.weight
     for states in (patches.flatten(0, 1), words, queries):
         assert 0.3 < states.std() < 2.0
-    # What does not depend on the picture is small beside what does.
+    # What does not depend on the picture is small compared with what does.
     assert patches.mean(dim=(0, 1)).abs().mean() < 0.5 * patches.std(dim=0).mean()
 
 

@@ -49,14 +49,14 @@ SETTINGS = RecordingSettings(render_every=5, retargeted=0.5, disturbed=0.35, alt
 # 2. Pretrain, on single frames of other scenes.
 SCENES = 300  # per task
 
-# 3. Train: first the policy alone, whose first gradients would undo what was taught; then everything; then on what the
-# expert did and not on what it would have done, which is only ever the way to an object and never the way to the basket.
+# 3. Train: first the policy alone, because its first gradients would undo the pretraining; then everything; then on whole
+# episodes only, because the alternatives contain the way to an object but never the way to the basket.
 TRAININGS = {
     "first": {"preset": "frozen", "max_steps": 500, "learning_rate": 1e-3},
     "all": {},  # as in train.yaml
     "whole": {"max_steps": 1500, "learning_rate": 3e-4, "warmup_steps": 50, "episodes": "done"},
 }
-# Then, three times, the policy so far drives in further episodes, and learns what the expert would have done there.
+# Then, three times, the policy drives in further episodes, and learns what the expert would have done there.
 DRIVEN_EPISODES = {"official": 8, "jitter": 8, "shuffle": 8, "both": 12}  # per task, each time
 DRIVER_SHARE = 0.7
 CORRECTIONS = {
@@ -123,7 +123,7 @@ def main() -> None:
 
     dataset, scenes = arguments.output / SUITE, arguments.output / "scenes"
     recording = {"workers": arguments.processes, "minutes": arguments.minutes}
-    # A training that has begun keeps the demonstrations that it began with.
+    # A training that has begun keeps its demonstrations.
     if not (arguments.output / "pro" / next(iter(TRAININGS))).exists():
         demonstrate(dataset, replace(SETTINGS, **EPISODES, **recording))
     # So does the pretraining.
@@ -155,7 +155,7 @@ def main() -> None:
 
 
 def make_start(name: str, scenes: Path, output: Path) -> None:
-    """What a variant's training starts from: pretrained, or with what the Pro variant was taught and a policy of its own."""
+    """Write what a variant's training starts from: pretrained weights, or the Pro variant's with a new policy."""
     start = output / name / "start"
     if start.exists():
         return
@@ -185,7 +185,7 @@ def make_start(name: str, scenes: Path, output: Path) -> None:
 
 
 def train_variant(name: str, dataset: Path, folder: Path, trainings: dict[str, dict], checkpoint: Path) -> Path:
-    """Train one of `VARIANTS`, or go on with it, and return where the last of the trainings is."""
+    """Train one of `VARIANTS`, or resume it, and return the folder of the last training."""
     for training, changes in trainings.items():
         trained = folder / training
         settings = yaml.safe_load((HERE / "train.yaml").read_text(encoding="utf-8"))
@@ -196,7 +196,7 @@ def train_variant(name: str, dataset: Path, folder: Path, trainings: dict[str, d
             settings["episodes"] = done_episodes(dataset)
         written = folder / f"{training}.yaml"
         if (trained / "metrics.json").exists():
-            # Its demonstrations may have become more since.
+            # There may be more demonstrations by now.
             was = {
                 **yaml.safe_load(written.read_text(encoding="utf-8")),
                 "resume_from_checkpoint": None,
@@ -204,7 +204,7 @@ def train_variant(name: str, dataset: Path, folder: Path, trainings: dict[str, d
             }
             if was != {**settings, "resume_from_checkpoint": None, "episodes": None}:
                 raise ValueError(
-                    f"{trained} was trained with other settings, those of {written}; remove both to train anew."
+                    f"{trained} was trained with other settings, those of {written}; remove both to train again."
                 )
             continue
         if last_finished_checkpoint(trained) is not None:
@@ -215,14 +215,14 @@ def train_variant(name: str, dataset: Path, folder: Path, trainings: dict[str, d
 
 
 def done_episodes(dataset: Path) -> list[int]:
-    """The episodes that were played to their end, without the alternatives tried on the way, whose keys end in an object."""
+    """The episodes that were played to their end, without the alternatives, whose keys end in an object's name."""
     lines = (dataset / "meta" / "demonstrations.jsonl").read_text(encoding="utf-8").splitlines()
     recorded = [json.loads(line) for line in lines]
     return [episode["episode_index"] for episode in recorded if episode["key"].endswith(episode["placement"])]
 
 
 def shipped(folder: Path) -> Path:
-    """Where a variant is as it ships; results call the policy by this folder's name."""
+    """The folder of a variant as it ships; results name the policy after it."""
     return folder / f"{SUITE}_{folder.name}"
 
 
@@ -232,14 +232,14 @@ def round_off(name: str, folder: Path) -> None:
     processor = AutoProcessor.from_pretrained(folder / "trained")
     rounded = shipped(folder)
     if rounded.exists():
-        verify(rounded, model, processor)  # of these weights, and not of an earlier training's
+        verify(rounded, model, processor)  # they are these weights, not those of an earlier training
         return
     card = fill_model_card(model.config, name, "Trained by `make policy`.", results="Not evaluated yet.")
     write_checkpoint(rounded, model, processor, card)
 
 
 def score(folder: Path, test: str, options: dict, processes: int) -> dict:
-    """Evaluate a trained variant in one test, or finish doing so."""
+    """Evaluate a trained variant in one test, or resume that."""
     output = folder / "evaluation" / test
     print(f"{folder.name}: {TITLES[test]}")
     settings = EvaluationSettings(seed=SEED, processes=processes, **options)
@@ -247,7 +247,7 @@ def score(folder: Path, test: str, options: dict, processes: int) -> dict:
 
 
 def pack(name: str, folder: Path, scores: dict[str, dict]) -> None:
-    """The evaluated model with its scores on its card, and the evaluation's files, ready to be published."""
+    """Put together the evaluated model, a card with its scores, and the evaluation's files, ready to publish."""
     packed = folder / "packed"
     shutil.rmtree(packed, ignore_errors=True)
     shutil.copytree(shipped(folder), packed / "checkpoint")
@@ -262,7 +262,7 @@ def pack(name: str, folder: Path, scores: dict[str, dict]) -> None:
         model.config,
         title=f"A small VLA-Adapter for libero_object ({name})",
         summary=fill(
-            f"{model.num_parameters() / 1e6:.1f} million parameters, all random at first. It was taught to see and to read on "
+            f"{model.num_parameters() / 1e6:.1f} million parameters, all random at first. It learnt to see and to read on "
             f"frames of simulated scenes, and to act by {steps} steps of {batch_size} on demonstrations that this package's "
             f"scripted expert recorded in the LIBERO simulator{driven}, all on a CPU. Redo it with `make policy`; its parts are "
             "in `examples/libero_object/`. It knows ten objects, one floor and one robot, and no real camera.",
@@ -279,9 +279,9 @@ def pack(name: str, folder: Path, scores: dict[str, dict]) -> None:
 
 
 def embed(packed: Path, checkpoint: Path) -> None:
-    """Put a packed checkpoint in the place of the one that ships."""
+    """Replace the checkpoint that ships by a packed one."""
     with replacing(checkpoint) as partial:
-        # Without the code and the names of its classes: the package that it ships with has them.
+        # Without the code and the names of its classes, which the package has.
         shutil.copytree(packed / "checkpoint", partial, ignore=shutil.ignore_patterns("*.py"))
         for path in partial.glob("*.json"):
             content = json.loads(path.read_text(encoding="utf-8"), object_hook=_without_code)
@@ -290,14 +290,14 @@ def embed(packed: Path, checkpoint: Path) -> None:
 
 
 def keep_results(packed: Path, results: Path) -> None:
-    """Put a packed policy's results in the place of those that are in this repository."""
+    """Replace the results in this repository by those of a packed policy."""
     with replacing(results) as partial:
         shutil.copytree(packed, partial, ignore=shutil.ignore_patterns("checkpoint"))
 
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A folder beside, to be filled, which then takes the other's place."""
+    """A new folder that replaces `folder` once it is filled."""
     partial = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     yield partial

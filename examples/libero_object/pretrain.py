@@ -1,14 +1,14 @@
-"""What comes before acting: a new model learns to see the objects, then to read which of them is meant.
+"""Pretraining: a new model learns to see the objects, then to read which of them the instruction names.
 
-The published model starts from a DINOv2, a SigLIP and a Qwen2.5 that were trained on much of the internet, and from a VLM
-made of them. A small model from nothing has to get that somewhere too. Here it comes from single frames of simulated
-scenes (`vla_adapter_hf.recording.scenes`), in two stages:
+The published model starts from a DINOv2, a SigLIP and a Qwen2.5 that were trained on internet data, and from a VLM made of
+them. A small model from nothing has to learn this too. Here it learns from single frames of simulated scenes
+(`vla_adapter_hf.recording.scenes`), in two stages:
 
-1. **see**: which patch shows which object. Each tower learns to tell, and so does the projector, by the words of the
-   object's name: `milk` and the patch with milk on it get to lie in the same direction, as images and texts do in SigLIP.
-2. **read**: the language model, asked for an object, learns to say where it is.
+1. **see**: which patch shows which object. Each tower has a head for it. The projector learns it by the words of the
+   object's name: the embeddings of `milk` and of a patch with milk get the same direction, as in SigLIP.
+2. **read**: the language model, asked for an object, predicts where it is.
 
-Both are answers to "in which patch", a softmax over a camera's patches and "in none". make_policy.py runs this.
+Both predict a patch, by a softmax over a camera's patches and "in none". make_policy.py runs this.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from transformers import Trainer, TrainingArguments
 
 from vla_adapter_hf import VLAAdapterForActionPrediction, VLAAdapterProcessor
 from vla_adapter_hf.simulation.libero.suite import object_instruction
+from vla_adapter_hf.utils.files import visible_files
 
 
 UNDER_THE_HAND = 0.83  # below that part of the wrist camera's frames is the hand itself
@@ -52,12 +53,12 @@ COMMON = {
 
 
 class Scenes(torch.utils.data.Dataset):
-    """Recorded scenes, decoded once. A sample is frames, the places of every name in `names`, and one that is there."""
+    """Recorded scenes, decoded once. A sample is frames, the positions of all `names`, and a name that is in the scene."""
 
     def __init__(self, folder: Path, names: list[str], shift: int = 0):
         self.names, self.shift = names, shift
         self.frames, places = [], []
-        for path in sorted(folder.glob("*.parquet")):
+        for path in visible_files(folder, "*.parquet"):
             for row in pq.read_table(path).to_pylist():
                 frames = [np.asarray(Image.open(io.BytesIO(row[column]))) for column in ("image", "wrist_image")]
                 self.frames.append(np.stack(frames))
@@ -102,10 +103,9 @@ class SceneCollator:
 
 
 def patch_targets(places: torch.Tensor, grid: int) -> torch.Tensor:
-    """Places `(batch, names, cameras, 2)` as probabilities `(batch, names, cameras, patches + 1)`, the last for "in none".
+    """Positions `(batch, names, cameras, 2)` as probabilities `(batch, names, cameras, patches + 1)`, the last "in none".
 
-    A place between the middles of four patches belongs to all of them, the more the nearer: so it is known better than to a
-    patch.
+    A position is shared among the four nearest patches by bilinear weights, so it is known better than to a patch.
     """
     limit = torch.tensor([[1.0, 1.0], [1.0, UNDER_THE_HAND]])[:, None].flatten(1)  # (cameras, 2)
     seen = ((places > 0) & (places < limit)).all(-1)  # not a number is in none
@@ -127,7 +127,7 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 class Seeing(nn.Module):
-    """Stage 1: every patch says which objects it shows, to each tower's own head and to the words of their names."""
+    """Stage 1: every patch predicts the objects it shows, by each tower's head and by the words of their names."""
 
     def __init__(self, model: VLAAdapterForActionPrediction, processor: VLAAdapterProcessor, names: list[str]):
         super().__init__()
@@ -154,15 +154,15 @@ class Seeing(nn.Module):
         return {"loss": loss + PLACE_WEIGHT * self.place_loss(seen.pooler_output)}
 
     def place_loss(self, patches: torch.Tensor) -> torch.Tensor:
-        """Every patch must know which it is, and of which camera: who looks at it learns its place from nothing else."""
+        """Makes every patch know its position and camera: attention learns a position from nothing else."""
         places = torch.arange(patches.shape[1]).expand(len(patches), -1)
         return nn.functional.cross_entropy(self.own_place(patches).float().flatten(0, 1), places.flatten())
 
 
 class Reading(nn.Module):
-    """Stage 2: where is it? Asked of a list of all names by half of the batch, and of one, by the policy's prompt, by the other.
+    """Stage 2: where an object is. Half of the batch lists all names, the other half names one in the policy's prompt.
 
-    The policy does not act yet: its gradients are twenty times as large, and noise before the place is known.
+    The policy is not trained yet: its gradients are twenty times as large, and noise before the position is known.
     """
 
     def __init__(self, model: VLAAdapterForActionPrediction, processor: VLAAdapterProcessor, names: list[str]):
@@ -226,13 +226,13 @@ def look_for_what_is_named(
     names: list[str],
     batch: dict[str, torch.Tensor],
 ) -> None:
-    """Let two heads of every layer start by looking where the answer is, in place.
+    """Make two heads of every layer attend to where the answer is, in place.
 
-    After the first stage names, and patches that show what they name, can be told by linear maps. To find them by trial,
-    with no reward until the place gets through to the answer, takes longer than everything else. So the first head looks
-    from a name to what it names: its queries start as "this is the name of" and its keys as "this patch shows". The second
-    looks from everywhere to the name. Both by least squares, in those dimensions whose rotary angles hardly turn within a
-    prompt. What the two find starts as large as what is there already.
+    After the first stage, linear maps can tell names, and patches that show what they name, from all others. Learning
+    these maps by trial takes longer than everything else, because nothing improves until the position reaches the answer.
+    So the first head starts by attending from a name to what it names: its queries start as "this is the name of" and its
+    keys as "this patch shows". The second head attends from everywhere to the name. Both are fitted by least squares, in
+    the dimensions whose rotary angles hardly change within a prompt. Their outputs start as large as the other heads'.
 
     Args:
         batch: of scenes, see `SceneCollator`.
@@ -266,7 +266,7 @@ def look_for_what_is_named(
 
 
 def _least_squares(states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias by which normed states `(rows, width)` come nearest to targets `(rows, outputs)`.
+    """Weight and bias that map normed states `(rows, width)` to targets `(rows, outputs)` with the least error.
 
     Rows with a positive target weigh as much as all the others together.
     """
@@ -320,6 +320,6 @@ def pretrain(
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last whole one; what a kill left without the trainer's state, which is written last, is passed over."""
+    """The last complete checkpoint. The trainer's state is written last, so one without it was interrupted."""
     whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
     return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
