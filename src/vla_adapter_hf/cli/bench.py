@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -41,9 +41,21 @@ def bench(
         str | None, typer.Option(help="Command of a program that predicts in turn with this one.")
     ] = None,
     turns: Annotated[bool, typer.Option(help="Be that program: predict once for each line of input.")] = False,
+    serve: Annotated[bool, typer.Option("--serve", help="Measure the policy server instead (extra: serve).")] = False,
+    serve_clients: Annotated[str, typer.Option(help="With --serve: how many clients ask at once.")] = "1,4,16",
+    serve_seconds: Annotated[float, typer.Option(help="With --serve: seconds of load for each of them.")] = 10.0,
+    serve_minutes: Annotated[float, typer.Option(help="With --serve: minutes of load while memory is read.")] = 0.0,
     output: Annotated[Path | None, typer.Option(help="JSON file to write the report to.")] = None,
 ) -> None:
     """Measure the time of each stage of a prediction, the share of the machine's speed, memory and loading."""
+    if serve:
+        for option, value in (("--size", size), ("--attn", attn), ("--against", against), ("--turns", turns or None)):
+            if value is not None:
+                raise ValueError(f"--serve measures a server that is started as users start it: leave out {option}.")
+        server = {"device": device, "dtype": dtype, "threads": threads, "compiled": compiled, "quantize": quantize}
+        load = {"clients": parse_batch_sizes(serve_clients, "--serve-clients"), "seconds": serve_seconds}
+        _bench_server(checkpoint, server, load | {"requests": runs, "memory_minutes": serve_minutes}, output)
+        return
     settings = BenchSettings(
         checkpoint=checkpoint,
         size=size,
@@ -65,6 +77,17 @@ def bench(
         serve_turns(settings, report_progress=lambda line: typer.echo(line, err=True))
 
 
+def _bench_server(checkpoint: str | None, server: dict[str, Any], load: dict[str, Any], output: Path | None) -> None:
+    try:
+        from vla_adapter_hf.serving.bench import ServeBenchSettings, bench_server
+    except ModuleNotFoundError as error:
+        raise ImportError(f"--serve needs {error.name}: pip install 'vla-adapter-hf[serve]'") from error
+    from vla_adapter_hf.serving.settings import ServeSettings
+
+    settings = ServeBenchSettings(checkpoint=checkpoint, server=ServeSettings(**server), **load)
+    bench_server(settings, output, report_progress=typer.echo)
+
+
 def parse_attention(text: str | None) -> str | dict[str, str] | None:
     """The attention implementation of all parts, or `{configuration: implementation}`.
 
@@ -80,12 +103,12 @@ def parse_attention(text: str | None) -> str | dict[str, str] | None:
     return {parts[part]: implementation for part, _, implementation in pairs}
 
 
-def parse_batch_sizes(text: str) -> tuple[int, ...]:
+def parse_batch_sizes(text: str, option: str = "--batch") -> tuple[int, ...]:
     """`"1,2,4"` is three sizes.
 
     Raises:
         ValueError: a text that is no list of numbers.
     """
     if not all(part.strip().isdigit() for part in text.split(",")):
-        raise ValueError(f"--batch must be numbers such as 1,2,4,8, got {text!r}.")
+        raise ValueError(f"{option} must be numbers such as 1,2,4,8, got {text!r}.")
     return tuple(int(part) for part in text.split(","))

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import io
 import time
-from importlib.resources import as_file, files
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,9 @@ from PIL import Image
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from vla_adapter_hf.checkpoints.saving import synthetic_observation
 from vla_adapter_hf.serving.batching import Prediction
 from vla_adapter_hf.serving.errors import InvalidRequest
+from vla_adapter_hf.serving.example import example_observation
 from vla_adapter_hf.serving.http import read_body
 from vla_adapter_hf.serving.services import Services
 from vla_adapter_hf.serving.wire import EncodedImage, from_base64, from_json
@@ -59,7 +59,13 @@ class Page:
 
     async def example(self, request: Request) -> Response:
         """An observation to fill the form with."""
-        return JSONResponse(example(self.services.policy.config), headers=NO_STORE)
+        example = example_observation(self.services.policy.config)
+        content = {
+            "images": {name: data_url(image) for name, image in example.images.items()},
+            "instruction": example.instruction,
+            "state": example.state.tolist(),
+        }
+        return JSONResponse(content, headers=NO_STORE)
 
     async def latest(self, request: Request) -> Response:
         """The last prediction; 204 if there is none after the number `after`.
@@ -131,18 +137,3 @@ def data_url(picture: np.ndarray) -> str:
     file = io.BytesIO()
     Image.fromarray(picture).save(file, "PNG", compress_level=1)
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def example(config: Any) -> dict[str, Any]:
-    """The recorded LIBERO observation that ships with the package, for models that fit it; others get a made-up one."""
-    made_up = synthetic_observation(config)
-    images, instruction, state = made_up["images"], made_up["text"], made_up["state"]
-    with as_file(files("vla_adapter_hf").joinpath("embedded", "observation.npz")) as path, np.load(path) as recorded:
-        if config.num_cameras == 2 and config.proprio_dim == len(recorded["state"]):
-            images = [recorded["full_image"], recorded["wrist_image"]]
-            instruction, state = str(recorded["instruction"]), recorded["state"]
-    return {
-        "images": {name: data_url(image) for name, image in zip(config.cameras, images, strict=True)},
-        "instruction": instruction,
-        "state": np.asarray(state, np.float64).tolist(),
-    }

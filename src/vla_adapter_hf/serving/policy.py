@@ -11,11 +11,11 @@ import torch
 
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.quantization import quantization_config
-from vla_adapter_hf.checkpoints.saving import synthetic_observation
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
 from vla_adapter_hf.robots import ROBOTS, RobotPreset, get_robot
 from vla_adapter_hf.serving.errors import InvalidRequest
+from vla_adapter_hf.serving.example import example_observation
 from vla_adapter_hf.serving.observations import Observation, ObservationReader, decode_image, pad_to_square
 from vla_adapter_hf.serving.settings import PHYSICAL, ServeSettings
 
@@ -159,8 +159,9 @@ class ServedPolicy:
 
     def warm_up(self) -> None:
         """Predict once for every batch size that has a graph of its own, so that no robot waits for the first time."""
-        example = synthetic_observation(self.config)
-        prepared = self.prepare(Observation(tuple(example["images"]), example["text"], example["state"], arrived=0.0))
+        example = example_observation(self.config)
+        frames = tuple(example.images.values())
+        prepared = self.prepare(Observation(frames, example.instruction, example.state, arrived=0.0))
         for size in self.batch_sizes or (1,):
             self.predict([prepared] * size)
 
