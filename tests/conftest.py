@@ -101,9 +101,9 @@ def tiny_inputs() -> Callable:
 @pytest.fixture(scope="session")
 def embedded_policy() -> Any:
     """The embedded checkpoint as a server has it. Not to be changed."""
+    from vla_adapter_hf.checkpoints.embedded import embedded_folder
     from vla_adapter_hf.serving.policy import ServedPolicy
     from vla_adapter_hf.serving.settings import ServeSettings
-    from vla_adapter_hf.simulation.policies import embedded_folder
 
     with embedded_folder() as folder:
         return ServedPolicy.load(str(folder / "checkpoint"), ServeSettings())

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from websockets.sync.client import ClientConnection, connect
 
+from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.serving.policy import ServedPolicy
 from vla_adapter_hf.serving.server import DrainingServer, address_of, listen, server_config
 from vla_adapter_hf.serving.services import Services
 from vla_adapter_hf.serving.settings import ServeSettings
 from vla_adapter_hf.serving.wire import unpack
-from vla_adapter_hf.simulation.policies import embedded_folder
 
 
 START_SECONDS = 120

@@ -11,6 +11,7 @@ from vla_adapter_hf.bench.run import bench as run_bench
 from vla_adapter_hf.bench.run import serve_turns
 from vla_adapter_hf.bench.settings import BenchSettings
 from vla_adapter_hf.cli.options import parse_dtype
+from vla_adapter_hf.utils.extras import install_hint
 
 
 def bench(
@@ -81,7 +82,7 @@ def _bench_server(checkpoint: str | None, server: dict[str, Any], load: dict[str
     try:
         from vla_adapter_hf.serving.bench import ServeBenchSettings, bench_server
     except ModuleNotFoundError as error:
-        raise ImportError(f"--serve needs {error.name}: pip install 'vla-adapter-hf[serve]'") from error
+        raise ImportError(f"--serve needs {error.name}: {install_hint('serve')}") from error
     from vla_adapter_hf.serving.settings import ServeSettings
 
     settings = ServeBenchSettings(checkpoint=checkpoint, server=ServeSettings(**server), **load)

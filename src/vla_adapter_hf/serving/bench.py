@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.serving.client import Answer, PolicyClient
 from vla_adapter_hf.serving.example import ExampleObservation, example_observation
 from vla_adapter_hf.serving.server import serve
 from vla_adapter_hf.serving.settings import ServeSettings
-from vla_adapter_hf.simulation.policies import embedded_folder
 from vla_adapter_hf.utils.files import write_json
 
 

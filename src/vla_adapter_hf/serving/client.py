@@ -14,20 +14,21 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-import msgpack
 import numpy as np
 
 from vla_adapter_hf.serving.errors import ServingError
 from vla_adapter_hf.serving.settings import API_KEY_VARIABLE
-from vla_adapter_hf.serving.wire import pack, unpack
 from vla_adapter_hf.utils.extras import install_hint
 
 
 try:
+    import msgpack
     from websockets.exceptions import InvalidStatus, WebSocketException
     from websockets.sync.client import ClientConnection, connect
+
+    from vla_adapter_hf.serving.wire import pack, unpack
 except ImportError as error:
-    raise ImportError(f"PolicyClient needs websockets: {install_hint('serve')}.") from error
+    raise ImportError(f"PolicyClient needs {error.name}: {install_hint('serve')}") from error
 
 PATH = "/v1/realtime/robot/openpi"
 FIRST_WAIT, LONGEST_WAIT = 0.05, 5.0

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.checkpoints.saving import synthetic_observation
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
-from vla_adapter_hf.simulation.policies import embedded_folder
 
 
 @dataclass(frozen=True)

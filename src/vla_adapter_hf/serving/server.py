@@ -11,11 +11,11 @@ from types import FrameType
 import torch
 import uvicorn
 
+from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.serving.app import build_app
 from vla_adapter_hf.serving.policy import ServedPolicy
 from vla_adapter_hf.serving.services import Services
 from vla_adapter_hf.serving.settings import ServeSettings, api_key_from_environment
-from vla_adapter_hf.simulation.policies import embedded_folder
 
 
 # Plain requests (health, metrics, the page) that may be open besides the websockets.
