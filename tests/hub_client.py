@@ -142,7 +142,9 @@ def online() -> None:
 
     @step
     def upload() -> list:
-        folder = convert("someone/policy", "converted", push_to_hub="someone/converted", say=lambda line: None)
+        folder = convert(
+            "someone/policy", "converted", push_to_hub="someone/converted", report_progress=lambda line: None
+        )
         return sorted(path.name for path in folder.iterdir())
 
     @step

@@ -45,7 +45,7 @@ class TestResults:
         assert published_results("VLA-Adapter/LIBERO-Object-Pro") == NOT_EVALUATED
 
     def test_the_card_of_ones_own_checkpoint_says_so(self, published_pro, tmp_path):
-        folder = convert(str(published_pro), tmp_path / "converted", say=lambda line: None)
+        folder = convert(str(published_pro), tmp_path / "converted", report_progress=lambda line: None)
         card = (folder / "README.md").read_text(encoding="utf-8")
         assert NOT_EVALUATED in card and "authors" not in card
 
@@ -72,7 +72,7 @@ class TestCard:
         assert "basket" not in card
 
     def test_folders_are_not_named(self, published_pro, tmp_path):
-        folder = convert(str(published_pro), tmp_path / "converted", say=lambda line: None)
+        folder = convert(str(published_pro), tmp_path / "converted", report_progress=lambda line: None)
         metadata = yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---")[1])
         assert "base_model" not in metadata and "datasets" not in metadata
 

@@ -1,7 +1,7 @@
 """Checkpoints by Hub id, with huggingface_hub's real client against a small Hub on the loopback.
 
-The client runs in two processes, `hub_client.py`: one with the server, and one offline with the cache that the first has
-filled. Here is what must have come of each step, and what the server was asked for.
+The client, `hub_client.py`, runs in two processes: one with the server, and one offline with the cache of the first.
+The tests here check the result of each step, and what the server was asked for.
 """
 
 import json

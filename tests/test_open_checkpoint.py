@@ -1,4 +1,4 @@
-"""`open_checkpoint`: both layouts through one function, and what is said about paths and folders that are something else.
+"""`open_checkpoint`: both layouts through one function, and errors about paths and folders that are something else.
 
 What it fetches from the Hub is in `test_hub.py`, and what it makes of damaged files in `test_own_layout.py` and
 `test_published_layout.py`.

@@ -1,7 +1,7 @@
 """Models to train from that are not VLA-Adapters: their pretrained parts compute what they computed before.
 
-Small towers and language models are saved by transformers' own `save_pretrained`. The base vision-language model is the
-small published checkpoint under the base's names, so its parts are those whose numbers `test_goldens.py` checks.
+Small towers and language models are saved by transformers' own `save_pretrained`. The base vision-language model is
+the small published checkpoint under the base's names, so its parts are those whose numbers `test_goldens.py` checks.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Robot presets: chunk length, sizes, cameras, normalisation, and the conventions of gripper and state.
 
 Both directions of a convention are here: `to_training` turns recorded actions into those that a model learns, and
-`to_environment` turns a model's physical actions into those that the robot or simulator takes. The numbers are those of
+`to_environment` turns a model's physical actions into those that the robot or simulator takes. The numbers are from
 the published VLA-Adapter configurations (arXiv 2509.09372).
 """
 

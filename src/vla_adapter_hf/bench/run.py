@@ -138,17 +138,10 @@ def _source(settings: BenchSettings, report_progress: Callable[[str], None]) -> 
     elif settings.checkpoint is None:
         with embedded_folder() as folder:
             yield str(folder / "checkpoint")
-    else:  # a download must not count as loading
-        yield settings.checkpoint if Path(settings.checkpoint).is_dir() else _download(settings.checkpoint)
-
-
-def _download(checkpoint: str) -> str:
-    try:
-        return snapshot_download(checkpoint)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{checkpoint!r} is not a folder here and could not be downloaded from the Hub: {error}"
-        ) from error
+    else:
+        commit = open_checkpoint(settings.checkpoint).commit
+        # A download must not count as loading.
+        yield settings.checkpoint if commit is None else snapshot_download(settings.checkpoint, revision=commit)
 
 
 def _load(source: str, settings: BenchSettings, load_options: dict[str, Any]) -> tuple[_Subject, float]:

@@ -152,7 +152,8 @@ def fold_class_position(
         grid (`int`): patches per side of the result.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: `(1, 1, hidden)`, and `(1, 1 + grid * grid, hidden)` whose first row is zero.
+        `tuple[torch.Tensor, torch.Tensor]`: `(1, 1, hidden)`, and `(1, 1 + grid * grid, hidden)` with a first row of
+            zeros.
     """
     of_class, of_patches = positions[:, :1], positions[:, 1:]
     rows = round(of_patches.shape[1] ** 0.5)

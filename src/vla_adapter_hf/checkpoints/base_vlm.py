@@ -122,8 +122,8 @@ def base_fields(
             known = {**(published if width == published["hidden_size"] else {}), **given.get(name, {})}
             if "num_attention_heads" not in known:
                 raise ValueError(
-                    f"{base.source}: this tower is {width} wide, the published one {published['hidden_size']}, and the "
-                    f"number of its attention heads does not show in the weights; give "
+                    f"{base.source}: this tower is {width} wide, the published one {published['hidden_size']}, and "
+                    f"the number of its attention heads does not show in the weights; give "
                     f"{name}={{'num_attention_heads': ...}}."
                 )
             fields[name] = read(shapes, known["num_attention_heads"], base.source)

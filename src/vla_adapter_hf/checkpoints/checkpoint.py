@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -29,6 +29,7 @@ class Checkpoint(ABC):
 
     files: FolderFiles | HubFiles
     config: VLAAdapterConfig
+    layout: ClassVar[str]
 
     @property
     def source(self) -> str:

@@ -20,7 +20,7 @@ def convert(
     step: str | None = None,
     dtype: torch.dtype | None = None,
     push_to_hub: str | None = None,
-    say: Callable[[str], None] = print,
+    report_progress: Callable[[str], None] = print,
 ) -> Path:
     """Write a checkpoint in our own layout, with its processor and a model card, and check it by reading it back.
 
@@ -31,7 +31,7 @@ def convert(
         step (`str`, *optional*): which of several saved steps to take.
         dtype (`torch.dtype`, *optional*): precision of the weights; that of the source by default.
         push_to_hub (`str`, *optional*): Hub id to upload the result to.
-        say (`Callable`): receives lines of progress.
+        report_progress (`Callable`): receives lines of progress.
 
     Returns:
         `Path`: the destination.
@@ -41,15 +41,15 @@ def convert(
         RuntimeError: when the written checkpoint does not predict what the source predicts.
     """
     destination = check_destination(destination)
-    say(f"Looking into {source}")
+    report_progress(f"Looking into {source}")
     checkpoint = open_checkpoint(source, robot=robot, step=step)
     checkpoint.check()
     config = checkpoint.config
     for name, text in {"chunk": f"{config.chunk_size} actions", "cameras": ", ".join(config.cameras)}.items():
-        say(f"  {name}: {text}")
-    say(f"  normalisation: {config.norm_type}, statistics: {', '.join(config.norm_stats or ['none'])}")
+        report_progress(f"  {name}: {text}")
+    report_progress(f"  normalisation: {config.norm_type}, statistics: {', '.join(config.norm_stats or ['none'])}")
     processor = checkpoint.load_processor()
-    say("Reading the weights")
+    report_progress("Reading the weights")
     model = checkpoint.load_model(dtype or "auto")
 
     card = fill_model_card(
@@ -60,11 +60,11 @@ def convert(
         base_model=[source],
         results=published_results(source),
     )
-    write_checkpoint(destination, model, processor, card, say)
-    say(f"Done: {destination}")
+    write_checkpoint(destination, model, processor, card, report_progress)
+    report_progress(f"Done: {destination}")
     if push_to_hub is not None:
         api = HfApi()
         api.create_repo(push_to_hub, exist_ok=True)
         api.upload_folder(repo_id=push_to_hub, folder_path=destination, commit_message="Upload VLA-Adapter checkpoint")
-        say(f"Uploaded to {push_to_hub}")
+        report_progress(f"Uploaded to {push_to_hub}")
     return destination

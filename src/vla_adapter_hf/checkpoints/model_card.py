@@ -13,8 +13,8 @@ from vla_adapter_hf.checkpoints.shapes import model_shapes
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 
 
-# Published success rates in per cent (arXiv 2509.09372, and the README of the released code). LIBERO: of the original and
-# the Pro policy, by suite. CALVIN ABC→D: of 1 to 5 subtasks in a row, and the average length.
+# Published success rates in per cent (arXiv 2509.09372, and the README of the released code). LIBERO: of the original
+# and the Pro policy, by suite. CALVIN ABC→D: of 1 to 5 subtasks in a row, and the average length.
 LIBERO_RESULTS = {
     "": {"Spatial": 97.8, "Object": 99.2, "Goal": 97.2, "Long": 95.0},
     "-Pro": {"Spatial": 99.6, "Object": 99.6, "Goal": 98.2, "Long": 96.4},
@@ -82,7 +82,8 @@ def fill_model_card(
         title, summary, results (`str`): the card's parts, in Markdown.
         repo (`str`): the name to load it by.
         instruction (`str`): an instruction of the kind that the model was trained on.
-        base_model, datasets (`Sequence[str]`): what it was made from. Hub ids go into the card's metadata; folders do not.
+        base_model, datasets (`Sequence[str]`): what it was made from. The card's metadata names those that are Hub
+            ids, and no folders.
     """
     metadata = {"base_model": _hub_ids(base_model), "datasets": _hub_ids(datasets)}
     stats = config.norm_stats or {}

@@ -37,10 +37,11 @@ def quantization_config(
 
     Args:
         kind (`str`): `"int8"` or `"int4"`.
-        device (`str` or `torch.device`): CPU or CUDA, where int4 is packed in different ways. For CUDA, `from_pretrained`
-            also needs `device_map="cuda"`, and for int4 `dtype="bfloat16"`.
+        device (`str` or `torch.device`): CPU or CUDA, where int4 is packed in different ways. For CUDA,
+            `from_pretrained` also needs `device_map="cuda"`, and for int4 `dtype="bfloat16"`.
         keep (`Sequence[str]`, *optional*): names of modules to leave in the model's precision, e.g.
-            `["language_model", "policy.fc_out"]`; `KEPT` by default. In four bits `policy.fc_out` is always among them.
+            `["language_model", "policy.fc_out"]`; `KEPT` by default. With `"int4"`, `policy.fc_out` is always one of
+            them.
 
     Raises:
         ValueError: for another kind or device, or a name that no module of a VLA-Adapter has.

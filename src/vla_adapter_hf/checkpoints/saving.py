@@ -13,8 +13,8 @@ from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.utils.files import atomic_path
 
 
-# Largest difference between actions before saving and after loading, in physical units. The weights are equal. Their place
-# in memory changes the order of additions, and so the last digits.
+# Largest difference between actions before saving and after loading, in physical units. The weights are equal. Their
+# place in memory changes the order of additions, and so the last digits.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
@@ -31,7 +31,11 @@ def check_destination(destination: str | Path) -> Path:
 
 
 def write_checkpoint(
-    destination: Path, model: torch.nn.Module, processor: object, card: str, say: Callable[[str], None] = print
+    destination: Path,
+    model: torch.nn.Module,
+    processor: object,
+    card: str,
+    report_progress: Callable[[str], None] = print,
 ) -> None:
     """Write model, processor and model card to a temporary folder, read them back, and rename the folder.
 
@@ -39,27 +43,27 @@ def write_checkpoint(
         destination (`Path`): a folder that [`check_destination`] accepts.
         model, processor: what to save.
         card (`str`): the text of the README.md.
-        say (`Callable`): receives lines of progress.
+        report_progress (`Callable`): receives lines of progress.
 
     Raises:
         RuntimeError: when what was written differs from what was in memory. The folder is removed then.
     """
     with atomic_path(destination) as temporary:
-        say("Writing")
+        report_progress("Writing")
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        say("Verifying")
+        report_progress("Verifying")
         difference = verify(temporary, model, processor)
         actions = f", actions within {difference:.1e}" if model.config.norm_stats else ""
-        say(f"  read back: the same weights{actions}")
+        report_progress(f"  read back: the same weights{actions}")
 
 
 def verify(folder: Path, model: torch.nn.Module, processor: object) -> float:
     """Read a written checkpoint back and compare weights (to the bit) and actions with the model in memory.
 
-    This package's classes read it. The code in the folder is the same in every checkpoint, so the package's tests check
-    it.
+    This package's classes read it. The code in the folder is the same in every checkpoint; the package's tests check
+    that code.
 
     Returns:
         `float`: the largest difference of an action, in physical units.

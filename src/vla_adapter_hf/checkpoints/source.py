@@ -98,7 +98,7 @@ class HubFiles:
         return HubFiles(self.source, self.commit, self.prefix + name, **self.hub)
 
     def open(self, name: str) -> BinaryIO:
-        """A file, opened for reading at any position; of one that is not in the cache, only what is read is fetched."""
+        """A file, opened for reading at any position. If it is not in the cache, only what is read is fetched."""
         cached = try_to_load_from_cache(
             self.source, self.prefix + name, cache_dir=self.hub.get("cache_dir"), revision=self.commit
         )

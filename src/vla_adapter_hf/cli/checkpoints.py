@@ -33,7 +33,7 @@ def convert(
     push_to_hub: Annotated[str | None, typer.Option(help="Hub id to upload the result to.")] = None,
 ) -> None:
     """Rewrite a published checkpoint as a transformers model, and check the result by reading it back."""
-    convert_checkpoint(source, destination, robot, step, parse_dtype(dtype), push_to_hub, say=typer.echo)
+    convert_checkpoint(source, destination, robot, step, parse_dtype(dtype), push_to_hub, report_progress=typer.echo)
 
 
 def init(
@@ -97,10 +97,10 @@ def init(
         if surplus:
             raise ValueError(f"--config makes all parts new; leave out {', '.join(surplus)}.")
         about = {"tokenizer": tokenizer, "instructions": instructions, "seed": seed, "dtype": parse_dtype(dtype)}
-        init_untrained(destination, config, say=typer.echo, **about, **given)
+        init_untrained(destination, config, report_progress=typer.echo, **about, **given)
         return
     if instructions is not None:
         raise ValueError("--instructions limits the vocabulary of a new language model; it needs --config.")
     parts = PretrainedParts(base, step, dinov2, siglip, language_model, tokenizer)
     about = {"robot": robot, "norm_stats": norm_stats, "dtype": parse_dtype(dtype), "seed": seed}
-    init_pretrained(destination, parts, say=typer.echo, **about, **given)
+    init_pretrained(destination, parts, report_progress=typer.echo, **about, **given)

@@ -145,7 +145,7 @@ def init(
     destination: str | Path,
     parts: PretrainedParts,
     *,
-    say: Callable[[str], None] = print,
+    report_progress: Callable[[str], None] = print,
     **options: Any,
 ) -> Path:
     """Write a model with a new policy in our own layout, with its processor and a model card.
@@ -153,7 +153,7 @@ def init(
     Args:
         destination (`str` or `Path`): folder to make. It appears complete or not at all.
         parts, options: as in [`init_from_base`].
-        say (`Callable`): receives lines of progress.
+        report_progress (`Callable`): receives lines of progress.
 
     Returns:
         `Path`: the destination.
@@ -164,15 +164,17 @@ def init(
     destination = check_destination(destination)
     labels = parts.labels()
     for name, label in labels.items():
-        say(f"{PART_NAMES[name]}: {label}")
-    say("Reading the weights")
+        report_progress(f"{PART_NAMES[name]}: {label}")
+    report_progress("Reading the weights")
     model, processor = init_from_base(parts, **options)
     config = model.config
-    say(f"  chunk: {config.chunk_size} actions of {config.action_dim} values, state: {config.proprio_dim} values")
-    say(f"  cameras: {', '.join(config.cameras)}, normalisation: {config.norm_type}")
-    say(f"  statistics: {', '.join(config.norm_stats or ['none, they come with training'])}")
-    write_checkpoint(destination, model, processor, _model_card(config, labels, destination.name), say)
-    say(f"Done: {destination}, an untrained policy to start from")
+    report_progress(
+        f"  chunk: {config.chunk_size} actions of {config.action_dim} values, state: {config.proprio_dim} values"
+    )
+    report_progress(f"  cameras: {', '.join(config.cameras)}, normalisation: {config.norm_type}")
+    report_progress(f"  statistics: {', '.join(config.norm_stats or ['none, they come with training'])}")
+    write_checkpoint(destination, model, processor, _model_card(config, labels, destination.name), report_progress)
+    report_progress(f"Done: {destination}, an untrained policy to start from")
     return destination
 
 
@@ -240,7 +242,7 @@ def _build_config(
         "proprio_dim": preset.state_dim,
         "norm_type": preset.norm_type,
         "policy_num_layers": parts["text_config"]["num_hidden_layers"],
-        # A new policy needs no compatibility: exact tables, and the same rule for constant dimensions in both directions.
+        # A new policy needs no compatibility: exact tables, and one rule for constant dimensions in both directions.
         "policy_rope_dtype": "float32",
         "constant_dims": "zero",
         **parts,
@@ -266,7 +268,7 @@ def _model_card(config: VLAAdapterConfig, labels: dict[str, str], title: str) ->
         config,
         title=title,
         summary=(
-            f"**An untrained policy, to start training from.** The vision towers and the language model are pretrained "
+            "**An untrained policy, to start training from.** The vision towers and the language model are pretrained "
             f"({origin}). The policy, the proprio projector and the action queries{projector} are new. Until it is "
             "trained, its actions mean nothing."
         ),

@@ -43,8 +43,8 @@ def cut_down_tokenizer(
         `PreTrainedTokenizerBase`: any text survives encoding and decoding; the instructions take the fewest tokens.
 
     Raises:
-        ValueError: without instructions, for a size too small for the bytes and control tokens, or for an unknown prompt
-            style.
+        ValueError: without instructions, for a size too small for the bytes and control tokens, or for an unknown
+            prompt style.
     """
     if prompt_style not in PROMPTS:
         raise ValueError(f"prompt_style must be one of {', '.join(PROMPTS)}, got {prompt_style!r}.")
@@ -78,8 +78,8 @@ def init_from_config(
     """
     if len(tokenizer) > config.text_config.vocab_size:
         raise ValueError(
-            f"text_config.vocab_size={config.text_config.vocab_size}, but the tokenizer has {len(tokenizer)} tokens; raise "
-            "the one or cut down the other."
+            f"text_config.vocab_size={config.text_config.vocab_size}, but the tokenizer has {len(tokenizer)} tokens; "
+            "raise vocab_size or cut down the tokenizer."
         )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -137,7 +137,7 @@ def init_untrained(
     tokenizer: str | Path | None = None,
     instructions: str | Path | None = None,
     seed: int = 0,
-    say: Callable[[str], None] = print,
+    report_progress: Callable[[str], None] = print,
     **config_fields: Any,
 ) -> Path:
     """Write a model with random weights in our own layout, with its processor and a model card.
@@ -145,12 +145,12 @@ def init_untrained(
     Args:
         destination (`str` or `Path`): folder to make. It appears complete or not at all.
         config (`str` or `Path`): JSON file of fields of [`VLAAdapterConfig`].
-        tokenizer (`str` or `Path`, *optional*): folder or Hub id of a Qwen2 tokenizer; by default the small one that is
-            part of this package.
-        instructions (`str` or `Path`, *optional*): text file with an instruction per line, from which the vocabulary is
-            made. By default the tokenizer's own vocabulary is kept.
+        tokenizer (`str` or `Path`, *optional*): folder or Hub id of a Qwen2 tokenizer; by default the small one that
+            is part of this package.
+        instructions (`str` or `Path`, *optional*): text file with an instruction per line, from which the vocabulary
+            is made. By default the tokenizer's own vocabulary is kept.
         seed: as in [`init_from_config`].
-        say (`Callable`): receives lines of progress.
+        report_progress (`Callable`): receives lines of progress.
         config_fields: fields that replace the file's.
 
     Raises:
@@ -175,7 +175,7 @@ def init_untrained(
         lines = Path(instructions).read_text(encoding="utf-8").splitlines()
         loaded = cut_down_tokenizer(loaded, lines, model_config.text_config.vocab_size, model_config.prompt_style)
     model, processor = init_from_config(model_config, loaded, seed)
-    say(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(loaded)} tokens")
+    report_progress(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(loaded)} tokens")
     card = fill_model_card(
         model_config,
         title=destination.name,
@@ -183,8 +183,8 @@ def init_untrained(
         repo=destination.name,
         results="Not trained, not evaluated.",
     )
-    write_checkpoint(destination, model, processor, card, say)
-    say(f"Done: {destination}, an untrained model")
+    write_checkpoint(destination, model, processor, card, report_progress)
+    report_progress(f"Done: {destination}, an untrained model")
     return destination
 
 
