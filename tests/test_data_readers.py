@@ -269,8 +269,22 @@ def test_parquet_metadata_that_lacks_a_column_or_is_damaged_is_refused(tmp_path)
     pq.write_table(table.drop_columns(["videos/observation.images.image/from_timestamp"]), path)
     with pytest.raises(BadEpisodeError, match="episode 0: has no video of camera 'observation.images.image'"):
         VLAAdapterDataset.from_lerobot(folder, robot="libero")
-    path.write_bytes(b"no parquet")
-    with pytest.raises(ValueError, match="file-000.parquet cannot be read: .*Fetch the dataset again"):
+    pq.write_table(table, path)
+    content = bytearray(path.read_bytes())
+    footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
+    content[footer : footer + 8] = b"\xff" * 8  # Arrow's error is an OSError
+    for damaged in (b"no parquet", content):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="file-000.parquet cannot be read: .*Fetch the dataset again"):
+            VLAAdapterDataset.from_lerobot(folder, robot="libero")
+
+
+def test_a_parquet_file_whose_description_of_columns_is_damaged_is_refused_in_a_sentence(tmp_path):
+    folder = copy_of("lerobot_v30_image", tmp_path)
+    path = folder / "data" / "chunk-000" / "file-000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.replace_schema_metadata({"huggingface": '{"info": {'}), path)
+    with pytest.raises(ValueError, match="cannot read the description of the columns in .*file-000.parquet"):
         VLAAdapterDataset.from_lerobot(folder, robot="libero")
 
 

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vla_adapter_hf.data.arrow import column_to_texts
+from vla_adapter_hf.data.episodes import is_damage
 
 
 VERSIONS = ("v2.0", "v2.1", "v3.0")
@@ -251,7 +252,9 @@ def _parquet_rows(path: Path, needed: list[str], columns: list[str]) -> pa.Table
         missing = [name for name in needed if name not in names]
         if not missing:
             return file.read(columns=[name for name in columns if name in names])
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        if not is_damage(error):
+            raise
         raise ValueError(f"{path} cannot be read: {error}. Fetch the dataset again") from error
     raise ValueError(f"{path}: there is no column {', '.join(missing)}; columns that exist: {', '.join(names)}")
 

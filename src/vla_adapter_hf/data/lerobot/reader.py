@@ -113,7 +113,7 @@ class LeRobotReader(DemonstrationReader):
                 elif index not in described and (keep is None or keep(index)):
                     yield BadEpisode(index, None, f"is in {data_path} but not in meta/episodes")
                 seen.add(index)
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             if not is_damage(error):
                 raise
             problem = f"{data_path} cannot be read: {error}"

@@ -108,6 +108,11 @@ class LeRobotSource(DemonstrationSource):
                 if bad is None:  # a full disk, for one
                     raise
                 raise BadEpisodeError(self.where, bad, "Fetch or record that file again") from error
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(
+                    f"{self.where}: `datasets` cannot read the description of the columns in {files[0]} and the files "
+                    f"after it: {error!r}. Fetch or record them again"
+                ) from error
 
     def _first_unreadable_frame(self) -> BadEpisode | None:
         """The first frame in the parquet files that cannot be unpacked; None if all can be."""
