@@ -81,6 +81,56 @@ def test_a_client_comes_back_after_a_killed_server_and_says_how_old_the_answer_i
             np.testing.assert_allclose(after.actions, before.actions, atol=1e-5)
 
 
+def test_a_client_refuses_a_server_that_came_back_with_another_policy(embedded_policy, observation):
+    with server_thread(embedded_policy, ServeSettings()) as running:
+        with PolicyClient(f"ws://127.0.0.1:{running.port}") as client:
+            before = running.services.policy.describe()
+            running.services.policy.describe = lambda: {**before, "robot": "calvin"}
+            client.close()
+            with pytest.raises(PolicyError, match="robot changed"):
+                ask(client, observation)
+
+
+class RecordedArm:
+    """A robot by LeRobot's methods that always sees the recorded observation."""
+
+    def __init__(self, observation):
+        self.seen = {name: observation[name] for name in ("image", "wrist_image")}
+        self.seen |= {f"joint_{index}": float(value) for index, value in enumerate(observation["state"])}
+        self.observation_features = {name: getattr(value, "shape", float) for name, value in self.seen.items()}
+        self.action_features = {f"command_{index}": float for index in range(7)}
+        self.sent = []
+
+    def connect(self):
+        pass
+
+    def disconnect(self):
+        pass
+
+    def get_observation(self):
+        return self.seen
+
+    def send_action(self, action):
+        self.sent.append(list(action.values()))
+
+
+def test_the_loop_drives_an_arm_by_a_client(embedded_policy, observation):
+    from vla_adapter_hf.robot import LoopSettings, StrategySettings, run
+
+    arm = RecordedArm(observation)
+    settings = LoopSettings(fps=20, strategy=StrategySettings("async"), max_steps=60, late_after=30, give_up_after=60)
+    with (
+        server_thread(embedded_policy, ServeSettings()) as running,
+        PolicyClient(f"ws://127.0.0.1:{running.port}", session="arm") as client,
+    ):
+        report = run(client, arm, observation["prompt"], settings)
+        chunk = ask(client, observation).actions
+    assert report.queries >= 2 and report.failures == 0
+    assert len(arm.sent) >= 8
+    for action in arm.sent:  # each is one of the chunk's, which is the same every time, or a blend of two
+        assert chunk.min() - 1e-4 <= min(action) and max(action) <= chunk.max() + 1e-4
+
+
 def test_a_client_gives_up_in_time():
     start = time.monotonic()
     with pytest.raises(ConnectionError, match="no answer within 1 s"):

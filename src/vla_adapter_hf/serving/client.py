@@ -6,6 +6,7 @@ import itertools
 import os
 import random
 import ssl
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -33,6 +34,8 @@ except ImportError as error:
 PATH = "/v1/realtime/robot/openpi"
 FIRST_WAIT, LONGEST_WAIT = 0.05, 5.0
 MAX_REPLY_BYTES = 16_000_000
+# What must be the same after a reconnection: a robot must not go on with another policy.
+FIXED = ("cameras", "state_dim", "action_dim", "action_horizon", "robot", "unnorm_key")
 
 
 class PolicyError(RuntimeError):
@@ -111,6 +114,7 @@ class PolicyClient:
         self._numbers = itertools.count(1)
         self._connection: ClientConnection | None = None
         self._open = ExitStack()
+        self._turn = threading.Lock()
         self.metadata: dict[str, Any] = {}
         self._persist(lambda: None, time.monotonic())
 
@@ -188,7 +192,11 @@ class PolicyClient:
         self.close()
 
     def _persist(self, ask: Callable[[], Any], since: float) -> tuple[Any, int]:
-        """Try until it works, and say how often."""
+        """Try until it works, and say how often. One request at a time: threads that share the client take turns."""
+        with self._turn:
+            return self._persist_alone(ask, since)
+
+    def _persist_alone(self, ask: Callable[[], Any], since: float) -> tuple[Any, int]:
         wait = FIRST_WAIT
         for attempt in itertools.count(1):
             try:
@@ -224,7 +232,16 @@ class PolicyClient:
             text = (error.response.body or b"").decode("utf-8", "replace")
             raise PolicyError("refused", f"{self.url} answered {status}: {text}") from error
         self._connection = connection
-        self.metadata = self._receive()
+        metadata = self._receive()
+        changed = [name for name in FIXED if self.metadata and metadata.get(name) != self.metadata.get(name)]
+        if changed:
+            self.close()
+            raise PolicyError(
+                "changed",
+                f"the server came back with another policy: {', '.join(changed)} changed. Make a new PolicyClient if that is "
+                "what you want.",
+            )
+        self.metadata = metadata
 
     def _exchange(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._connection is not None
