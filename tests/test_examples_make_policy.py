@@ -23,8 +23,8 @@ def test_the_whole_way_with_a_step_or_two_of_everything(tmp_path, monkeypatch):
     def shortened(trainings: dict[str, dict]) -> dict[str, dict]:
         return {name: {**changes, "max_steps": 2, "save_steps": 1} for name, changes in trainings.items()}
 
-    monkeypatch.setattr(make_policy, "EPISODES", {"jitter": 1})
-    monkeypatch.setattr(make_policy, "DRIVEN_EPISODES", {"jitter": 1})
+    monkeypatch.setattr(make_policy, "EPISODES", {"official": 0, "jitter": 1})
+    monkeypatch.setattr(make_policy, "DRIVEN_EPISODES", {"official": 0, "jitter": 1})
     monkeypatch.setattr(make_policy, "DRIVER_SHARE", 0.1)
     monkeypatch.setattr(make_policy, "SCENES", 1)
     for stage in pretrain.STAGES.values():

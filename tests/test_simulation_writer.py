@@ -100,6 +100,8 @@ def test_layout_is_that_of_files_written_by_lerobot(dataset):
     assert {field.name: str(field.type) for field in ours if field.name not in extra} == {
         field.name: str(field.type) for field in reference
     }
+    described = [json.loads(schema.metadata[b"huggingface"])["info"]["features"] for schema in (ours, reference)]
+    assert {name: feature for name, feature in described[0].items() if name not in extra} == described[1]
     ours, reference = (pq.read_schema(root / "meta/episodes/chunk-000/file-000.parquet") for root in (folder, theirs))
     # Parquet writers call the items of a list `element` or `item`; that is the only freedom.
     kinds = [

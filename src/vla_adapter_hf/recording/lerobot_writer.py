@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from vla_adapter_hf.utils.files import atomic_path, visible_files, write_json, write_text
+from vla_adapter_hf.utils.files import atomic_path, readable_disk_errors, visible_files, write_json, write_text
 
 
 CODEBASE_VERSION = "v3.0"
@@ -199,6 +199,7 @@ def assemble(output: Path, rows_per_file: int = 4000) -> dict[str, Any]:
 
     Raises:
         ValueError: no episode was saved, or episodes with different layouts.
+        OSError: the disk is full. The saved episodes are kept.
     """
     output = Path(output)
     keys = saved_episodes(output)
@@ -207,9 +208,10 @@ def assemble(output: Path, rows_per_file: int = 4000) -> dict[str, Any]:
     build = output / ".assembling"
     shutil.rmtree(build, ignore_errors=True)
     builder = _Builder(build, rows_per_file)
-    for key in keys:
-        builder.add(key, pq.read_table(output / PARTS / f"{key}.parquet"))
-    info = builder.finish()
+    with readable_disk_errors(output):
+        for key in keys:
+            builder.add(key, pq.read_table(output / PARTS / f"{key}.parquet"))
+        info = builder.finish()
     # `meta` is removed first and moved last: readers recognise a dataset without meta/info.json as unfinished.
     for folder in ("meta", "data"):
         shutil.rmtree(output / folder, ignore_errors=True)
