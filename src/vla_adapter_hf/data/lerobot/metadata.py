@@ -255,7 +255,8 @@ def _parquet_rows(path: Path, needed: list[str], columns: list[str]) -> pa.Table
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         if not is_damage(error):
             raise
-        raise ValueError(f"{path} cannot be read: {error}. Fetch the dataset again") from error
+        reason = " ".join(str(error).split())  # Arrow's reasons have line breaks
+        raise ValueError(f"{path} cannot be read: {reason}. Fetch the dataset again") from error
     raise ValueError(f"{path}: there is no column {', '.join(missing)}; columns that exist: {', '.join(names)}")
 
 
