@@ -68,7 +68,7 @@ $(VENV)/test-installed: setup.cfg constraints.txt | $(VENV)/bin/python
 	touch $@
 
 $(VENV)/docs-installed: setup.cfg constraints.txt | $(VENV)/bin/python
-	$(INSTALL) --editable '.[docs,plot]'
+	$(INSTALL) --editable '.[docs,plot,serve]'
 	touch $@
 
 # Only transformers and what it needs is installed; a .pth file shares the rest of .venv.
