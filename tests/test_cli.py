@@ -8,11 +8,12 @@ from importlib.resources import files
 import data_fixtures
 import pytest
 import typer
+from torch.utils.data import DataLoader
 from typer.testing import CliRunner
 
 from vla_adapter_cli import COMMANDS, app
 from vla_adapter_hf.cli.command import in_option_words, readable_errors, spread_lists
-from vla_adapter_hf.data import VLAAdapterDataset
+from vla_adapter_hf.data import BadEpisode, BadEpisodeError, VLAAdapterDataset
 from vla_adapter_hf.training.arguments import DataArguments
 
 
@@ -161,6 +162,18 @@ def test_a_bug_keeps_its_traceback_and_what_a_user_can_fix_is_one_line(capsys):
     assert capsys.readouterr().err == "error: --chunk_size 0; expected a positive number of actions\n"
     with pytest.raises(ValueError, match="chunk_size=0"), readable_errors(debug=True):
         refused()
+
+
+def test_what_a_worker_found_damaged_is_one_line(capsys):
+    dataset = VLAAdapterDataset.from_lerobot(DEMOS, ["image"], chunk_size=4, image_transform=failing)
+    with pytest.raises(typer.Exit), readable_errors():
+        next(iter(DataLoader(dataset, num_workers=1)))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("the frame is damaged.")
+
+
+def failing(images, epoch, index):
+    raise BadEpisodeError("the dataset", BadEpisode(0, index, "the frame is damaged"))
 
 
 def test_debug_shows_the_traceback_of_what_a_user_can_fix():

@@ -42,6 +42,11 @@ def test_a_mapping_reaches_the_training_arguments_as_one(parse):
     assert training.lr_scheduler_kwargs == {"min_lr_rate": 0.1}
 
 
+def test_a_file_that_is_no_yaml_is_refused_with_its_name(parse):
+    with pytest.raises(ValueError, match="run.yaml is no YAML: "):
+        parse("cameras: [front, wrist")
+
+
 def test_a_single_dataset_or_camera_needs_no_list(parse):
     _, data, _ = parse("cameras: front")
     assert (data.dataset, data.cameras) == (["d"], ["front"])

@@ -32,7 +32,12 @@ def convert(
     dtype: Annotated[str | None, typer.Option(help="Precision to store: float32, bfloat16 or float16.")] = None,
     push_to_hub: Annotated[str | None, typer.Option(help="Hub id to upload the result to.")] = None,
 ) -> None:
-    """Rewrite a published checkpoint as a transformers model, and check the result by reading it back."""
+    """Rewrite a published checkpoint as a transformers model, and check the result by reading it back.
+
+    \b
+    Example:
+      vla-adapter convert VLA-Adapter/LIBERO-Object-Pro libero-object --dtype bfloat16
+    """
     convert_checkpoint(source, destination, robot, step, parse_dtype(dtype), push_to_hub, report_progress=typer.echo)
 
 

@@ -68,7 +68,7 @@ def spread_lists(arguments: list[str], lists: Collection[str]) -> list[str]:
 
 def split_names(words: list[str] | None) -> list[str] | None:
     """Names that were given with spaces, with commas or one by one, as one list."""
-    return None if words is None else [name for word in words for name in word.split(",")]
+    return None if words is None else [name.strip() for word in words for name in word.split(",") if name.strip()]
 
 
 @contextmanager
@@ -92,7 +92,10 @@ def readable_errors(options: Collection[str] = (), debug: bool = False) -> Itera
             raise
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f" (rank {rank})"
-        typer.secho(f"error{where}: {in_option_words(str(error), options)}", fg="red", err=True)
+        message = str(error)
+        if message.startswith("Caught "):  # from a worker of a DataLoader, with the worker's traceback
+            message = message.strip().splitlines()[-1]
+        typer.secho(f"error{where}: {in_option_words(message, options)}", fg="red", err=True)
         raise typer.Exit(1) from error
 
 
@@ -116,10 +119,11 @@ def _word(value: str | None) -> str:
 
 
 def _is_explained(error: Exception) -> bool:
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) or type(error).__module__.startswith("vla_adapter_hf."):
         return True
     if not isinstance(error, (ValueError, TypeError, ImportError)):
         return False
-    frame, line = list(traceback.walk_tb(error.__traceback__))[-1]
-    package = frame.f_globals.get("__name__", "").split(".")[0]
-    return package in _EXPLAINING and traceback.extract_tb(error.__traceback__)[-1].line.startswith("raise ")
+    frame, _ = list(traceback.walk_tb(error.__traceback__))[-1]
+    package = frame.f_globals.get("__name__", "").partition(".")[0]
+    statement = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return package in _EXPLAINING and statement.startswith("raise ")

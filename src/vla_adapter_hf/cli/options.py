@@ -11,7 +11,10 @@ import typer
 from vla_adapter_hf.training.arguments import DataArguments
 
 
-Robot = Annotated[str | None, typer.Option(help="Robot preset for what published weights do not say: libero, ...")]
+Robot = Annotated[
+    str | None,
+    typer.Option(help="Robot preset (libero, calvin, ...) for the chunk size and cameras of published weights."),
+]
 Step = Annotated[str | None, typer.Option(help="Which of several saved steps to take, e.g. 150000 or latest.")]
 Cameras = Annotated[
     list[str] | None,

@@ -150,7 +150,10 @@ def _join_lists(words: Sequence[str], lists: Collection[str]) -> list[str]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"the file of arguments {path} does not exist.")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a mapping of argument names to values, got {type(content).__name__}.")
     return content

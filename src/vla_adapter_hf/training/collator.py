@@ -22,9 +22,9 @@ from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
 class VLAAdapterDataCollator:
     """Samples of a [`VLAAdapterDataset`] as a batch: prompts and images through the processor, numbers normalised.
 
-    Frames never make a JPEG round trip here: at inference it imitates what happened to training frames when they were stored.
-    Those that the dataset's `image_transform` has prepared are only normalised. Others are resized and, for a model with a
-    centre crop, cropped as at inference, so that a model trained without augmentation sees the same in both.
+    Frames make no JPEG round trip here. At inference it imitates how the training frames were stored.
+    Frames that the dataset's `image_transform` has prepared are only normalised. Other frames are resized, and cropped if the
+    model has a centre crop: a model trained without augmentation sees the same in training and at inference.
 
     Args:
         processor ([`VLAAdapterProcessor`]): of the model.
@@ -47,8 +47,11 @@ class VLAAdapterDataCollator:
         Returns:
             `dict`: `input_ids`, `attention_mask`, `pixel_values`, `proprio` `(batch, proprio_dim)`, `actions`
             `(batch, chunk_size, action_dim)`, `action_is_pad` `(batch, chunk_size)`, and `action_scale`
-            `(batch, action_dim)`, the physical units of one normalised unit, and `action_mask` `(batch, action_dim)`, which
-            dimensions are normalised: these two for the metrics.
+            `(batch, action_dim)`, the physical units of one normalised unit, and `action_mask` `(batch, action_dim)`, true
+            for dimensions that are normalised. The metrics use the last two.
+
+        Raises:
+            ValueError: for samples of other sizes than the model's, or frames that were prepared in another way.
         """
         missing = {"images", "text", "state", "actions"} - set(samples[0])
         if missing:

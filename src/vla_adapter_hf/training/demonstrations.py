@@ -21,7 +21,7 @@ from vla_adapter_hf.training.arguments import DataArguments
 
 @dataclass
 class Demonstrations:
-    """Training and validation parts of one or several datasets, and what they say about the robot."""
+    """Training and validation parts of one or several datasets, and their statistics."""
 
     train: VLAAdapterDataset | VLAAdapterMixture
     validation: torch.utils.data.Dataset | None

@@ -1,4 +1,4 @@
-"""How far off predicted chunks are, in the robot's units."""
+"""Errors of predicted chunks, in the robot's units."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ POLICY_MODULES = ("action_queries", "policy", "proprio_projector")
 # Where LoRA layers go: every linear layer of these, and the towers' patch embeddings, which are convolutions.
 LORA_MODULES = ("dinov2", "siglip", "vision_projector", "language_model")
 
-# Training arguments of each preset. What the released code in effect runs is a constant 2e-4, without clipping: its
-# warm-up of 0.1 is in steps, and the same lines undo its decay. The paper describes the other schedule.
+# Training arguments of each preset. In effect the released code runs at a constant 2e-4 without clipping: its warm-up of
+# 0.1 counts steps, and its decay is undone by the same lines. The paper describes another schedule.
 _RELEASED = {
     "learning_rate": 2e-4,
     "lr_scheduler_type": "constant",
@@ -69,7 +69,7 @@ def apply_preset(model: VLAAdapterForActionPrediction, preset: str = "lora", ran
     check_preset(preset)
     if preset == "full":
         model.requires_grad_(True)
-        # Without effect on anything, see the model.
+        # It has no effect on the actions.
         model.dinov2.embeddings.mask_token.requires_grad_(False)
         return model
     if preset == "frozen":
@@ -103,7 +103,7 @@ def lora_targets(model: VLAAdapterForActionPrediction) -> list[str]:
 
 
 def merge_lora(model: nn.Module) -> VLAAdapterForActionPrediction:
-    """Fold the adapter into the weights, in place: no second model in memory. Other models are returned as they are."""
+    """Add the adapter to the weights, in place. A model without an adapter is returned as it is."""
     if not hasattr(model, "merge_and_unload"):
         return model
     merged = model.merge_and_unload()
@@ -114,9 +114,9 @@ def merge_lora(model: nn.Module) -> VLAAdapterForActionPrediction:
 
 @torch.no_grad()
 def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of the model that merging would give, under the plain model's names; the model is left as it is.
+    """The weights that merging would give, under the plain model's names. The model does not change.
 
-    Merging and unmerging in place would change the frozen weights in their last digits, and a resumed training with them.
+    Merging and unmerging in place would change the last digits of the frozen weights, and so the losses of a resumed run.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -136,7 +136,7 @@ def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _refuse_merged_weights(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
-    """The plain Trainer would load a checkpoint's merged weights here, match no name and say nothing."""
+    """Without this, a plain Trainer loads merged weights, matches no name and reports nothing."""
     if state_dict and not any(".lora_" in name for name in state_dict):
         raise ValueError(
             "These are merged weights; a model with a LoRA adapter cannot take them. Use VLAAdapterTrainer, which loads "

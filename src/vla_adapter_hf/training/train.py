@@ -16,6 +16,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from vla_adapter_hf.checkpoints.checkpoint import Checkpoint
 from vla_adapter_hf.checkpoints.model_card import fill_model_card
 from vla_adapter_hf.checkpoints.open import open_checkpoint
+from vla_adapter_hf.data import VLAAdapterDataset
 from vla_adapter_hf.data.augmentation import DEFAULT_CROP_AREA
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
@@ -134,8 +135,7 @@ def config_overrides(
         "proprio_dim": dataset.state_dim,
         "action_names": _names(dataset.action_names, dataset.action_dim),
         "state_names": _names(dataset.state_names, dataset.state_dim),
-        # The actions of a stored chunk may be closer together than the dataset's rows.
-        "fps": dataset.fps if dataset.reader.chunk_shape is None else None,
+        "fps": _frame_rate(data.parts),
         "norm_stats": data.norm_stats,
         "norm_type": norm_type or config.norm_type,
         # The published split of the states at 512 is what two cameras' weights mean. With another number of cameras there
@@ -151,6 +151,15 @@ def config_overrides(
 def _names(names: Sequence[str] | None, size: int) -> list[str] | None:
     """Names of a dataset's values, if the robot's conventions have left their number as it was."""
     return list(names) if names is not None and len(names) == size else None
+
+
+def _frame_rate(datasets: list[VLAAdapterDataset]) -> float | None:
+    """Actions per second, if all datasets have the same rate.
+
+    The actions of a stored chunk may be closer together than the dataset's rows.
+    """
+    rates = {dataset.fps if dataset.reader.chunk_shape is None else None for dataset in datasets}
+    return rates.pop() if len(rates) == 1 else None
 
 
 def load_start(
