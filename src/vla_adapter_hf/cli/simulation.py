@@ -45,11 +45,20 @@ def evaluate(
     ensemble: Annotated[
         float | None, typer.Option(help="Temporal ensembling: how much less newer chunks count; 0 is their mean.")
     ] = EvaluationSettings.ensemble,
+    strategy: Annotated[
+        str, typer.Option(help="What the robot does while the policy thinks: sync, async or async-rolled.")
+    ] = EvaluationSettings.strategy,
+    delay: Annotated[
+        int, typer.Option(help="Control steps that a prediction takes; 0 stops the world, as published.")
+    ] = EvaluationSettings.delay,
+    step_limit: Annotated[
+        int | None, typer.Option(help="Steps after which an episode has failed, by default the suite's.")
+    ] = EvaluationSettings.step_limit,
     black_images: Annotated[
         bool, typer.Option(help="A control: the policy sees black frames.")
     ] = EvaluationSettings.black_images,
     instruction: Annotated[
-        str | None, typer.Option(help="A control: tell it this, or 'other' for another object.")
+        str | None, typer.Option(help="A control: give this instruction instead, or 'other' for another object.")
     ] = EvaluationSettings.instruction,
     rollouts: Annotated[
         int, typer.Option(help="Episodes of each task to keep as films and contact sheets.")
@@ -67,7 +76,13 @@ def evaluate(
         typer.Option(help="Precision: float32, bfloat16, float16 or auto; on the CPU float32 by default, else auto."),
     ] = EvaluationSettings.dtype,
 ) -> None:
-    """Run a policy in closed loop in the LIBERO simulator, by default as published."""
+    """Run a policy in closed loop in the LIBERO simulator, by default as published. Needs the extra libero.
+
+    \b
+    Examples:
+      vla-adapter eval --policy embedded --episodes 40-49 --output results
+      vla-adapter eval --checkpoint pick-and-place --suite libero_goal --processes 4 --output results
+    """
     if (checkpoint is None) == (policy is None):
         raise ValueError("give either --checkpoint or --policy.")
     if policy not in (None, "embedded", "oracle", "noop"):
@@ -81,6 +96,9 @@ def evaluate(
         processes=processes,
         execute=execute,
         ensemble=ensemble,
+        strategy=strategy,
+        delay=delay,
+        step_limit=step_limit,
         black_images=black_images,
         instruction=instruction,
         rollouts=rollouts,
@@ -157,7 +175,12 @@ def demonstrate(
         str | None, typer.Option(help="The driver's statistics; by default those of the suite's name.")
     ] = RecordingSettings.driver_unnorm_key,
 ) -> None:
-    """Record demonstrations of a scripted expert in the LIBERO simulator."""
+    """Record demonstrations of a scripted expert in the LIBERO simulator. Needs the extra libero.
+
+    \b
+    Example:
+      vla-adapter demonstrate --output recordings --tasks 0-2 --workers 2
+    """
     settings = RecordingSettings(
         render_every=render_every,
         chunk_size=chunk_size,
@@ -195,5 +218,10 @@ def scores(
         str | None, typer.Option(help="One name for all, if there is a checkpoint for each suite.")
     ] = None,
 ) -> None:
-    """Join finished evaluations into one table of the published form, ready for a model card."""
+    """Join finished evaluations into one table of the published form, ready for a model card.
+
+    \b
+    Example:
+      vla-adapter scores results/object results/goal --name my-policy
+    """
     typer.echo(joined_table(folders, name), nl=False)
