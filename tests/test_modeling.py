@@ -324,9 +324,11 @@ class TestPredictAction:
 
     def test_the_mode_is_restored_after_an_error(self, inputs):
         model = tiny_model().train()
-        with pytest.raises(IndexError):
-            model.predict_action(**physical(inputs, input_ids=torch.full((2, 9), 10**6)))
-        assert model.training
+        model.vision_projector.eval()
+        model.policy.register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.predict_action(**physical(inputs))
+        assert model.training and model.policy.training and not model.vision_projector.training
 
     def test_it_leaves_no_gradients(self, model, inputs):
         model.predict_action(**physical(inputs))
