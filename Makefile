@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 
 .PHONY: demo demo-loop policy simulator test lint docs commands package oldest conformance clean
 
-# One prediction on a recorded observation; an episode, once `make demo-loop` has brought the simulator.
+# Predictions of the small policy over a recorded episode, as a picture.
 demo: $(VENV)/demo-installed
 	$(BIN)/vla-adapter demo --output outputs/demo.png
 

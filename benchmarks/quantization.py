@@ -21,6 +21,7 @@ from vla_adapter_hf.bench.measures import weight_bytes
 from vla_adapter_hf.checkpoints.quantization import KEPT
 from vla_adapter_hf.data import ImageResize, load_demonstrations
 from vla_adapter_hf.modeling.normalization_vla_adapter import normalize, select_norm_stats
+from vla_adapter_hf.recording.played_episode import embedded_episode
 
 
 PARTS = (
@@ -53,7 +54,7 @@ def main() -> None:
         processor = AutoProcessor.from_pretrained(source)
         model = AutoModel.from_pretrained(source, dtype=dtype)
         if arguments.dataset is None:
-            inputs = [recorded_observation(embedded, processor)]
+            inputs = [recorded_observation(processor)]
         else:
             inputs = demonstrated(arguments.dataset, arguments.samples, model.config, processor)
         expected, seconds = predict(model, inputs)
@@ -80,10 +81,9 @@ def row(name: str, model: Any, inputs: list[dict[str, Any]], expected: np.ndarra
     return f"| {name} | {error.max():.4f} | {error.mean():.4f} | {megabytes:.1f} | {taken / seconds:.2f} |"
 
 
-def recorded_observation(embedded: Any, processor: Any) -> dict[str, Any]:
-    with np.load(embedded / "observation.npz") as recorded:
-        frames = [recorded["full_image"], recorded["wrist_image"]]
-        return {**processor(images=frames, text=str(recorded["instruction"]), state=recorded["state"])}
+def recorded_observation(processor: Any) -> dict[str, Any]:
+    episode = embedded_episode()
+    return {**processor(images=list(episode.frames[0]), text=episode.instruction, state=episode.states[0])}
 
 
 def demonstrated(folder: str, count: int, config: Any, processor: Any) -> list[dict[str, Any]]:

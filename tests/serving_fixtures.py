@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
+from model_fixtures import FIXTURES
 from websockets.sync.client import ClientConnection, connect
 
 from vla_adapter_hf.checkpoints.embedded import embedded_folder
@@ -27,13 +28,14 @@ from vla_adapter_hf.serving.settings import ServeSettings
 from vla_adapter_hf.serving.wire import unpack
 
 
+RECORDED = FIXTURES / "libero_spatial_observation.npz"
 START_SECONDS = 120
 MAX_BYTES = 10**8
 
 
 def recorded_observation() -> dict[str, Any]:
-    """The LIBERO observation that ships with the package: `image`, `wrist_image`, `state`, `prompt`."""
-    with embedded_folder() as folder, np.load(folder / "observation.npz") as recorded:
+    """The recorded LIBERO observation: `image`, `wrist_image`, `state`, `prompt`."""
+    with np.load(RECORDED) as recorded:
         return {
             "image": recorded["full_image"],
             "wrist_image": recorded["wrist_image"],

@@ -80,7 +80,7 @@ def test_the_demo_runs_from_an_installed_wheel(environment, tmp_path):
     pytest.importorskip("matplotlib")
     where = run([environment / "python", "-c", "import vla_adapter_hf; print(vla_adapter_hf.__file__)"], tmp_path)
     assert Path(where.strip()).is_relative_to(environment.parent), "the clone was imported, not the wheel"
-    said = run([environment / "vla-adapter", "demo", "--no-loop", "--output", tmp_path / "demo.png"], tmp_path)
+    said = run([environment / "vla-adapter", "demo", "--output", tmp_path / "demo.png"], tmp_path)
     assert "demo.png" in said
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 

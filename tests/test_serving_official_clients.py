@@ -13,7 +13,7 @@ from pathlib import Path
 import model_fixtures
 import numpy as np
 import pytest
-from serving_fixtures import recorded_observation, server_thread
+from serving_fixtures import RECORDED, recorded_observation, server_thread
 from simulator import need_simulator
 from transformers import AutoProcessor
 
@@ -166,11 +166,9 @@ def test_vla_evals_orchestrator_runs_a_benchmark_on_the_server(embedded_policy):
     images = [recorded["image"], recorded["wrist_image"]]
     inputs = embedded_policy.processor(images=[images], text=[recorded["prompt"]], state=recorded["state"][None])
     expected = get_robot("libero").to_environment(embedded_policy.model.predict_action(**inputs)[0])
-    with server_thread(embedded_policy, ServeSettings()) as running, embedded_folder() as folder:
+    with server_thread(embedded_policy, ServeSettings()) as running:
         command = [python_of("VLA_EVAL_PYTHON"), "vla_eval_run.py", f"ws://127.0.0.1:{running.port}/vla-eval"]
-        run = subprocess.run(
-            [*command, str(folder / "observation.npz")], cwd=CLIENTS, capture_output=True, text=True, timeout=120
-        )
+        run = subprocess.run([*command, str(RECORDED)], cwd=CLIENTS, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     episodes = json.loads(run.stdout.splitlines()[-1])["actions"]
     assert [len(episode) for episode in episodes] == [11, 11]

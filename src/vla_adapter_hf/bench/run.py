@@ -34,6 +34,7 @@ from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.saving import synthetic_observation
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.processing import jpeg_round_trip_vla_adapter as jpeg
+from vla_adapter_hf.recording.played_episode import embedded_episode
 from vla_adapter_hf.utils.files import write_json
 
 
@@ -161,8 +162,7 @@ def _load(source: str, settings: BenchSettings, load_options: dict[str, Any]) ->
 def _observations(config: VLAAdapterConfig, batch_size: int) -> dict[str, Any]:
     """Recorded frames, as many as the model has cameras; state and instruction of the right sizes."""
     one = synthetic_observation(config)
-    with embedded_folder() as folder, np.load(folder / "observation.npz") as recorded:
-        frames = list(islice(cycle((recorded["full_image"], recorded["wrist_image"])), config.num_cameras))
+    frames = list(islice(cycle(embedded_episode().frames[0]), config.num_cameras))
     return {
         "images": [frames] * batch_size,
         "text": [one["text"]] * batch_size,

@@ -13,7 +13,7 @@ def embedded_folder() -> Iterator[Path]:
     """The folder that ships with the package.
 
     Yields:
-        `Path`: a folder with `checkpoint/`, `tokenizer/`, and `observation.npz`, a recorded LIBERO observation.
+        `Path`: a folder with `checkpoint/`, `tokenizer/`, and `episode/`, a recorded LIBERO episode.
     """
     with as_file(files("vla_adapter_hf").joinpath("embedded")) as folder:
         yield folder

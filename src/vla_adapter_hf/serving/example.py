@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.checkpoints.saving import synthetic_observation
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
+from vla_adapter_hf.recording.played_episode import embedded_episode
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,11 @@ class ExampleObservation:
 
 
 def example_observation(config: VLAAdapterConfig) -> ExampleObservation:
-    """The recorded LIBERO observation that ships with the package, for models that it fits; made-up frames for others."""
-    with embedded_folder() as folder, np.load(folder / "observation.npz") as recorded:
-        if config.num_cameras == 2 and config.proprio_dim == len(recorded["state"]):
-            frames = (recorded["full_image"], recorded["wrist_image"])
-            images = dict(zip(config.cameras, frames, strict=True))
-            return ExampleObservation(images, str(recorded["instruction"]), recorded["state"].astype(np.float64))
+    """The first observation of the embedded LIBERO episode, for models that it fits; made-up frames for others."""
+    episode = embedded_episode()
+    if config.num_cameras == 2 and config.proprio_dim == episode.states.shape[1]:
+        images = dict(zip(config.cameras, episode.frames[0], strict=True))
+        return ExampleObservation(images, episode.instruction, episode.states[0])
     made_up = synthetic_observation(config)
     images = dict(zip(config.cameras, made_up["images"], strict=True))
     return ExampleObservation(images, made_up["text"], np.asarray(made_up["state"], np.float64))

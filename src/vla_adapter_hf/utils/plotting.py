@@ -43,7 +43,6 @@ def plot_prediction(
     cameras: list[str],
     instruction: str,
     actions: np.ndarray,
-    note: str = "",
     names: Sequence[str] | None = None,
 ) -> Figure:
     """One observation and the chunk that was predicted for it.
@@ -53,7 +52,6 @@ def plot_prediction(
         cameras (`list[str]`): their names.
         instruction (`str`): the instruction.
         actions (`np.ndarray`): `(chunk_size, action_dim)` in physical units.
-        note (`str`): shown in red under the instruction.
         names (`Sequence[str]`, *optional*): of the action's values.
     """
     chunk_size, action_dim = actions.shape
@@ -62,8 +60,6 @@ def plot_prediction(
     figure = new_figure(figsize=(12, 4.4 + 2 * rows), layout="constrained")
     top, bottom = figure.subfigures(2, 1, height_ratios=(3.4, 2 * rows))
     top.suptitle(f"“{instruction}”", fontsize=13)
-    if note:
-        top.supxlabel(note, color="firebrick", fontsize=11)
     for axis, frame, name in zip(np.atleast_1d(top.subplots(1, len(frames))), frames, cameras, strict=True):
         axis.imshow(frame)
         axis.set_title(name)

@@ -114,6 +114,19 @@ class LiberoScene:
         self._env.sim.data.qvel[:] = 0.0
         self._env.sim.forward()
 
+    def camera_matrix(self, camera: str) -> np.ndarray:
+        """The projection (3, 4) of one of `CAMERAS` as it stands now: (x, y, z, 1) in metres to (u w, v w, w).
+
+        u and v are fractions of a frame's width from the left and of its height from the top, w is the depth in metres.
+        """
+        model, data = self._env.sim.model._model, self._env.sim.data._data
+        index = self._env.sim.model.camera_name2id(camera)
+        rotation = data.cam_xmat[index].reshape(3, 3).T
+        focal_length = 0.5 / math.tan(math.radians(model.cam_fovy[index]) / 2)
+        # The camera looks along its negative z. Frames are mirrored, as in the training data.
+        intrinsics = np.array([[-focal_length, 0.0, -0.5], [0.0, -focal_length, -0.5], [0.0, 0.0, -1.0]])
+        return intrinsics @ np.column_stack([rotation, -rotation @ data.cam_xpos[index]])
+
     def project(self, points: np.ndarray, camera: str) -> np.ndarray:
         """Where points (N, 3) of the world are in the frames of one of `CAMERAS`.
 
@@ -121,13 +134,8 @@ class LiberoScene:
             (N, 2): fractions of the frame's width from the left and of its height from the top. Points outside the
             frame have values below 0 or above 1, points behind the camera NaN.
         """
-        model, data = self._env.sim.model._model, self._env.sim.data._data
-        index = self._env.sim.model.camera_name2id(camera)
-        seen = (points - data.cam_xpos[index]) @ data.cam_xmat[index].reshape(3, 3)
-        focal_length = 0.5 / math.tan(math.radians(model.cam_fovy[index]) / 2)
-        depth = np.where(seen[:, 2] < 0, -seen[:, 2], np.nan)  # the camera looks along its negative z
-        # y points up and a frame's rows go down; frames are mirrored, as in the training data.
-        return 0.5 - focal_length * seen[:, :2] / depth[:, None]
+        seen = np.column_stack([points, np.ones(len(points))]) @ self.camera_matrix(camera).T
+        return seen[:, :2] / np.where(seen[:, 2:] > 0, seen[:, 2:], np.nan)
 
     def save_physics(self) -> PhysicalState:
         """Everything in the simulator that decides how the episode goes on."""
