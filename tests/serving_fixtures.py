@@ -20,7 +20,6 @@ import numpy as np
 from model_fixtures import FIXTURES
 from websockets.sync.client import ClientConnection, connect
 
-from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.serving.policy import ServedPolicy
 from vla_adapter_hf.serving.server import DrainingServer, address_of, listen, server_config
 from vla_adapter_hf.serving.services import Services

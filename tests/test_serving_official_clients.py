@@ -18,7 +18,6 @@ from simulator import need_simulator
 from transformers import AutoProcessor
 
 from vla_adapter_hf import VLAAdapterProcessor
-from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.robots import get_robot
 from vla_adapter_hf.serving.policy import ActionRules, ServedPolicy
 from vla_adapter_hf.serving.settings import ServeSettings
