@@ -29,7 +29,9 @@ SAME_VIEW = (
 INSTRUCTION_KEYS = ("prompt", "task", "instruction", "task_description")
 STATE_KEYS = ("state", "states")
 JOINTS, GRIPPER = "joint_position", "gripper_position"  # DROID's state, in two parts
-MAX_INSTRUCTION = 1_000
+MAX_INSTRUCTION = 500
+# Resizing takes time with a frame's longest side, whatever its bytes: 10 s for a line of 200 000 pixels.
+MAX_SIDE = 4096
 # Clocks of two machines differ; a timestamp from the future by more than this is refused.
 CLOCK_TOLERANCE = 1.0
 
@@ -218,17 +220,19 @@ def _age(message: dict[str, Any]) -> float:
 
 
 def decode_image(image: np.ndarray | EncodedImage, camera: str, max_frame_bytes: int) -> np.ndarray:
-    """A camera's frame as an array. The size of an encoded image is checked before it is decoded.
+    """A camera's frame as an array. Sizes are checked before anything is decoded.
 
     Raises:
         InvalidRequest: the image is broken.
-        TooLarge: decoded, it is over `max_frame_bytes`.
+        TooLarge: decoded, it is over `max_frame_bytes`, or a side is over `MAX_SIDE`.
     """
     if isinstance(image, np.ndarray):
+        check_sides(image.shape, camera)
         return image
     try:
         with Image.open(io.BytesIO(image.data), formats=("PNG", "JPEG")) as opened:
             width, height = opened.size
+        check_sides((width, height), camera)
         if 3 * width * height > max_frame_bytes:
             raise TooLarge(
                 f"the frame of {camera!r}, {width} x {height} pixels, is over the limit of {max_frame_bytes} bytes."
@@ -238,6 +242,12 @@ def decode_image(image: np.ndarray | EncodedImage, camera: str, max_frame_bytes:
         raise InvalidRequest(
             f"the frame of {camera!r} cannot be decoded: it is no PNG or JPEG, or damaged."
         ) from error
+
+
+def check_sides(shape: tuple[int, ...], camera: str) -> None:
+    """Raises TooLarge for a frame with a side that is too long."""
+    if max(shape, default=0) > MAX_SIDE:
+        raise TooLarge(f"the frame of {camera!r} has a side of {max(shape)} pixels; the limit is {MAX_SIDE}.")
 
 
 def pad_to_square(frame: np.ndarray) -> np.ndarray:
