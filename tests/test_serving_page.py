@@ -17,6 +17,7 @@ from vla_adapter_hf.processing.image_preparation_vla_adapter import prepare
 from vla_adapter_hf.serving.app import VLLM_OMNI_PATH
 from vla_adapter_hf.serving.settings import ServeSettings
 from vla_adapter_hf.serving.wire import pack
+from vla_adapter_hf.utils.attention import overlay_attention, predict_with_attention
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,33 @@ def test_the_form_predicts_and_shows_the_frames_as_the_model_sees_them(server, e
     np.testing.assert_allclose(answer["actions"], embedded_policy.model.predict_action(**inputs)[0], atol=1e-5)
     assert answer["instruction"] == observation["prompt"]
     assert [camera["name"] for camera in answer["cameras"]] == ["image", "wrist_image"]
-    for camera, name in zip(answer["cameras"], ("image", "wrist_image"), strict=True):
+    attention = predict_with_attention(embedded_policy.model, inputs)[1][0]
+    for index, name in enumerate(("image", "wrist_image")):
+        camera = answer["cameras"][index]
         expected = prepare(observation[name], (112, 112), round_trip=False, crop=None)
         assert np.array_equal(picture(camera["frame"]), expected)
+        glowing = overlay_attention(expected, attention[index], attention.max())
+        np.testing.assert_allclose(picture(camera["attention"]).astype(int), glowing, atol=1)
+
+
+def test_looking_at_attention_changes_no_robots_actions(server, embedded_policy, observation):
+    before = json.loads(request(f"{server.url}/try", json.dumps(form(observation))).body)
+    assert before["cameras"][0]["attention"] is not None
+    after = json.loads(request(f"{server.url}/try", json.dumps(form(observation))).body)
+    assert before["actions"] == after["actions"]
+    assert embedded_policy.model.config._attn_implementation != "eager"
+
+
+def test_no_attention_is_drawn_while_robots_wait(embedded_policy, observation):
+    with server_thread(embedded_policy, ServeSettings()) as running:
+        request(f"{running.url}/try", json.dumps(form(observation)))
+        engine = running.services.engine
+        engine._preparing += 1
+        try:
+            latest = json.loads(request(f"{running.url}/latest").body)
+        finally:
+            engine._preparing -= 1
+        assert [camera["attention"] for camera in latest["cameras"]] == [None, None]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from vla_adapter_hf.serving.errors import InvalidRequest
 from vla_adapter_hf.serving.example import example_observation
 from vla_adapter_hf.serving.observations import Observation, ObservationReader, decode_image, pad_to_square
 from vla_adapter_hf.serving.settings import PHYSICAL, ServeSettings
+from vla_adapter_hf.utils.attention import overlay_attention, predict_with_attention
 
 
 @dataclass(frozen=True)
@@ -174,8 +176,17 @@ class ServedPolicy:
         return [np.clip(np.rint(255 * frame), 0, 255).astype(np.uint8) for frame in frames]
 
     def attention_pictures(self, prepared: PreparedObservation) -> list[np.ndarray] | None:
-        """Per camera the frame with the policy's attention over it, uint8 `(height, width, 3)`."""
-        return None
+        """Per camera the frame with the policy's attention over it, uint8 `(height, width, 3)`.
+
+        None for a compiled model, which returns no attention, and where matplotlib is missing. It takes a prediction of its
+        own, with eager attention.
+        """
+        if self.settings.compiled or find_spec("matplotlib") is None:
+            return None
+        _, attention = predict_with_attention(self.model, _joined([prepared.inputs]), self.rules.unnorm_key)
+        brightest = float(attention[0].max())
+        frames = self.frames_as_seen(prepared)
+        return [overlay_attention(frame, seen, brightest) for frame, seen in zip(frames, attention[0], strict=True)]
 
     def describe(self) -> dict[str, Any]:
         """What clients learn on connecting: openpi's metadata, with vLLM-Omni's names."""
