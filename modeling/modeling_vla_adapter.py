@@ -210,25 +210,25 @@ class VLAAdapterForActionPrediction(ActionPredictionMixin, VLAAdapterPreTrainedM
             `tuple[torch.Tensor, torch.Tensor]`: embeddings `(batch, prompt + patches + queries, hidden)`, and the
             position of each row's first action query `(batch,)`.
         """
-        batch_size, prompt_length = input_ids.shape
+        batch_size = input_ids.shape[0]
         num_patches, num_queries = patches.shape[1], self.config.num_action_queries
         device = input_ids.device
         tokens = self.get_input_embeddings()(input_ids)
         queries = self.action_queries.weight.to(tokens.dtype).expand(batch_size, -1, -1)
         sources = torch.cat((tokens, patches.to(tokens.dtype), queries), dim=1)
 
-        # Every source gets a position to sort by. Ties between padding keep their order.
+        # Every source has a position of its own. A scatter needs no stable sort, which export to ONNX does not know.
         real = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
-        rank = real.cumsum(dim=1) - 1  # of a real token among the real ones of its row
-        last = num_patches + prompt_length + num_queries
+        num_real = real.sum(dim=1, keepdim=True)
+        rank, padding_rank = real.cumsum(dim=1) - 1, (1 - real).cumsum(dim=1) - 1  # within a row
         token_positions = torch.where(rank > 0, rank + num_patches, 0)
-        token_positions = torch.where(real.bool(), token_positions, last)
-        patch_positions = 1 + torch.arange(num_patches, device=device)
-        query_positions = num_patches + prompt_length + torch.arange(num_queries, device=device)
-        others = torch.cat((patch_positions, query_positions)).expand(batch_size, -1)
-        order = torch.cat((token_positions, others), dim=1).argsort(dim=1, stable=True)
-        embeddings = sources.gather(1, order[..., None].expand_as(sources))
-        return embeddings, num_patches + real.sum(dim=1)
+        padding_positions = num_patches + num_real + num_queries + padding_rank
+        token_positions = torch.where(real.bool(), token_positions, padding_positions)
+        patch_positions = (1 + torch.arange(num_patches, device=device)).expand(batch_size, -1)
+        query_positions = num_patches + num_real + torch.arange(num_queries, device=device)
+        positions = torch.cat((token_positions, patch_positions, query_positions), dim=1)
+        embeddings = torch.zeros_like(sources).scatter(1, positions[..., None].expand_as(sources), sources)
+        return embeddings, num_patches + num_real[:, 0]
 
     @can_return_tuple
     def forward(

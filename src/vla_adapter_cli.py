@@ -29,6 +29,7 @@ COMMANDS = {
     "demo": Entry("demo", "demo", "Draw a prediction, or an episode in the simulator [plot]"),
     "info": Entry("checkpoints", "info", "Describe a checkpoint without loading its weights"),
     "convert": Entry("checkpoints", "convert", "Rewrite a published checkpoint as a transformers model"),
+    "export": Entry("export", "export", "Write a checkpoint for OpenVINO or ONNX Runtime [openvino,onnx]"),
     "init": Entry("checkpoints", "init", "Write a model with a new policy, to be trained"),
     "stats": Entry("data", "stats", "Compute the statistics that normalise a dataset"),
     "train": Entry("train", "train", "Fine-tune a checkpoint on demonstrations [lora,plot]", reads_words=True),

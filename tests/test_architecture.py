@@ -34,6 +34,7 @@ MUST_NOT_IMPORT = {
     "init": {"data", "training", "simulation", "recording"} | COMMANDS,
     "data": {"training", "simulation", "recording"} | COMMANDS,
     "training": {"simulation", "recording"} | COMMANDS,
+    "export": {"init", "training", "simulation", "recording"} | COMMANDS,
     "robot": {"init", "data", "training", "simulation", "recording"} | COMMANDS,
     "simulation": {"training", "recording"} | COMMANDS,
     "recording": {"training"} | COMMANDS,

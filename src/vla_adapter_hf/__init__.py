@@ -8,6 +8,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcesso
 
 from vla_adapter_hf._version import __version__
 from vla_adapter_hf.checkpoints.auto import (
+    ExportedModelLoader,
+    ExportedVLAAdapterConfig,
     PrismaticProcessor,
     PublishedLayout,
     PublishedModel,
@@ -42,6 +44,8 @@ def _register() -> None:
     AutoConfig.register(PublishedVLAAdapterConfig.model_type, PublishedVLAAdapterConfig, exist_ok=True)
     AutoModel.register(VLAAdapterConfig, VLAAdapterForActionPrediction, exist_ok=True)
     AutoModel.register(PublishedVLAAdapterConfig, PublishedModel, exist_ok=True)
+    AutoConfig.register(ExportedVLAAdapterConfig.model_type, ExportedVLAAdapterConfig, exist_ok=True)
+    AutoModel.register(ExportedVLAAdapterConfig, ExportedModelLoader, exist_ok=True)
     AutoProcessor.register(VLAAdapterConfig, VLAAdapterProcessor, exist_ok=True)
     AutoProcessor.register(PublishedVLAAdapterConfig, PrismaticProcessor, exist_ok=True)
     # In older releases, AutoImageProcessor needs torchvision. The processor does not need AutoImageProcessor.

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from vla_adapter_hf.checkpoints.exported import ExportedCheckpoint, ExportedModel
 from vla_adapter_hf.checkpoints.files import read_json
 from vla_adapter_hf.checkpoints.open import CONFIG_FIELDS, open_checkpoint
 from vla_adapter_hf.checkpoints.published.checkpoint import PublishedCheckpoint
@@ -110,6 +111,27 @@ class PublishedModel:
         """As [`VLAAdapterForActionPrediction.from_pretrained`], with the overrides that `config` notes."""
         arguments = {**(config.overrides or {}), **kwargs}
         return PublishedLayout().load_model(VLAAdapterForActionPrediction, source, None, **arguments)
+
+
+class ExportedVLAAdapterConfig(PreTrainedConfig):
+    """What `AutoConfig` finds for exported checkpoints."""
+
+    model_type = ExportedCheckpoint.layout
+
+
+class ExportedModelLoader:
+    """What `AutoModel` finds for exported checkpoints. It only makes [`ExportedModel`]s."""
+
+    config_class = ExportedVLAAdapterConfig
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str, *args: Any, config: ExportedVLAAdapterConfig, **kwargs: Any
+    ) -> ExportedModel:
+        """The model of an exported checkpoint; see [`ExportedCheckpoint.load_model`] for what it takes."""
+        hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS & set(kwargs)}
+        kwargs = {name: value for name, value in kwargs.items() if name not in (*WITHOUT_MEANING, "adapter_kwargs")}
+        return open_checkpoint(source, **hub).load_model(**kwargs)
 
 
 class PrismaticProcessor(VLAAdapterProcessor):

@@ -1,0 +1,280 @@
+"""`vla-adapter export`: a checkpoint for OpenVINO or ONNX Runtime, checked against torch before it appears."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vla_adapter_hf.checkpoints.exported import ENGINES, GRAPH_INPUTS, MODEL_TYPE, RECORD, ExportedModel
+from vla_adapter_hf.checkpoints.model_card import fill_model_card
+from vla_adapter_hf.checkpoints.open import open_checkpoint
+from vla_adapter_hf.checkpoints.saving import check_destination, synthetic_observation
+from vla_adapter_hf.data import load_demonstrations
+from vla_adapter_hf.export.engines import CONVERTERS, Arrays, Converter
+from vla_adapter_hf.export.graph import trace
+from vla_adapter_hf.export.sensitivity import action_errors, groups_to_keep, layer_groups
+from vla_adapter_hf.utils.files import atomic_path, write_json, write_text
+
+
+PRECISIONS = ("fp32", "bf16", "int8")
+# Largest difference to torch of a float32 export, in normalised actions.
+TOLERANCE = 1e-4
+# How often more layers are kept before an int8 export is given up.
+ROUNDS = 3
+# Samples that the layers' sensitivity is measured with: each costs a prediction per block.
+SENSITIVITY_SAMPLES = 4
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """What is exported and how.
+
+    Args:
+        to: the engine, `"openvino"` or `"onnx"`.
+        precision: `"fp32"`, `"bf16"` (OpenVINO only) or `"int8"`.
+        calibrate: for int8, a dataset of demonstrations: folder or Hub id.
+        robot: for published checkpoints and for the dataset, the robot preset.
+        cameras: for the dataset, the columns of the model's cameras; by default found by the model's names.
+        samples: observations that are taken from the dataset.
+        prompt_tokens: length that prompts are padded to. Longer ones are refused at prediction.
+        dynamic_batch: leave the batch size open. A graph of batch 1 is quicker and predicts batches row after row.
+        error_ratio: for int8, how many times the error of bfloat16 the mean error of an action may be. Layers that err most
+            stay in higher precision until it is met.
+        unnorm_key: statistics for the report in the action's units.
+
+    Raises:
+        ValueError: an unknown name, a number out of range, or settings that do not go together.
+    """
+
+    to: str = "openvino"
+    precision: str = "fp32"
+    calibrate: str | None = None
+    robot: str | None = None
+    cameras: tuple[str, ...] | None = None
+    samples: int = 64
+    prompt_tokens: int = 64
+    dynamic_batch: bool = False
+    error_ratio: float = 2.0
+    unnorm_key: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.to not in ENGINES:
+            raise ValueError(f"--to must be {' or '.join(ENGINES)}, got {self.to!r}.")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"--precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
+        if self.to == "onnx" and self.precision == "bf16":
+            raise ValueError(
+                "--precision bf16: ONNX Runtime's CPU provider has no bfloat16 arithmetic; use fp32 or int8."
+            )
+        if (self.precision == "int8") != (self.calibrate is not None):
+            raise ValueError(
+                "--precision int8 needs --calibrate DATASET, demonstrations of the policy's robot and task."
+                if self.precision == "int8"
+                else f"--calibrate is for --precision int8, got {self.precision}."
+            )
+        for name in ("samples", "prompt_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        if not self.error_ratio > 1:
+            raise ValueError(f"--error-ratio must be more than 1, got {self.error_ratio}.")
+
+
+def export(
+    source: str,
+    destination: str | Path,
+    settings: ExportSettings | None = None,
+    report_progress: Callable[[str], None] = print,
+) -> Path:
+    """Write a checkpoint as a graph for another engine, with its processor, norm stats and a card.
+
+    The result opens with `open_checkpoint(destination).load_model()` and has the model's `predict_action`.
+
+    Args:
+        source (`str`): folder or Hub id of a checkpoint.
+        destination (`str` or `Path`): folder to create. It appears complete or not at all.
+        settings ([`ExportSettings`]): engine, precision, calibration.
+        report_progress (`Callable`): receives a line of progress at a time.
+
+    Raises:
+        ValueError: for a source that cannot be read, a destination that exists, or data that does not fit.
+        ImportError: without the engine's packages.
+        RuntimeError: when the written graph does not predict what torch predicts; nothing is left then.
+    """
+    settings = settings or ExportSettings()
+    destination = check_destination(destination)
+    options = {} if settings.robot is None else {"robot": settings.robot}
+    checkpoint = open_checkpoint(source, **options)
+    report_progress(f"Reading {source}")
+    model = checkpoint.load_model(dtype="float32")
+    processor = checkpoint.load_processor()
+    samples = list(_samples(model, processor, settings))
+    exact = _predictions(model, samples)
+
+    report_progress("Tracing and converting")
+    converter = CONVERTERS[settings.to](trace(model, settings.prompt_tokens, settings.dynamic_batch))
+    with atomic_path(destination) as temporary:
+        temporary.mkdir()
+        processor.save_pretrained(temporary)
+        write_json(temporary / "config.json", {**model.config.to_diff_dict(), "model_type": MODEL_TYPE})
+        if settings.precision == "int8":
+            record = _write_int8(converter, temporary, model, samples, exact, settings, report_progress)
+        else:
+            converter.save(converter.model, temporary, half_weights=settings.precision == "bf16")
+            record = _record(settings, [])
+            write_json(temporary / RECORD, record)
+        errors = _check(temporary, samples, exact, settings, model, report_progress)
+        write_json(temporary / RECORD, {**record, "errors": errors})
+        card = fill_model_card(
+            model.config,
+            title=destination.name,
+            summary=f"`{Path(source).name}` exported for {settings.to} in {settings.precision}.",
+            repo=destination.name,
+        )
+        write_text(temporary / "README.md", card)
+    report_progress(f"Done: {destination}")
+    return destination
+
+
+def _record(settings: ExportSettings, kept: Sequence[str]) -> dict[str, Any]:
+    names = ("precision", "prompt_tokens", "dynamic_batch")
+    return {"engine": settings.to, **{name: asdict(settings)[name] for name in names}, "kept": list(kept)}
+
+
+def _samples(model: Any, processor: Any, settings: ExportSettings) -> Iterator[Arrays]:
+    """Inputs of the graph for batch 1: from the dataset, or one synthetic observation."""
+    recorded: list[Arrays] = []
+
+    def remember(arrays: Arrays) -> np.ndarray:
+        recorded.append([np.array(array) for array in arrays])
+        return np.zeros((1, model.config.chunk_size, model.config.action_dim), np.float32)
+
+    # The path of an exported model's own predictions, with an engine that only looks.
+    record = {"prompt_tokens": settings.prompt_tokens, "dynamic_batch": False}
+    recorder = ExportedModel(model.config, record, remember)
+    key = settings.unnorm_key or next(iter(model.config.norm_stats or {}), None)
+    for observation in islice(_observations(model.config, settings), settings.samples):
+        recorder.predict_action(**processor(**observation), unnorm_key=key)
+        yield recorded.pop()
+
+
+def _observations(config: Any, settings: ExportSettings) -> Iterator[dict[str, Any]]:
+    if settings.calibrate is None:
+        yield synthetic_observation(config)
+        return
+    cameras = list(settings.cameras or config.cameras)
+    options = {} if settings.robot is None else {"robot": settings.robot}
+    dataset = load_demonstrations(settings.calibrate, cameras=cameras, chunk_size=1, chunk_column=None, **options)
+    if dataset.state_dim != config.proprio_dim:
+        raise ValueError(
+            f"{settings.calibrate} has states of {dataset.state_dim} values, the checkpoint takes {config.proprio_dim}."
+        )
+    for index in np.linspace(0, len(dataset) - 1, min(settings.samples, len(dataset))).astype(int):
+        sample = dataset[int(index)]
+        yield {"images": sample["images"], "text": sample["text"], "state": sample["state"]}
+
+
+def _write_int8(
+    converter: Converter,
+    folder: Path,
+    model: Any,
+    samples: Sequence[Arrays],
+    exact: np.ndarray,
+    settings: ExportSettings,
+    report_progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Write the graph in eight bits, with as few layers in higher precision as the error allows."""
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    target = settings.error_ratio * float(np.abs(_predictions(half, samples) - exact).mean())
+    del half
+    report_progress(f"Measuring the blocks' sensitivity; a mean error of {target:.2e} (normalised) is allowed")
+    groups = layer_groups(model)
+    errors = action_errors(
+        model, [_tensors(sample) for sample in samples[:SENSITIVITY_SAMPLES]], groups, report_progress
+    )
+    aim = target
+    for _ in range(ROUNDS):
+        kept = groups_to_keep(errors, aim)
+        layers = [layer for group in kept for layer in groups[group]]
+        report_progress(f"Quantizing {len(groups) - len(kept)} of {len(groups)} blocks")
+        converter.save(converter.quantized(samples, layers), folder, half_weights=True)
+        record = _record(settings, kept)
+        write_json(folder / RECORD, record)
+        error = float(np.abs(_exported_predictions(folder, samples) - exact).mean())
+        report_progress(f"  mean error {error:.2e}")
+        if error <= target:
+            return record
+        aim *= 0.7 * target / error
+    raise RuntimeError(
+        f"in eight bits the mean error of a normalised action is {error:.2e}, and {target:.2e} is allowed, "
+        f"{settings.error_ratio:g} times that of bfloat16. Allow more (--error-ratio), or export in bf16."
+    )
+
+
+def _check(
+    folder: Path,
+    samples: Sequence[Arrays],
+    exact: np.ndarray,
+    settings: ExportSettings,
+    model: Any,
+    report_progress: Callable[[str], None],
+) -> dict[str, Any]:
+    """Compare what was written with torch float32.
+
+    Returns:
+        `dict`: mean and largest error, normalised, and by dimension in the action's units.
+
+    Raises:
+        RuntimeError: a float32 export differs.
+    """
+    difference = np.abs(_exported_predictions(folder, samples) - exact)
+    report_progress(
+        f"Read back: normalised actions within {difference.max():.1e} of torch, {difference.mean():.1e} on average"
+    )
+    if settings.precision == "fp32" and not difference.max() <= TOLERANCE:
+        raise RuntimeError(f"verification failed: the exported graph's actions differ by {difference.max():.2e}.")
+    errors = {"mean": float(difference.mean()), "largest": float(difference.max())}
+    if model.config.norm_stats:
+        key = settings.unnorm_key or next(iter(model.config.norm_stats))
+        scale = _units(model.config.norm_stats[key]["action"], model.config.norm_type)
+        errors["mean_in_units"] = (difference.mean(axis=(0, 1)) * scale).tolist()
+        listed = ", ".join(f"{value:.2g}" for value in errors["mean_in_units"])
+        report_progress(f"  on average in the action's units, by dimension: {listed}")
+    return errors
+
+
+def _units(stats: dict[str, Any], norm_type: str) -> np.ndarray:
+    """What a normalised change of 1 is in the action's units."""
+    if norm_type == "normal":
+        scale = np.asarray(stats["std"])
+    else:
+        low, high = ("q01", "q99") if norm_type == "bounds_q99" else ("min", "max")
+        scale = (np.asarray(stats[high]) - np.asarray(stats[low])) / 2
+    return np.where(stats.get("mask", np.ones(len(scale), bool)), scale, 1.0)
+
+
+def _tensors(sample: Arrays) -> dict[str, torch.Tensor]:
+    return {name: torch.from_numpy(array) for name, array in zip(GRAPH_INPUTS, sample, strict=True)}
+
+
+@torch.no_grad()
+def _predictions(model: Any, samples: Sequence[Arrays]) -> np.ndarray:
+    """Normalised actions of torch `(samples, chunk_size, action_dim)`."""
+    chunks = []
+    for sample in samples:
+        inputs = _tensors(sample)
+        for name in ("pixel_values", "proprio"):
+            inputs[name] = inputs[name].to(model.dtype)
+        chunks.append(model(**inputs).actions.float().numpy())
+    return np.concatenate(chunks)
+
+
+def _exported_predictions(folder: Path, samples: Sequence[Arrays]) -> np.ndarray:
+    model = open_checkpoint(folder).load_model()
+    return np.concatenate([model.engine(sample) for sample in samples])

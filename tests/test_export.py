@@ -1,0 +1,176 @@
+"""Exported checkpoints: OpenVINO and ONNX Runtime predict what torch predicts."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from data_fixtures import DEMOS
+from transformers import AutoModel, AutoProcessor
+
+from vla_adapter_hf import VLAAdapterProcessor
+from vla_adapter_hf.checkpoints.embedded import embedded_folder
+from vla_adapter_hf.checkpoints.open import open_checkpoint
+from vla_adapter_hf.checkpoints.saving import synthetic_observation
+from vla_adapter_hf.export.export import ExportSettings, export
+from vla_adapter_hf.export.sensitivity import action_errors, groups_to_keep, layer_groups, rounded_layers
+
+
+pytest.importorskip("openvino", reason="needs the extra [openvino]")
+pytest.importorskip("onnxruntime", reason="needs the extra [onnx]")
+pytest.importorskip("nncf", reason="needs the extra [openvino]")
+
+RECORDED = str(DEMOS / "lerobot_v30_image")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, tiny_model, tiny_config) -> str:
+    """A tiny checkpoint of LIBERO's sizes with statistics."""
+    with embedded_folder() as folder:
+        embedded = open_checkpoint(folder / "checkpoint")
+        tokenizer = embedded.load_processor().tokenizer
+    text = {"vocab_size": len(tokenizer)}
+    config = tiny_config(norm_stats=embedded.config.norm_stats, action_dim=7, proprio_dim=8, chunk_size=8)
+    config.text_config.vocab_size = text["vocab_size"]
+    model = tiny_model(config)
+    folder = tmp_path_factory.mktemp("export") / "tiny"
+    model.save_pretrained(folder)
+    VLAAdapterProcessor.from_model_config(model.config, tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def actions_of(folder) -> np.ndarray:
+    opened = open_checkpoint(folder)
+    model, processor = opened.load_model(), opened.load_processor()
+    return model.predict_action(**processor(**synthetic_observation(model.config)))
+
+
+def exported(checkpoint: str, folder, **settings):
+    settings = {"prompt_tokens": 128, **settings}  # the small vocabulary spells most words
+    return export(checkpoint, folder, ExportSettings(**settings), report_progress=lambda line: None)
+
+
+@pytest.fixture(scope="module")
+def in_openvino(checkpoint, tmp_path_factory):
+    """The checkpoint in OpenVINO's format, float32, one observation at a time."""
+    return exported(checkpoint, tmp_path_factory.mktemp("openvino") / "exported")
+
+
+@pytest.fixture(scope="module")
+def in_onnx(checkpoint, tmp_path_factory):
+    """The checkpoint in ONNX, float32, for batches of any size."""
+    return exported(checkpoint, tmp_path_factory.mktemp("onnx") / "exported", to="onnx", dynamic_batch=True)
+
+
+@pytest.mark.parametrize("engine", ["in_openvino", "in_onnx"])
+def test_float32_exports_predict_what_torch_predicts(checkpoint, engine, request):
+    folder = request.getfixturevalue(engine)
+    assert np.abs(actions_of(folder) - actions_of(checkpoint)).max() < 1e-4
+    assert json.loads((folder / "export.json").read_text())["errors"]["largest"] < 1e-4
+
+
+@pytest.mark.parametrize("engine", ["in_openvino", "in_onnx"])
+def test_no_path_of_this_machine_is_exported(checkpoint, engine, request):
+    folder = request.getfixturevalue(engine)
+    for path in folder.iterdir():
+        assert b"site-packages" not in path.read_bytes() and checkpoint.encode() not in path.read_bytes()
+
+
+@pytest.mark.parametrize("engine", ["in_openvino", "in_onnx"])
+def test_batches_get_what_each_observation_gets_alone(engine, request):
+    opened = open_checkpoint(request.getfixturevalue(engine))
+    model, processor = opened.load_model(), opened.load_processor()
+    one = synthetic_observation(model.config)
+    other = {**one, "text": "do something else", "state": one["state"] + 0.01}
+    both = processor(
+        images=[one["images"], other["images"]],
+        text=[one["text"], other["text"]],
+        state=np.stack([one["state"], other["state"]]),
+    )
+    together = model.predict_action(**both)
+    for row, observation in enumerate((one, other)):
+        assert np.abs(together[row] - model.predict_action(**processor(**observation))[0]).max() < 1e-6
+
+
+def test_bfloat16_is_near(checkpoint, tmp_path):
+    folder = exported(checkpoint, tmp_path / "exported", precision="bf16")
+    # Random weights make the most of a rounding. A trained policy errs as in torch's bfloat16 (docs/export.md).
+    assert 0 < json.loads((folder / "export.json").read_text())["errors"]["mean"] < 0.5
+
+
+@pytest.mark.parametrize("engine", ["openvino", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_eight_bits_stay_within_the_allowed_error(checkpoint, tmp_path, engine):
+    cameras = ("observation.images.image", "observation.images.wrist_image")
+    settings = {"to": engine, "precision": "int8", "calibrate": RECORDED, "cameras": cameras, "samples": 6}
+    folder = exported(checkpoint, tmp_path / "exported", **settings, error_ratio=6.0)
+    record = json.loads((folder / "export.json").read_text())
+    assert record["precision"] == "int8" and 0 < record["errors"]["mean"]
+    assert len(record["kept"]) < len(layer_groups(open_checkpoint(checkpoint).load_model()))
+
+
+def test_rounding_a_layer_changes_the_actions_and_leaves_no_trace(checkpoint, tiny_inputs):
+    model = open_checkpoint(checkpoint).load_model(dtype="float32")
+    inputs = tiny_inputs(model.config)
+    before = model(**inputs).actions
+    groups = layer_groups(model)
+    errors = action_errors(model, [inputs], groups, lambda line: None)
+    assert set(errors) == set(groups)
+    assert all(error > 0 for group, error in errors.items() if group.startswith("policy"))
+    with rounded_layers(model, ["policy.fc_out"]):
+        assert not model(**inputs).actions.equal(before)
+    assert model(**inputs).actions.equal(before)
+
+
+def test_the_blocks_that_err_most_are_kept_first():
+    errors = {"a": 3.0, "b": 0.4, "c": 0.3}
+    assert groups_to_keep(errors, 0.6) == ["a"]
+    assert groups_to_keep(errors, 0.35) == ["a", "b"]
+    assert groups_to_keep(errors, 10.0) == []
+
+
+def test_longer_prompts_than_the_exports_are_refused(in_openvino):
+    opened = open_checkpoint(in_openvino)
+    model, processor = opened.load_model(), opened.load_processor()
+    observation = {**synthetic_observation(model.config), "text": "pick up " * 60}
+    with pytest.raises(ValueError, match="more than 128 tokens"):
+        model.predict_action(**processor(**observation))
+
+
+def test_auto_model_opens_an_export(in_openvino):
+    model, processor = AutoModel.from_pretrained(in_openvino), AutoProcessor.from_pretrained(in_openvino)
+    actions = model.predict_action(**processor(**synthetic_observation(model.config)))
+    assert np.array_equal(actions, actions_of(in_openvino))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"to": "tensorrt"}, "--to must be openvino or onnx"),
+        ({"precision": "int4"}, "--precision must be one of"),
+        ({"to": "onnx", "precision": "bf16"}, "no bfloat16"),
+        ({"precision": "int8"}, "needs --calibrate"),
+        ({"calibrate": "x"}, "--calibrate is for"),
+        ({"prompt_tokens": 0}, "--prompt-tokens must be"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ExportSettings(**settings)
+
+
+def test_a_damaged_graph_is_a_sentence_and_other_devices_are_refused(in_onnx, tmp_path):
+    folder = shutil.copytree(in_onnx, tmp_path / "exported")
+    opened = open_checkpoint(folder)
+    with pytest.raises(ValueError, match="for the CPU"):
+        opened.load_model(device="cuda")
+    with pytest.raises(ValueError, match="compiled already"):
+        opened.load_model().compile_for_inference()
+    (folder / "model.onnx").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="model.onnx is damaged"):
+        open_checkpoint(folder).load_model()
+
+
+def test_nothing_is_left_of_an_export_that_fails(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="not recognised|exist"):
+        exported(checkpoint, tmp_path / "exported", precision="int8", calibrate=str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
