@@ -84,7 +84,7 @@ def run_notebook(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, **set
 
 
 def has_picture(outputs: list) -> bool:
-    return any("image/png" in output.get("data", {}) for output in outputs)
+    return any({"image/png", "image/jpeg"} & set(output.get("data", {})) for output in outputs)
 
 
 def printed(outputs: list) -> str:
@@ -125,5 +125,5 @@ def test_a_notebooks_outputs_hold_no_error_and_no_path_of_a_machine(path):
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
             assert output["output_type"] != "error", cell.id
-            text = json.dumps([output.get("text"), {**output.get("data", {}), "image/png": ""}])
+            text = json.dumps([output.get("text"), {**output.get("data", {}), "image/png": "", "image/jpeg": ""}])
             assert "site-packages" not in text and "/home/" not in text and "/tmp/" not in text, cell.id
