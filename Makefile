@@ -49,7 +49,8 @@ package: $(VENV)/test-installed
 
 # The oldest transformers that is supported, in an environment of its own: the same numbers, and files move in both directions.
 oldest: $(VENV)/oldest-installed
-	$(OLDEST)/bin/python -m pytest tests/test_goldens.py tests/test_own_layout.py tests/test_published_layout.py tests/test_versions.py
+	$(OLDEST)/bin/python -m pytest tests/test_goldens.py tests/test_hub.py tests/test_own_layout.py tests/test_published_layout.py \
+		tests/test_versions.py
 	VLA_ADAPTER_OTHER_PYTHON=$(CURDIR)/$(OLDEST)/bin/python $(BIN)/python -m pytest -m slow tests/test_versions.py
 
 # transformers' own common tests for models, configurations and processors, against ours.
