@@ -56,10 +56,10 @@ def cut_short(path: Path) -> None:
 @pytest.mark.parametrize(
     "words, message",
     [
-        (("--chunk_size", "2"), "chunk_size was None and is now 2"),
+        (("--chunk_size", "2"), "chunk_size was not given and is now 2"),
         (("--cameras", "image"), "cameras was image wrist_image and is now image"),
         (("--preset", "full"), "preset was frozen and is now full"),
-        (("--action_column", "action"), "action_column was None and is now action"),
+        (("--action_column", "action"), "action_column was not given and is now action"),
         (("--augment", "true"), "augment was False and is now True"),
     ],
 )

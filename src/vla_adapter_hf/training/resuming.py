@@ -107,5 +107,7 @@ def _as_dict(model: ModelArguments, data: DataArguments) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
+    if value is None:
+        return "not given"
     text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if len(text) < 60 else f"{text[:50]}..."
