@@ -10,13 +10,16 @@ from vla_adapter_hf.checkpoints.exported import ExportedCheckpoint
 from vla_adapter_hf.checkpoints.files import read_json
 from vla_adapter_hf.checkpoints.own import OwnCheckpoint
 from vla_adapter_hf.checkpoints.published.checkpoint import PublishedCheckpoint
+from vla_adapter_hf.checkpoints.published.files import MODEL_TYPE
 from vla_adapter_hf.checkpoints.source import open_files
 from vla_adapter_hf.modeling.configuration_vla_adapter import HUB_ARGUMENTS, VLAAdapterConfig, refuse_misspelt
 from vla_adapter_hf.robots import RobotPreset
 
 
 LAYOUTS: dict[str, Any] = {
-    layout_class.layout: layout_class for layout_class in (OwnCheckpoint, PublishedCheckpoint, ExportedCheckpoint)
+    OwnCheckpoint.layout: OwnCheckpoint,
+    MODEL_TYPE: PublishedCheckpoint,
+    ExportedCheckpoint.layout: ExportedCheckpoint,
 }
 CONFIG_FIELDS = set(VLAAdapterConfig.__dataclass_fields__) | {"attn_implementation"}
 
