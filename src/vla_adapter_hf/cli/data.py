@@ -84,6 +84,9 @@ def plot(
     episodes: Annotated[
         int, typer.Option(help="How many episodes to draw, from the first on.")
     ] = DataArguments.picture_episodes,
+    attention: Annotated[
+        bool, typer.Option("--attention", help="Draw where the policy looks, on the frames, instead of actions.")
+    ] = False,
     state_column: StateColumn = None,
     action_column: ActionColumn = None,
     chunk_column: ChunkColumn = None,
@@ -119,4 +122,4 @@ def plot(
         revision=revision,
         on_bad_episode=on_bad_episode,
     )
-    typer.echo(plot_checkpoint(checkpoint, arguments, output))
+    typer.echo(plot_checkpoint(checkpoint, arguments, output, attention))

@@ -8,11 +8,14 @@ from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.data import ImageResize, load_demonstrations
 from vla_adapter_hf.training.arguments import DataArguments
 from vla_adapter_hf.training.demonstrations import check_camera_order
+from vla_adapter_hf.utils.attention import plot_attention
 from vla_adapter_hf.utils.plotting import new_figure, plot_chunks, save_figure
 
 
-def plot_checkpoint(checkpoint: str, arguments: DataArguments, output: str | Path = "chunks.png") -> Path:
-    """Draw predicted and recorded actions for the first episodes of datasets.
+def plot_checkpoint(
+    checkpoint: str, arguments: DataArguments, output: str | Path = "chunks.png", attention: bool = False
+) -> Path:
+    """Draw predicted and recorded actions, or where the policy looks, for the first episodes of datasets.
 
     Frames are prepared as in training, without JPEG round trip, and with the checkpoint's centre crop.
 
@@ -20,6 +23,7 @@ def plot_checkpoint(checkpoint: str, arguments: DataArguments, output: str | Pat
         checkpoint: folder or Hub id.
         arguments: the datasets, how they are read, and `picture_episodes`. Cameras are the checkpoint's by default.
         output: the picture to write.
+        attention: draw the policy's attention on the frames instead of actions.
 
     Returns:
         `Path`: `output`.
@@ -52,5 +56,6 @@ def plot_checkpoint(checkpoint: str, arguments: DataArguments, output: str | Pat
                 )
         if dataset.unnorm_key not in keys and len(keys) == 1:
             dataset.unnorm_key = next(iter(keys))
-    figure = plot_chunks(opened.load_model(), opened.load_processor(), datasets, arguments.picture_episodes)
+    draw = plot_attention if attention else plot_chunks
+    figure = draw(opened.load_model(), opened.load_processor(), datasets, arguments.picture_episodes)
     return save_figure(figure, output)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from PIL import Image
 
+from vla_adapter_hf.utils.plotting import new_figure, recorded_inputs
+
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 COLOR_MAP = "inferno"
 
@@ -127,3 +132,39 @@ def overlay_attention(
     color = colormaps[COLOR_MAP](0.3 + 0.7 * glow)[..., :3] * 255
     weight = (0.85 * np.clip(1.6 * glow - 0.15, 0, 1))[..., None]
     return np.clip(0.65 * frame * (1 - weight) + color * weight, 0, 255).astype(np.uint8)
+
+
+def plot_attention(model: Any, processor: Any, datasets: list[Any], episodes: int = 3, moments: int = 6) -> Figure:
+    """Where a policy looks over recorded episodes: a row for each episode and camera, from the first moment to the last.
+
+    The attention is that of [`predict_with_attention`]. Of one moment, all cameras share a scale.
+
+    Args:
+        model ([`VLAAdapterForActionPrediction`]): with norm stats for the datasets.
+        processor ([`VLAAdapterProcessor`]): of the model.
+        datasets (`list[VLAAdapterDataset]`): episodes are taken from the first on, dataset after dataset. Their frames are
+            prepared already.
+        episodes (`int`): how many to draw.
+        moments (`int`): how many frames of each, evenly spread.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    chosen = [(dataset, episode) for dataset in datasets for episode in dataset.episode_indices][:episodes]
+    cameras = model.config.cameras
+    figure = new_figure(figsize=(2.2 * moments, (2.2 * len(cameras) + 0.5) * len(chosen)), layout="constrained")
+    rows = figure.subfigures(len(chosen), 1, squeeze=False)[:, 0]
+    for row, (dataset, number) in zip(rows, chosen, strict=True):
+        episode = dataset.select_episodes([number], dataset.image_transform)
+        axes = row.subplots(len(cameras), moments, squeeze=False)
+        for column, index in zip(axes.T, np.linspace(0, len(episode) - 1, moments).round().astype(int), strict=True):
+            sample = episode[int(index)]
+            inputs = recorded_inputs(processor, sample)
+            _, attention = predict_with_attention(model, inputs, sample["unnorm_key"])
+            frames = zip(column, sample["images"], attention[0], cameras, strict=True)
+            for axis, frame, weights, camera in frames:
+                axis.imshow(overlay_attention(np.asarray(frame), weights, float(attention.max())))
+                axis.set_title(f"{camera}, step {episode.control_step(int(index))}", fontsize=9)
+                axis.set_axis_off()
+        row.suptitle(f"{dataset.unnorm_key}, episode {number}: “{sample['text']}”", fontsize=10)
+    return figure

@@ -1,4 +1,4 @@
-"""Pictures of what a policy sees and says."""
+"""Figures of observations, predictions and training."""
 
 from __future__ import annotations
 
@@ -149,14 +149,7 @@ def _replay(model: Any, processor: Any, episode: Any) -> _Replay:
         if begin < end:
             continue  # within the chunk before
         sample = episode[index]
-        inputs = processor(
-            images=sample["images"],
-            text=sample["text"],
-            state=sample["state"],
-            do_jpeg_round_trip=False,
-            do_center_crop=False,  # the dataset's image_transform has done it
-        )
-        del inputs["preparation"]  # recorded frames need less preparation than a robot's
+        inputs = recorded_inputs(processor, sample)
         actions = model.predict_action(**inputs, unnorm_key=sample["unnorm_key"])[0]
         real = ~sample["action_is_pad"]
         begins.append(begin)
@@ -166,6 +159,14 @@ def _replay(model: Any, processor: Any, episode: Any) -> _Replay:
         predicted.append(actions[real])
     joined = (np.concatenate(parts) for parts in (steps, recorded, predicted))
     return _Replay(*joined, begins, sample["text"])
+
+
+def recorded_inputs(processor: Any, sample: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `predict_action` for a sample of a dataset whose `image_transform` has cropped the frames."""
+    observation = {name: sample[name] for name in ("images", "text", "state")}
+    inputs = processor(**observation, do_jpeg_round_trip=False, do_center_crop=False)
+    # It says how the processor prepared the frames; recorded frames need less than a robot's.
+    return {name: value for name, value in inputs.items() if name != "preparation"}
 
 
 def save_figure(figure: Figure, path: str | Path) -> Path:
