@@ -1,4 +1,5 @@
-"""Layers of the published sizes on one thread of the CPU: precisions, packed weights, stacked products, as markdown tables.
+"""Layers of the published sizes on one thread of the CPU, as markdown tables: precisions, packed weights, stacked
+products.
 
     python benchmarks/layers.py [--runs 8]
 
@@ -55,7 +56,8 @@ def eight_and_four_bits(runs: int) -> None:
         # Groups of 32 do not divide every width.
         four = f"{milliseconds(layer(inside, outside, 'int4'), states, runs):.1f}" if inside % 32 == 0 else ""
         print(
-            f"| {name}, {tokens} × {inside} → {outside} | {whole:.1f} | {eager:.1f} | {compiled:.1f} | {whole / compiled:.2f} | "
+            f"| {name}, {tokens} × {inside} → {outside} | {whole:.1f} | {eager:.1f} | {compiled:.1f} | "
+            f"{whole / compiled:.2f} | "
             f"{product:.1f} | {four} |",
             flush=True,
         )

@@ -2,9 +2,9 @@
 
     python benchmarks/loading.py [--size full] [--dtype bfloat16] [--runs 3]
 
-The one in the published layout is written to a temporary folder first, with random weights, and converted; at the published
-size that takes 6 GB of disk in bfloat16. Every measurement is a process of its own, and ends with a prediction, which must be
-the same for both.
+The checkpoint in the published layout is written to a temporary folder first, with random weights, and converted. At
+the published size this takes 6 GB of disk in bfloat16. Every measurement is a process of its own and ends with a
+prediction. The predictions of both layouts must be the same.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def measure(folder: Path, own: Path) -> tuple[tuple[float, float, float, float], np.ndarray]:
-    """Seconds to load, the same relative to reading, peak memory above the start relative to the weights, twice; actions."""
+    """Seconds to load, also relative to reading; peak memory by weights, loaded and predicted; actions."""
     weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.pt")])
     for file in weights:  # so that loading finds them in the system's cache, as reading will
         with file.open("rb") as stream:
@@ -90,8 +90,10 @@ def measure(folder: Path, own: Path) -> tuple[tuple[float, float, float, float],
 
 
 def write_published(drawn: Path, folder: Path) -> None:
-    """The weights of a checkpoint in our layout as the published one stores them; the vision towers' unused last block,
-    which ours leaves out, is a copy of the first."""
+    """The weights of a checkpoint in our layout as the published layout stores them.
+
+    Ours leaves out the last block of the vision towers, which is not used. Here it is a copy of the first.
+    """
     folder.mkdir()
     config = AutoConfig.from_pretrained(drawn)
     tensors: dict[str, dict[str, torch.Tensor]] = {"model": {}, "action_head": {}, "proprio_projector": {}}

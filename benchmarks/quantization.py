@@ -1,10 +1,11 @@
-"""What weights in eight and four bits cost in accuracy, part by part, and save in memory and time, as a markdown table.
+"""The accuracy, memory and time of weights in eight and four bits, part by part, as a markdown table.
 
-    python benchmarks/quantization.py [CHECKPOINT] [--dataset FOLDER --samples 16] [--kinds int8,int4] [--dtype float32]
+    python benchmarks/quantization.py [CHECKPOINT] [--dataset FOLDER --samples 16] [--kinds int8,int4]
+        [--dtype float32]
 
-Errors are those of normalised actions, against the same checkpoint unquantised in the same precision. By default the small
-checkpoint that ships with the package looks at the recorded LIBERO observation; a trained one, with demonstrations that it
-did not see, says more.
+Errors are those of normalised actions, against the same checkpoint without quantisation in the same precision. By
+default the small checkpoint that ships with the package predicts for one recorded LIBERO observation. A trained
+checkpoint with demonstrations that it was not trained on says more.
 """
 
 import argparse

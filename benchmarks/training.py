@@ -66,7 +66,8 @@ def main() -> None:
         print(json.dumps(measure(*CASES[arguments.case], *options)))
         return
     print(
-        "| preset | gradient checkpointing | trainable, M | step, relative to the first line | step, s | peak memory, GiB |"
+        "| preset | gradient checkpointing | trainable, M | step, relative to the first line | step, s "
+        "| peak memory, GiB |"
     )
     print("|---|---|---:|---:|---:|---:|")
     first = None
@@ -76,7 +77,8 @@ def main() -> None:
         result = json.loads(output.splitlines()[-1])
         first = first or result["seconds"]
         print(
-            f"| {preset} | {'yes' if checkpointing else 'no'} | {result['trainable']:.1f} | {result['seconds'] / first:.2f} "
+            f"| {preset} | {'yes' if checkpointing else 'no'} | {result['trainable']:.1f} "
+            f"| {result['seconds'] / first:.2f} "
             f"| {result['seconds']:.1f} | {result['gib']:.1f} |",
             flush=True,
         )

@@ -206,7 +206,7 @@ def test_what_travels_with_a_checkpoint_imports_nothing_else():
     check(
         "travels",
         found,
-        "copied into checkpoints, a module finds only its own folder, torch, transformers and what these bring, Pillow",
+        "copied into checkpoints, a module finds only its own folder, torch, transformers and what they bring, Pillow",
     )
 
 

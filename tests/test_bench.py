@@ -1,4 +1,4 @@
-"""`vla-adapter bench` measures what it says: the stages of a prediction, its operations, memory, and another program."""
+"""`vla-adapter bench` measures what it says: stages of a prediction, operations, memory, and another program."""
 
 import io
 import json

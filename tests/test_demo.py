@@ -115,7 +115,7 @@ class TestPredictions:
             assert moved @ direction > 0.7 * np.linalg.norm(moved) * np.linalg.norm(direction)
 
     def test_it_looks_at_the_object_that_is_asked_for(self, policy, episode):
-        """Of 8 x 8 patches of the third-person frame the one with most attention shows the object, or is next to it."""
+        """Of 8 x 8 patches of the third-person frame, the one with most attention is at the object or next to it."""
         model, processor = policy
         for name in (episode.target, OTHER_OBJECT):
             inputs = processor(images=list(episode.frames[0]), text=object_instruction(name), state=episode.states[0])

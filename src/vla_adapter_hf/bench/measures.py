@@ -115,8 +115,8 @@ def count_flops(config: VLAAdapterConfig, batch_size: int, prompt_length: int) -
     They are counted on a model on the meta device.
 
     Returns:
-        `dict`: `"layers"`, of linear layers and convolutions, and `"attention"`, between tokens. Causal attention counts
-        in full, as is usual.
+        `dict`: `"layers"`, of linear layers and convolutions, and `"attention"`, between tokens. Causal attention
+        counts in full, as is usual.
     """
     with torch.device("meta"), torch.no_grad():
         model = VLAAdapterForActionPrediction(config).eval()

@@ -51,7 +51,7 @@ SIZES: dict[str, dict[str, Any]] = {
 
 @contextmanager
 def random_checkpoint(size: str, dtype: torch.dtype) -> Iterator[Path]:
-    """A temporary folder with a checkpoint of random weights of one of `SIZES`. It is removed when the context ends."""
+    """A temporary folder with a checkpoint of random weights of one of `SIZES`, removed when the context ends."""
     with tempfile.TemporaryDirectory(prefix="vla-adapter-bench-") as folder:
         # In a process of its own: the memory that making the weights takes must not count as the prediction's.
         writer = multiprocessing.get_context("spawn").Process(target=_write_random, args=(folder, size, dtype))

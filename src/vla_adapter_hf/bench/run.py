@@ -1,4 +1,4 @@
-"""`vla-adapter bench`: the time of a prediction, stage by stage, its memory, and how near it comes to the machine's limit."""
+"""`vla-adapter bench`: the time of a prediction, stage by stage, its memory, and the machine's limit."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def bench(
     """Measure predictions on recorded frames that ship with the package.
 
     Args:
-        settings ([`BenchSettings`], *optional*): what is measured; by default the checkpoint that ships with the package.
-        against (`str`, *optional*): command of another program that predicts one observation in turn, see `turns.py`. It
-            comes last: if it fails, everything else has been reported.
+        settings ([`BenchSettings`], *optional*): what is measured; by default the checkpoint in the package.
+        against (`str`, *optional*): command of another program that predicts one observation in turn, see `turns.py`.
+            It comes last: if it fails, everything else has been reported.
         output (`str` or `Path`, *optional*): JSON file to write the report to.
         report_progress (`Callable`): receives the lines to print.
 
@@ -212,7 +212,7 @@ def _describe(model: Any, settings: BenchSettings) -> dict[str, Any]:
 
 
 def _measure_stages(subject: _Subject, settings: BenchSettings) -> tuple[dict[str, Any], list[float]]:
-    """Percentiles of every stage of a prediction of one observation, and rates of a matrix product before and after."""
+    """Percentiles of the stages of a prediction of one observation; rates of a matrix product before and after."""
     model, device = subject.model, subject.device
     rates = [matmul_rate(model.dtype, device)]
     images = _observations(model.config, 1)["images"]

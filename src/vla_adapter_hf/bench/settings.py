@@ -19,19 +19,19 @@ class BenchSettings:
 
     Args:
         checkpoint (`str`, *optional*): folder or Hub id; by default the small one that ships with the package.
-        size (`str`, *optional*): random weights instead of a checkpoint: `"full"`, the published size, `"shallow"`, its
-            layers but three of each kind, or `"small"`.
+        size (`str`, *optional*): random weights instead of a checkpoint: `"full"`, the published size; `"shallow"`,
+            three of its layers of each kind; or `"small"`.
         dtype (`torch.dtype`, *optional*): precision; by default the checkpoint's, for random weights bfloat16.
         device (`str`): `"cpu"`, `"cuda"`, `"cuda:1"`, ...
         threads (`int`, *optional*): threads of the CPU; by default torch's choice.
         batch_sizes (`tuple[int, ...]`): how many observations are predicted at once.
         runs (`int`): predictions that count, for every figure.
         warmup (`int`): predictions before them that do not count.
-        compiled (`bool`): measure whole predictions after `compile_for_inference`. Stages, loading and memory are always
-            measured without it. Operations are counted for the prompt without padding.
+        compiled (`bool`): measure whole predictions after `compile_for_inference`. Stages, loading and memory are
+            always measured without it. Operations are counted for the prompt without padding.
         quantize (`str`, *optional*): `"int8"` or `"int4"`, see [`quantization_config`].
-        attention (`str` or `Mapping[str, str]`, *optional*): transformers' `attn_implementation`: one for all, or one each
-            for `dinov2_config`, `siglip_config` and `text_config`.
+        attention (`str` or `Mapping[str, str]`, *optional*): transformers' `attn_implementation`: one for all, or one
+            each for `dinov2_config`, `siglip_config` and `text_config`.
 
     Raises:
         ValueError: for arguments that contradict each other, a number out of range, or a device that is not there.

@@ -1,7 +1,7 @@
 """Two programs predict in turn. One asks with a line of text, the other answers with the seconds that it took.
 
-The other program loads its model and warms up. For every line of its input it makes one prediction and prints one line,
-`{"seconds": 1.25}`. All other output is ignored. `vla-adapter bench --turns` is such a program.
+The other program loads its model and warms up. For every line of its input it makes one prediction and prints one
+line, `{"seconds": 1.25}`. All other output is ignored. `vla-adapter bench --turns` is such a program.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ class OtherProgram:
             if seconds is not None:
                 return seconds
         raise ValueError(
-            f"--against {self.command!r} ended with exit code {self.process.wait()} before it answered; for every line of "
-            'input it must print one line such as {"seconds": 1.25}.'
+            f"--against {self.command!r} ended with exit code {self.process.wait()} before it answered; for every "
+            'line of input it must print one line such as {"seconds": 1.25}.'
         )
 
 

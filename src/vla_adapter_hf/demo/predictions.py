@@ -26,7 +26,7 @@ class Predictions:
         asked: with the episode's instruction and frames.
         other: with the instruction that asks for another object.
         black: with the episode's instruction and black frames.
-        attention: (2, rows, columns) over the patches of both cameras at the moment `LOOK`, with the episode's instruction.
+        attention: (2, rows, columns) over the patches of both cameras at the moment `LOOK`, as asked.
         other_attention: the same when another object is asked for.
         seconds: (k,) time of every prediction, images and prompt included.
     """
@@ -99,7 +99,7 @@ class ArmResponse:
         self._weights = np.linalg.lstsq(inputs, moved, rcond=None)[0]  # (7, 3)
 
     def path(self, step: int, chunk: np.ndarray) -> np.ndarray:
-        """Positions (chunk_size + 1, 3) of the gripper, metres, if `chunk` (chunk_size, 7) is executed from `step` on."""
+        """Positions (chunk_size + 1, 3) of the gripper, metres, if `chunk` is executed from `step` on."""
         positions, moved = [self._positions[step]], self._before[step]
         for command in chunk[:, :3]:
             moved = np.concatenate([moved, command, [1.0]]) @ self._weights

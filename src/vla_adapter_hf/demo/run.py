@@ -34,8 +34,8 @@ def demo(
 ) -> dict[str, Any]:
     """Predict on the recorded episode that ships with the package, and draw the predictions next to what was executed.
 
-    The episode is of libero_object and was played by the scripted expert from an initial state that the embedded policy
-    was not trained on. There are two controls: the instruction asks for another object, or all frames are black.
+    The episode is of libero_object. The scripted expert played it from an initial state that the embedded policy was
+    not trained on. There are two controls: the instruction asks for another object, or all frames are black.
 
     Args:
         checkpoint (`str`, *optional*): folder or Hub id; by default the small one that ships with the package.
@@ -44,9 +44,9 @@ def demo(
         report_progress (`Callable`): receives the lines to print.
 
     Returns:
-        `dict`: `errors`, the mean absolute differences from the executed commands (-1...1) as asked, in either control
-        (`asked`, `other`, `black`); `millimetres` between the predicted and the executed position at the end of a chunk;
-        `seconds` of a prediction, the median; `picture`, the path.
+        `dict`: `errors`, the mean absolute differences from the executed commands (-1...1), as asked and in either
+        control (`asked`, `other`, `black`); `millimetres` between the predicted and the executed position at the end
+        of a chunk; `seconds` of a prediction, the median; `picture`, the path.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -62,14 +62,15 @@ def demo(
     for field, value in expected.items():
         if getattr(config, field) != value:
             raise ValueError(
-                f"the demo's episode is of LIBERO's robot with {field}={value}; {checkpoint} has {getattr(config, field)}."
+                f"the demo's episode is of LIBERO's robot with {field}={value}; "
+                f"{checkpoint} has {getattr(config, field)}."
             )
     key, _ = select_norm_stats(config.norm_stats, unnorm_key)
     source = episode.source
     report_progress(f"policy:      {checkpoint or 'embedded'}, {model.num_parameters() / 1e6:.1f} million parameters")
     report_progress(
-        f"episode:     {source['suite']}, task {source['task']}, initial state {source['initial_state']}, simulator seed "
-        f"{source['simulator_seed']}; played by {source['played_by']}"
+        f"episode:     {source['suite']}, task {source['task']}, initial state {source['initial_state']}, "
+        f"simulator seed {source['simulator_seed']}; played by {source['played_by']}"
     )
     report_progress(f"instruction: {episode.instruction}")
 
@@ -96,7 +97,8 @@ def demo(
     report_progress(f"position:    {millimetres:.0f} mm from the executed one at the end of a chunk")
     report_progress(f"prediction:  {1000 * seconds:.0f} ms (median)")
     summary = (
-        f"{model.num_parameters() / 1e6:.1f} million parameters, {moments}, in an episode that the policy was not trained on. "
+        f"{model.num_parameters() / 1e6:.1f} million parameters, {moments}, in an episode that the policy was not "
+        "trained on. "
         f"Mean error {errors['asked']:.3f} of commands from −1 to 1, {1000 * seconds:.0f} ms a prediction."
     )
     picture = save_figure(draw(episode, predictions, summary), output)
@@ -120,8 +122,8 @@ def play(
     Args:
         checkpoint, unnorm_key, report_progress: as for [`demo`].
         output (`str` or `Path`): the contact sheet to write (.png). The film gets the same name with .gif.
-        suite, task, episode, placement: which episode, see [`evaluate`]. The embedded policy solves the default one. It was
-            not trained on the initial states from 40 on.
+        suite, task, episode, placement: which episode, see [`evaluate`]. The embedded policy solves the default one.
+            It was not trained on the initial states from 40 on.
 
     Returns:
         `dict`: the summary of [`evaluate`].
@@ -141,7 +143,8 @@ def play(
         for line in embedded_results().splitlines() or [UNTRAINED_NOTE]:
             report_progress(line)
     report_progress(
-        f"playing:     {suite}, task {task}, episode {episode}, placement {placement}; building the scene takes a while"
+        f"playing:     {suite}, task {task}, episode {episode}, placement {placement}; "
+        "building the scene takes a while"
     )
     with tempfile.TemporaryDirectory() as scratch:
         settings = EvaluationSettings(

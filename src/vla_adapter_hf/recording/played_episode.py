@@ -1,4 +1,4 @@
-"""One episode with everything that `vla-adapter demo` draws. Demonstrations to train on are a LeRobot dataset instead."""
+"""One episode with everything that `vla-adapter demo` draws. Demonstrations to train on are LeRobot datasets."""
 
 from __future__ import annotations
 

@@ -27,8 +27,8 @@ def predict_with_attention(
     Each block of the policy attends to action states: the positions of the action queries in one layer of the language
     model. Its attention (the mean of its heads and of the chunk's steps) is followed back through the layers below by
     attention rollout (Abnar & Zuidema 2020): the mean of a layer's heads, half of it replaced by the identity for the
-    residual connection. The maps of all blocks are added. The policy's attention to the patches' own states is left out:
-    it is spread evenly and does not show what a prediction depends on.
+    residual connection. The maps of all blocks are added. The policy's attention to the patches' own states is left
+    out: it is spread evenly and does not show what a prediction depends on.
 
     The model computes with eager attention meanwhile, and afterwards as before.
 
@@ -38,8 +38,8 @@ def predict_with_attention(
         unnorm_key (`str`, *optional*): as for `predict_action`.
 
     Returns:
-        `tuple[np.ndarray, np.ndarray]`: actions `(batch, chunk_size, action_dim)`, as from `predict_action`, and attention
-        `(batch, cameras, rows, columns)`, float32, whose sum over an observation's patches is 1.
+        `tuple[np.ndarray, np.ndarray]`: actions `(batch, chunk_size, action_dim)`, as from `predict_action`, and
+        attention `(batch, cameras, rows, columns)`, float32, whose sum over an observation's patches is 1.
 
     Raises:
         ValueError: if the model is compiled.
@@ -81,7 +81,7 @@ def eager_attention(model: Any) -> Iterator[None]:
 
 @torch.no_grad()
 def _attention_over_patches(config: Any, output: Any, prompt_lengths: torch.Tensor) -> np.ndarray:
-    """Attention `(batch, cameras, rows, columns)` of a forward pass with attentions, see [`predict_with_attention`]."""
+    """Attention `(batch, cameras, rows, columns)` of a forward pass, see [`predict_with_attention`]."""
     patches, queries = config.num_patch_tokens, config.num_action_queries
     # Action states are read one position before the queries, as in next-token prediction.
     positions = prompt_lengths[:, None].cpu() + patches - 1 + torch.arange(queries)  # (batch, queries)
@@ -109,8 +109,8 @@ def overlay_attention(
     Args:
         frame (`np.ndarray`): `(height, width, 3)` uint8.
         attention (`np.ndarray`): `(rows, columns)`.
-        brightest (`float`, *optional*): the attention that glows brightest; by default the largest. Give the largest of all
-            cameras to compare them.
+        brightest (`float`, *optional*): the attention that glows brightest; by default the largest. Give the largest
+            of all cameras to compare them.
         crop_area (`float`, *optional*): the share of the frame's area that the model sees, `config.image_center_crop`.
 
     Returns:
@@ -135,15 +135,15 @@ def overlay_attention(
 
 
 def plot_attention(model: Any, processor: Any, datasets: list[Any], episodes: int = 3, moments: int = 6) -> Figure:
-    """Where a policy looks over recorded episodes: a row for each episode and camera, from the first moment to the last.
+    """Where a policy looks over recorded episodes, a row of moments for each episode and camera.
 
     The attention is that of [`predict_with_attention`]. Of one moment, all cameras share a scale.
 
     Args:
         model ([`VLAAdapterForActionPrediction`]): with norm stats for the datasets.
         processor ([`VLAAdapterProcessor`]): of the model.
-        datasets (`list[VLAAdapterDataset]`): episodes are taken from the first on, dataset after dataset. Their frames are
-            prepared already.
+        datasets (`list[VLAAdapterDataset]`): episodes are taken from the first on, dataset after dataset. Their frames
+            are prepared already.
         episodes (`int`): how many to draw.
         moments (`int`): how many frames of each, evenly spread.
 

@@ -19,14 +19,14 @@ END_EFFECTOR_NAMES = ("Δx", "Δy", "Δz", "Δroll", "Δpitch", "Δyaw", "grippe
 
 
 def action_names(action_dim: int, names: Sequence[str] | None = None) -> list[str]:
-    """Names for the dimensions of an action: those known, else those of an end effector if there are seven, else numbers."""
+    """Names for the dimensions of an action: the known, those of an end effector if there are seven, or numbers."""
     if names is not None:
         return list(names)
     return list(END_EFFECTOR_NAMES) if action_dim == 7 else [f"action {index}" for index in range(action_dim)]
 
 
 def new_figure(**options: Any) -> Figure:
-    """An empty figure apart from pyplot: it needs no screen, nobody else holds it, and a user's backend stays as it is.
+    """An empty figure, made without pyplot: it needs no screen, and the user's backend stays as it is.
 
     Raises:
         ImportError: saying how to install matplotlib.
@@ -94,10 +94,10 @@ def plot_training(log_history: list[dict[str, float]]) -> Figure:
 
 
 def plot_chunks(model: Any, processor: Any, datasets: list[Any], episodes: int = 3) -> Figure:
-    """Predicted against recorded actions over whole episodes, one row each, chunk after chunk as a robot would run them.
+    """Predicted and recorded actions over whole episodes, one row each, chunk after chunk as a robot would run them.
 
-    The horizontal axis counts control steps. Where a dataset has no sample that begins where a chunk ends, the next one that
-    it has is drawn, and the lines are broken.
+    The horizontal axis counts control steps. If no sample of the dataset begins where a chunk ends, the next sample is
+    drawn, and the lines are broken.
 
     Args:
         model ([`VLAAdapterForActionPrediction`]): with norm stats for the datasets.

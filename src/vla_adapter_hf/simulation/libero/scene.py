@@ -117,7 +117,7 @@ class LiberoScene:
     def camera_matrix(self, camera: str) -> np.ndarray:
         """The projection (3, 4) of one of `CAMERAS` as it stands now: (x, y, z, 1) in metres to (u w, v w, w).
 
-        u and v are fractions of a frame's width from the left and of its height from the top, w is the depth in metres.
+        u and v are fractions of a frame's width from the left and of its height from the top; w is the depth, metres.
         """
         model, data = self._env.sim.model._model, self._env.sim.data._data
         index = self._env.sim.model.camera_name2id(camera)
