@@ -16,6 +16,7 @@ from vla_adapter_hf.modeling.configuration_vla_adapter import HUB_ARGUMENTS, VLA
 from vla_adapter_hf.robots import RobotPreset
 
 
+# By `model_type`.
 LAYOUTS: dict[str, Any] = {
     OwnCheckpoint.layout: OwnCheckpoint,
     MODEL_TYPE: PublishedCheckpoint,
