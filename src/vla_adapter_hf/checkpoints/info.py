@@ -7,6 +7,7 @@ from pathlib import Path
 from vla_adapter_hf.checkpoints.model_card import describe, parameter_summary
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.own import OwnCheckpoint
+from vla_adapter_hf.checkpoints.published.checkpoint import PublishedCheckpoint
 from vla_adapter_hf.robots import RobotPreset
 
 
@@ -36,11 +37,14 @@ def checkpoint_info(
         f"{key} ({entry['num_transitions']} transitions)" if "num_transitions" in entry else key
         for key, entry in (config.norm_stats or {}).items()
     ]
-    own = checkpoint.layout == OwnCheckpoint.layout
+    layouts = {
+        OwnCheckpoint.layout: "vla-adapter-hf",
+        PublishedCheckpoint.layout: "published (`vla-adapter convert` writes it in transformers' own)",
+    }
     return {
         "checkpoint": Path(source).name,
         **({"commit": checkpoint.commit} if checkpoint.commit else {}),
-        "layout": "vla-adapter-hf" if own else "published (`vla-adapter convert` writes it in transformers' own)",
+        "layout": layouts.get(checkpoint.layout, checkpoint.layout),
         **describe(config),
         "precision": str(config.dtype).removeprefix("torch."),
         "parameters": f"{total}: " + ", ".join(f"{part} {count}" for part, count in parameters.items()),
