@@ -32,7 +32,8 @@ html_show_copyright = False
 smartquotes = False  # options begin with two hyphens
 copybutton_exclude = ".linenos, .gp, .go"
 
-# Headings get anchors, so that pages can link to sections; a link to a missing page or anchor is a warning, and so an error.
+# Headings get anchors, so that pages can link to sections; a link to a missing page or anchor is a warning, and so an
+# error.
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence", "deflist"]
 # Notebooks are shown with the outputs that are committed; tests/test_examples.py runs them.
@@ -51,7 +52,8 @@ def copy_notebooks() -> None:
 
 copy_notebooks()
 
-# Docstrings are written as transformers writes them: sections of Google's style, single backticks, [`Name`] for a reference.
+# Docstrings are written as transformers writes them: sections of Google's style, single backticks, [`Name`] for a
+# reference.
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False

@@ -1,7 +1,7 @@
 """The console script `vla-adapter`: lists the commands, and imports the package only when one of them runs.
 
-This module is outside of `vla_adapter_hf` because importing that package registers classes with transformers, which takes
-seconds. The commands are functions in `vla_adapter_hf.cli`.
+This module is outside of `vla_adapter_hf` because importing that package registers classes with transformers, which
+takes seconds. The commands are functions in `vla_adapter_hf.cli`.
 """
 
 from __future__ import annotations

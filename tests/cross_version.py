@@ -6,10 +6,10 @@ takes two interpreters that have this package installed, with different releases
 
     python tests/cross_version.py
 
-makes two virtual environments, with the oldest supported release and with the newest, in a folder that `--environments`
-keeps for the next time. In each environment it loads the small published checkpoint of `fixtures/` (or the one given as
-`--checkpoint`, with `--tolerance` to go with it), predicts and saves; then each loads what the other has saved, with the
-package and, as code that travels with the weights, without it.
+makes two virtual environments, with the oldest supported release and with the newest, in a folder that
+`--environments` keeps for the next time. In each environment it loads the small published checkpoint of `fixtures/`
+(or the one given as `--checkpoint`, with `--tolerance` to go with it), predicts and saves; then each loads what the
+other has saved, with the package and, as code that travels with the weights, without it.
 """
 
 import argparse

@@ -1,15 +1,15 @@
 """Models, checkpoints and inputs that tests share. The fixtures made of them are in `conftest.py`.
 
-`fixtures/published_checkpoints.npz` holds two small checkpoints in the published layout, `pro` and `original`, with which
-the numbers in `fixtures/goldens.npz` were computed by the original's own code. Their weights are random and the towers,
-the language model, the tokenizer and the statistics are common to both. It has
+`fixtures/published_checkpoints.npz` holds two small checkpoints in the published layout, `pro` and `original`, with
+which the numbers in `fixtures/goldens.npz` were computed by the original's own code. Their weights are random and the
+towers, the language model, the tokenizer and the statistics are common to both. It has
 * `file/<name>`: the text files of a folder;
 * `listing`: names and shapes of all tensors per file, and whether they are `kept`, `drawn` or `rows`;
 * `model`, `action_head_pro`, `action_head_original`, `proprio_projector`: the bytes of the `kept` tensors' float32
   values, one row per byte of the four (that compresses better), and of the token embeddings (`rows`) those rows whose
   numbers are in `rows`, which are the golden prompt's.
-What has no effect on the goldens (`drawn`: each tower's last block, final norms, pooling head, the FiLM layers; the other
-tokens) is not stored but drawn, so that a folder has all the tensors that a published one has.
+What has no effect on the goldens (`drawn`: each tower's last block, final norms, pooling head, the FiLM layers; the
+other tokens) is not stored but drawn, so that a folder has all the tensors that a published one has.
 """
 
 import json

@@ -70,7 +70,8 @@ def test_padded_chunks_repeat_the_last_action_and_say_so():
 def test_a_sample_has_the_documented_fields_and_types():
     sample = VLAAdapterDataset.from_dataset(rows(), chunk_size=2, unnorm_key="mine")[0]
     assert set(sample) == {
-        "images", "images_are_prepared", "text", "state", "actions", "action_is_pad", "unnorm_key", "episode_index", "frame_index"
+        "images", "images_are_prepared", "text", "state", "actions", "action_is_pad", "unnorm_key", "episode_index",
+            "frame_index"
     }  # fmt: skip
     assert isinstance(sample["images"], list) and sample["images"][0].dtype == np.uint8
     assert (sample["state"].dtype, sample["state"].shape) == (np.float32, (2,))

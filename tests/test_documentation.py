@@ -1,4 +1,5 @@
-"""README and documentation: links lead somewhere, commands parse and run, Python blocks compile and import what exists.
+"""README and documentation: links lead somewhere, commands parse and run, Python blocks compile and import what
+exists.
 
 Commands that need no network, no simulator and no checkpoint of the reader's are run (`make commands`).
 """

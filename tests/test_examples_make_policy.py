@@ -1,4 +1,6 @@
-"""examples/libero_object/make_policy.py from the first recording to the packed checkpoint, with a step or two of everything."""
+"""examples/libero_object/make_policy.py from the first recording to the packed checkpoint, with a step or two of
+everything.
+"""
 
 import json
 import sys

@@ -1,18 +1,19 @@
 """The model computes what the original's own code computes, stage by stage, so that a failure says where.
 
-`fixtures/goldens.npz` was made by that code, with the weights of `fixtures/published_checkpoints.npz` and the observation
-of `fixtures/libero_spatial_observation.npz`:
+`fixtures/goldens.npz` was made by that code, with the weights of `fixtures/published_checkpoints.npz` and the
+observation of `fixtures/libero_spatial_observation.npz`:
 * `prompt`, `input_ids`, `proprio` (normalised);
 * for the inputs and stages before the policy, per `two_cameras`, `one_camera` and `bfloat16` (two cameras, everything
-  in bfloat16): `pixel_sha256` of the float32 `pixel_values` and `pixel_sample` (every 16th pixel), `featurizer` (DINOv2)
-  and `fused_featurizer` (SigLIP) (cameras, every 32nd patch, width), `projector` (every 32nd patch),
+  in bfloat16): `pixel_sha256` of the float32 `pixel_values` and `pixel_sample` (every 16th pixel), `featurizer`
+  (DINOv2) and `fused_featurizer` (SigLIP) (cameras, every 32nd patch, width), `projector` (every 32nd patch),
   `inputs_embeds` at the positions `inputs_embeds_rows`, `hidden_states` (25, rows, width) at `hidden_rows` of the task
   states followed by the 64 action states, `proprio_token`;
-* for the policy, per run of `RUNS`: `blocks` (25, steps 0, 3 and 7 of the chunk, width), `actions_normalized`, `actions`;
+* for the policy, per run of `RUNS`: `blocks` (25, steps 0, 3 and 7 of the chunk, width), `actions_normalized`,
+`actions`;
 * `rope/cos_4`, `sin_4`, `cos_112`, `sin_112`: bfloat16 rotary tables for two head sizes, as the upper 16 bits.
 
-Tolerances: random weights amplify rounding. The same code with one thread and with two differs by 1.1e-5 in the actions;
-3e-4 is 30 times that, 3e-5 is four times what is seen before the policy, where hidden states reach 16.
+Tolerances: random weights amplify rounding. The same code with one thread and with two differs by 1.1e-5 in the
+actions; 3e-4 is 30 times that, 3e-5 is four times what is seen before the policy, where hidden states reach 16.
 """
 
 import hashlib
@@ -165,7 +166,9 @@ class TestFloat32:
 
 
 class TestBfloat16:
-    """Against the original as it runs, wholly in bfloat16: loosely, since every rounding is amplified by random weights."""
+    """Against the original as it runs, wholly in bfloat16: loosely, since every rounding is amplified by random
+    weights.
+    """
 
     def test_features_and_patches(self, bfloat16_run):
         run = bfloat16_run

@@ -28,7 +28,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def compiled():
-    """The same model, compiled, and traced for one observation. The tracer is the real one, the kernels are eager's."""
+    """The same model, compiled, and traced for one observation.
+
+    The tracer is the real one, the kernels are eager's.
+    """
     model = tiny_model().compile_for_inference(prompt_multiple=32, backend="eager")
     model.predict_action(**observation(model.config, 0))
     return model

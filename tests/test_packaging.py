@@ -1,4 +1,7 @@
-"""The sdist and the wheel: complete, accepted by an index, usable from an environment that has no clone. `make package`."""
+"""The sdist and the wheel: complete, accepted by an index, usable from an environment that has no clone.
+
+`make package`.
+"""
 
 import ast
 import importlib.metadata
@@ -31,11 +34,12 @@ def distributions(tmp_path_factory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def environment(distributions, tmp_path_factory) -> Path:
-    """The `bin` of a virtual environment that has the wheel, and whatever else is installed here except this package."""
+    """The `bin` of a virtual environment with the wheel and everything that is installed here but this package."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False, symlinks=True)
     (site,) = folder.glob("lib/python*/site-packages")
-    # A folder that is named in a .pth file adds its packages; .pth files in it, such as an editable install's, are not read.
+    # A folder that is named in a .pth file adds its packages; .pth files in it, such as an editable install's, are not
+    # read.
     shared = [path for path in sys.path if path.endswith("-packages")]
     (site / "shared.pth").write_text("\n".join(shared), encoding="utf-8")
     install = ["install", "--quiet", "--no-deps", "--no-index", "--disable-pip-version-check", distributions[1]]

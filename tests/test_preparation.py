@@ -14,7 +14,8 @@ from vla_adapter_hf.processing.processing_vla_adapter import PROMPTS
 
 # What a processor of another folder may have, and what the error says about it.
 DIFFERENCES = {
-    "camera order": ({"cameras": ["wrist_image", "image"]}, r"cameras .inputs: \['wrist_image', 'image'\], model: \['im"),
+    "camera order": ({"cameras": ["wrist_image", "image"]},
+        r"cameras .inputs: \['wrist_image', 'image'\], model: \['im"),
     "camera names": ({"cameras": ["top", "wrist"]}, r"cameras .inputs: \['top', 'wrist'\]"),
     "no crop": ({"do_center_crop": False}, "image_center_crop .inputs: None, model: 0.9"),
     "another crop": ({"crop_area": 0.8}, "image_center_crop .inputs: 0.8, model: 0.9"),

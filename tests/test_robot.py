@@ -1,4 +1,7 @@
-"""The loop that moves an arm. Policies here are scripted, robots keep what they are sent; threads and clock are real."""
+"""The loop that moves an arm.
+
+Policies here are scripted, robots keep what they are sent; threads and clock are real.
+"""
 
 import importlib.util
 import os

@@ -1,4 +1,5 @@
-"""The embedded policy drives a real LIBERO episode through the loop of a robot; the simulator stands in for the arm."""
+"""The embedded policy drives a real LIBERO episode through the loop of a robot; the simulator stands in for the
+arm."""
 
 import pytest
 from simulator import need_simulator

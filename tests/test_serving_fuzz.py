@@ -44,7 +44,8 @@ BROKEN_ARRAYS = st.fixed_dictionaries(
     }
 )
 IMAGES = st.fixed_dictionaries(
-    {"__image__": st.just(True), "format": st.sampled_from(["png", "jpeg", "raw", "gif"]) | PLAIN, "data": st.binary(max_size=60) | PLAIN}
+    {"__image__": st.just(True), "format": st.sampled_from(["png", "jpeg", "raw", "gif"]) | PLAIN,
+        "data": st.binary(max_size=60) | PLAIN}
 )  # fmt: skip
 VALUES = st.recursive(
     PLAIN | ARRAYS | BROKEN_ARRAYS | IMAGES,
@@ -69,7 +70,8 @@ NAMES = st.sampled_from(
 )
 # An observation with one thing that no observation has. Everything else about it is right.
 WRONG = (
-    st.sampled_from(["image", "wrist_image"]).flatmap(lambda name: st.tuples(st.just(name), PLAIN | BROKEN_ARRAYS | IMAGES))
+    st.sampled_from(["image", "wrist_image"]).flatmap(lambda name: st.tuples(st.just(name),
+        PLAIN | BROKEN_ARRAYS | IMAGES))
     | st.tuples(st.just("state"), PLAIN | BROKEN_ARRAYS | st.lists(PLAIN, max_size=7))
     | st.tuples(st.just("prompt"), st.none() | st.integers() | ARRAYS)
     | st.tuples(st.just("age"), st.text(max_size=5) | st.just(float("nan")) | st.floats(max_value=-2))
@@ -105,7 +107,8 @@ BODIES = st.binary(max_size=200) | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
     lambda inner: st.lists(inner, max_size=3)
     | st.dictionaries(
-        st.sampled_from(["full_image", "wrist_image", "state", "instruction", "encoded", "images", "__numpy__", "dtype", "shape"]),
+        st.sampled_from(["full_image", "wrist_image", "state", "instruction", "encoded", "images", "__numpy__",
+            "dtype", "shape"]),
         inner,
         max_size=4,
     ),

@@ -71,7 +71,7 @@ def test_published_schedule_value_by_value():
 
 
 def test_published_schedule_averages_the_gripper_before_it_is_made_binary():
-    """1, 1 and 0 are averaged to 2/3, which opens; a vote of the binary commands would say the same, 0.6 and 0.3 not."""
+    """1, 1 and 0 average to 2/3, which opens. A vote of binary commands agrees there, but not for 0.6 and 0.3."""
     schedule = PublishedSchedule()
     chunks = [np.full((8, 7), value) for value in (0.6, 0.3)]
     schedule.add(chunks[0])

@@ -190,7 +190,8 @@ def test_processes_of_a_killed_recording_end_too(tmp_path):
         "from vla_adapter_hf.recording.jobs import process_pool\n"
         "if __name__ == '__main__':\n"
         "    with process_pool(2) as pool:\n"
-        "        for job in [pool.submit(print, 'begun', flush=True), *(pool.submit(time.sleep, 600) for _ in range(2))]:\n"
+        "        for job in [pool.submit(print, 'begun', flush=True), *(pool.submit(time.sleep, 600) for _ in "
+        "range(2))]:\n"
         "            job.result()\n",
         encoding="utf-8",
     )

@@ -1,4 +1,5 @@
-"""LIBERO itself: the recorded observation, episodes that do not depend on what ran before, the expert, the recorder."""
+"""LIBERO itself: the recorded observation, episodes that do not depend on what ran before, the expert, the
+recorder."""
 
 import dataclasses
 import json
@@ -64,7 +65,10 @@ def soup():
 
 
 def test_the_recorded_observation_is_reproduced(spatial):
-    """State to 5 decimals. The recording is 224 pixels large and went through JPEG: 2.3 levels of 255 remain on average."""
+    """State to 5 decimals.
+
+    The recording is 224 pixels large and went through JPEG: 2.3 levels of 255 remain on average.
+    """
     spatial.reset(0)
     observation = spatial.observe()
     with np.load(FIXTURE) as recorded:
@@ -336,7 +340,9 @@ def test_asking_for_other_objects_leaves_the_episode_as_it_is(soup):
 
 
 def test_a_policy_that_drives_gets_the_experts_chunks(soup):
-    """Every row's chunk is the expert's, tried from where the row begins; what was played there is that or the policy's."""
+    """Every row's chunk is the expert's, tried from where the row begins; what was played there is that or the
+    policy's.
+    """
     settings = RecordingSettings(image_size=16)
     driver = DrivingPolicy("embedded", "libero_object", share=0.4)
     plans = (

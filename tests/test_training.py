@@ -503,7 +503,10 @@ def test_two_processes_have_the_losses_of_one(start, tmp_path):
 
 
 def test_every_buffer_can_be_sent_to_other_processes():
-    """DDP does so at its start. Neither gloo nor NCCL knows int16, in which the bfloat16 rotary tables were once kept."""
+    """DDP does so at its start.
+
+    Neither gloo nor NCCL knows int16, in which the bfloat16 rotary tables were once kept.
+    """
     model = model_fixtures.tiny_model(policy_rope_dtype="bfloat16")
     kinds = {buffer.dtype for buffer in model.buffers()}
     assert kinds <= {torch.float32, torch.int32, torch.int64}

@@ -71,7 +71,8 @@ class TestNamesInFiles:
 
 
 def test_the_script_stands_alone():
-    # Anyone can run it without installing the tests' requirements: it imports the standard library, and numpy when used.
+    # Anyone can run it without installing the tests' requirements: it imports the standard library, and numpy when
+    # used.
     source = (Path(__file__).parent / "cross_version.py").read_text()
     imported = set(re.findall(r"^(?:import|from) (\w+)", source.split('PREDICT = """')[0], flags=re.MULTILINE))
     assert imported <= set(sys.stdlib_module_names)

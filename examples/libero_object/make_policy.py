@@ -4,8 +4,8 @@ Run by `make policy`:
 
     python examples/libero_object/make_policy.py [--output outputs/libero_object] [--variants pro original one_camera]
 
-Needs the simulator (`pip install -e '.[libero,plot]'`, docs/evaluation.md). Every step can be interrupted: run the same
-command again and it goes on. What was drawn is decided by the seeds below.
+Needs the simulator (`pip install -e '.[libero,plot]'`, docs/evaluation.md). Every step can be interrupted: run the
+same command again and it goes on. What was drawn is decided by the seeds below.
 """
 
 import argparse
@@ -49,8 +49,8 @@ SETTINGS = RecordingSettings(render_every=5, retargeted=0.5, disturbed=0.35, alt
 # 2. Pretrain, on single frames of other scenes.
 SCENES = 300  # per task
 
-# 3. Train: first the policy alone, because its first gradients would undo the pretraining; then everything; then on whole
-# episodes only, because the alternatives contain the way to an object but never the way to the basket.
+# 3. Train: first the policy alone, because its first gradients would undo the pretraining; then everything; then on
+# whole episodes only, because the alternatives contain the way to an object but never the way to the basket.
 TRAININGS = {
     "first": {"preset": "frozen", "max_steps": 500, "learning_rate": 1e-3},
     "all": {},  # as in train.yaml
@@ -262,9 +262,12 @@ def pack(name: str, folder: Path, scores: dict[str, dict]) -> None:
         model.config,
         title=f"A small VLA-Adapter for libero_object ({name})",
         summary=fill(
-            f"{model.num_parameters() / 1e6:.1f} million parameters, all random at first. It learnt to see and to read on "
-            f"frames of simulated scenes, and to act by {steps} steps of {batch_size} on demonstrations that this package's "
-            f"scripted expert recorded in the LIBERO simulator{driven}, all on a CPU. Redo it with `make policy`; its parts are "
+            f"{model.num_parameters() / 1e6:.1f} million parameters, all random at first. It learnt to see and to "
+            "read on "
+            f"frames of simulated scenes, and to act by {steps} steps of {batch_size} on demonstrations that this "
+            "package's "
+            f"scripted expert recorded in the LIBERO simulator{driven}, all on a CPU. Redo it with `make policy`; "
+            "its parts are "
             "in `examples/libero_object/`. It knows ten objects, one floor and one robot, and no real camera.",
             width=119,
         ),

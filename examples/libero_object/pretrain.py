@@ -1,7 +1,7 @@
 """Pretraining: a new model learns to see the objects, then to read which of them the instruction names.
 
-The published model starts from a DINOv2, a SigLIP and a Qwen2.5 that were trained on internet data, and from a VLM made of
-them. A small model from nothing has to learn this too. Here it learns from single frames of simulated scenes
+The published model starts from a DINOv2, a SigLIP and a Qwen2.5 that were trained on internet data, and from a VLM
+made of them. A small model from nothing has to learn this too. Here it learns from single frames of simulated scenes
 (`vla_adapter_hf.recording.scenes`), in two stages:
 
 1. **see**: which patch shows which object. Each tower has a head for it. The projector learns it by the words of the
@@ -53,7 +53,10 @@ COMMON = {
 
 
 class Scenes(torch.utils.data.Dataset):
-    """Recorded scenes, decoded once. A sample is frames, the positions of all `names`, and a name that is in the scene."""
+    """Recorded scenes, decoded once.
+
+    A sample is frames, the positions of all `names`, and a name that is in the scene.
+    """
 
     def __init__(self, folder: Path, names: list[str], shift: int = 0):
         self.names, self.shift = names, shift
@@ -103,7 +106,8 @@ class SceneCollator:
 
 
 def patch_targets(places: torch.Tensor, grid: int) -> torch.Tensor:
-    """Positions `(batch, names, cameras, 2)` as probabilities `(batch, names, cameras, patches + 1)`, the last "in none".
+    """Positions `(batch, names, cameras, 2)` as probabilities `(batch, names, cameras, patches + 1)`, the last "in
+    none".
 
     A position is shared among the four nearest patches by bilinear weights, so it is known better than to a patch.
     """
@@ -229,10 +233,12 @@ def look_for_what_is_named(
     """Make two heads of every layer attend to where the answer is, in place.
 
     After the first stage, linear maps can tell names, and patches that show what they name, from all others. Learning
-    these maps by trial takes longer than everything else, because nothing improves until the position reaches the answer.
-    So the first head starts by attending from a name to what it names: its queries start as "this is the name of" and its
-    keys as "this patch shows". The second head attends from everywhere to the name. Both are fitted by least squares, in
-    the dimensions whose rotary angles hardly change within a prompt. Their outputs start as large as the other heads'.
+    these maps by trial takes longer than everything else, because nothing improves until the position reaches the
+    answer.
+    So the first head starts by attending from a name to what it names: its queries start as "this is the name of" and
+    its keys as "this patch shows". The second head attends from everywhere to the name. Both are fitted by least
+    squares, in the dimensions whose rotary angles hardly change within a prompt. Their outputs start as large as the
+    other heads'.
 
     Args:
         batch: of scenes, see `SceneCollator`.

@@ -1,4 +1,4 @@
-"""VLA-Adapter for transformers: `AutoModel`, `AutoProcessor` and `AutoConfig` know it once this package is imported."""
+"""VLA-Adapter for transformers. Importing the package extends `AutoModel`, `AutoProcessor` and `AutoConfig`."""
 
 from contextlib import suppress
 from importlib import import_module

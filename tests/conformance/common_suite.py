@@ -20,8 +20,8 @@ import transformers
 CACHE = Path(__file__).parents[2] / ".cache"
 PACKAGE = "transformers_common_tests"
 
-# Modules of transformers' repository that its source distribution lacks, and what the mixins want of them. The tests of
-# exporting and of text generation are mixins of their own; `url_to_local_path` finds test files in a local cache.
+# Modules of transformers' repository that its source distribution lacks, and what the mixins want of them. The tests
+# of exporting and of text generation are mixins of their own; `url_to_local_path` finds test files in a local cache.
 STUBS = {
     f"{PACKAGE}.exporters.test_export": {"ExportTesterMixin": type("ExportTesterMixin", (), {})},
     f"{PACKAGE}.generation.test_utils": {"GenerationTesterMixin": type("GenerationTesterMixin", (), {})},

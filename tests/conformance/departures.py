@@ -37,7 +37,8 @@ ADAPTED: dict[str, dict[str, str]] = {
     "ModelTest": {
         "test_can_init_all_missing_weights": (
             "loads with strict=False: without it from_pretrained refuses files that lack weights, "
-            "because a policy with some random layers must not move a robot. And as if our class were the library's own: "
+            "because a policy with some random layers must not move a robot. And as if our class were the library's "
+            "own: "
             "in others' classes transformers passes over modules whose parameters are all their children's, by which "
             "some of SigLIP's initialisations, when its weights are missing, are not those of the library"
         ),
@@ -45,7 +46,8 @@ ADAPTED: dict[str, dict[str, str]] = {
             "loads with strict=False likewise, after seeing it refused without"
         ),
         "test_reverse_loading_mapping": (
-            "with check_keys_were_modified=False: our files carry the newest parameter names, not a tower's former ones"
+            "with check_keys_were_modified=False: our files carry the newest parameter names, not a tower's former "
+            "ones"
         ),
         "test_sdpa_can_dispatch_composite_models": (
             "the common test knows a tower called vision_model or the like; ours looks at both towers, the language "
@@ -90,7 +92,8 @@ SETTINGS: dict[str, dict[str, str]] = {
     },
     "all": {
         "_auto_class": (
-            "none: save_pretrained puts no code next to the weights and no mark of it into the files, which the common "
+            "none: save_pretrained puts no code next to the weights and no mark of it into the files, which the "
+            "common "
             "tests, made for models of the library, do not expect where they compare them"
         ),
     },

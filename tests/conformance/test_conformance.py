@@ -1,4 +1,7 @@
-"""transformers' own common tests against our model, configuration and processors. Departures are in `departures.py`."""
+"""transformers' own common tests against our model, configuration and processors.
+
+Departures are in `departures.py`.
+"""
 
 import tempfile
 import unittest
@@ -27,8 +30,8 @@ common_image_processing = load("test_image_processing_common")
 common_modeling = load("test_modeling_common")
 common_processing = load("test_processing_common")
 
-# Every part of a real model, a few channels wide. Two cameras of four patches each, seven prompt tokens and four action
-# queries make a sequence of 19.
+# Every part of a real model, a few channels wide. Two cameras of four patches each, seven prompt tokens and four
+# action queries make a sequence of 19.
 IMAGE_SIZE, PROMPT_LENGTH, SEQUENCE_LENGTH = 28, 7, 19
 TINY = {
     "dinov2_config": {

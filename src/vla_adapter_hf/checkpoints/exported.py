@@ -52,7 +52,8 @@ class ExportedModel(ActionPredictionMixin):
         length, batch = inputs["input_ids"].shape[1], inputs["input_ids"].shape[0]
         if length != self.record["prompt_tokens"]:
             raise ValueError(
-                f"the prompt has more than {self.record['prompt_tokens']} tokens, for which the checkpoint was exported. "
+                f"the prompt has more than {self.record['prompt_tokens']} tokens, for which the checkpoint was "
+                "exported. "
                 "Shorten the instruction, or export again with a larger --prompt-tokens."
             )
         arrays = [inputs[name].numpy() for name in GRAPH_INPUTS]
@@ -105,8 +106,8 @@ class ExportedCheckpoint(Checkpoint):
         """The model.
 
         Args:
-            dtype: anything: an exported checkpoint computes in the precision of its export. Evaluation and servers ask for
-                float32 on a CPU by themselves.
+            dtype: anything: an exported checkpoint computes in the precision of its export. Evaluation and servers ask
+                for float32 on a CPU by themselves.
             device: `None` or the CPU.
 
         Raises:
@@ -130,7 +131,8 @@ class ExportedCheckpoint(Checkpoint):
         record = read_json(self.files.path(RECORD), self.source)
         if record.get("engine") not in ENGINES:
             raise ValueError(
-                f"{RECORD} of {self.source} names the engine {record.get('engine')!r}, expected {' or '.join(ENGINES)}."
+                f"{RECORD} of {self.source} names the engine {record.get('engine')!r}, expected "
+                f"{' or '.join(ENGINES)}."
             )
         return record
 

@@ -57,7 +57,8 @@ def init(
     tokenizer: Annotated[
         str | None,
         typer.Option(
-            help="Folder or Hub id of a Qwen2 tokenizer. By default that of the language model; with --config the small "
+            help="Folder or Hub id of a Qwen2 tokenizer. By default that of the language model; with --config the "
+            "small "
             "one that ships with the package."
         ),
     ] = None,

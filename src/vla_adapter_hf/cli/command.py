@@ -18,7 +18,8 @@ _EXPLAINING = ("vla_adapter_hf", "vla_adapter_cli", "transformers", "huggingface
 
 
 class Command(TyperCommand):
-    """A command whose options may be written with `-` or `_`, whose lists take several words, and whose errors are lines.
+    """A command whose options may be written with `-` or `_`, whose lists take several words, and whose errors are
+    lines.
 
     `--cameras a b`, `--cameras a --cameras b` and `--cameras a,b` mean the same.
     """

@@ -44,7 +44,8 @@ def serve(
     robot: Annotated[
         str | None,
         typer.Option(
-            help="Answer in this robot's gripper convention, or none for physical units; by default by the statistics' name."
+            help="Answer in this robot's gripper convention, or none for physical units; by default by the "
+            "statistics' name."
         ),
     ] = ServeSettings.robot,
     camera: Annotated[
@@ -75,8 +76,8 @@ def serve(
 ) -> None:
     """Answer robots and simulators over the network, in the protocols of openpi, vLLM-Omni, OpenVLA-OFT and vla-eval.
 
-    An API key is read from the environment variable VLA_ADAPTER_API_KEY. The page at the server's address shows the last
-    prediction.
+    An API key is read from the environment variable VLA_ADAPTER_API_KEY. The page at the server's address shows the
+    last prediction.
     """
     try:
         from vla_adapter_hf.serving.server import serve as run_server

@@ -68,7 +68,8 @@ def parse_arguments(
 ) -> tuple[ModelArguments, DataArguments, VLAAdapterTrainingArguments]:
     """Command-line words, the first of which may be a YAML file of the same names.
 
-    The file replaces what the preset says, and the words replace what the file says. Without an accelerator `use_cpu` is
+    The file replaces what the preset says, and the words replace what the file says. Without an accelerator `use_cpu`
+    is
     true: the precision and the processes that were asked for then work on the CPU too.
 
     Raises:
@@ -80,7 +81,8 @@ def parse_arguments(
     parser = _Parser(
         types,
         prog="vla-adapter train",
-        usage="vla-adapter train [FILE.yaml] --checkpoint SRC --dataset SRC [SRC ...] --output_dir DIR [--NAME VALUE ...]",
+        usage="vla-adapter train [FILE.yaml] --checkpoint SRC --dataset SRC [SRC ...] --output_dir DIR [--NAME VALUE "
+        "...]",
         description=DESCRIPTION,
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,

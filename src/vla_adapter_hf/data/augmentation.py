@@ -123,7 +123,10 @@ class ImageAugmentation:
 
     @property
     def random_crop_area(self) -> float | None:
-        """Share of the area that the random crop keeps; None for no crop. The model's `image_center_crop` must be it."""
+        """Share of the area that the random crop keeps; None for no crop.
+
+        The model's `image_center_crop` must be it.
+        """
         return self.crop_area if self.crop_area < 1 else None
 
     @classmethod

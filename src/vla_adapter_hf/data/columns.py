@@ -28,7 +28,8 @@ STEP_COLUMN = "step"
 class Columns:
     """The columns to read, and the robot whose conventions they follow.
 
-    A column that is None is found by its usual name. A reader keeps a copy in which the columns it reads are filled in.
+    A column that is None is found by its usual name. A reader keeps a copy in which the columns it reads are filled
+    in.
 
     Args:
         cameras: camera columns in the order the model sees them.

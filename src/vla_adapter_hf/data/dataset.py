@@ -133,7 +133,8 @@ class VLAAdapterDataset(DemonstrationSamples, torch.utils.data.Dataset):
 
         Args:
             index: which; negative numbers count from the end.
-            draw_index: the index given to the image transform instead of `index`, if one sample is drawn more than once.
+            draw_index: the index given to the image transform instead of `index`, if one sample is drawn more than
+                once.
             load_images: False leaves `images` out: nothing is read from disk.
 
         Raises:

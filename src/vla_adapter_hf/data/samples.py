@@ -30,8 +30,8 @@ class SampleSettings:
     """How episodes become samples. The constructors take these as keyword arguments.
 
     Args:
-        chunk_size: actions per sample (K); by default the robot's, else all of a stored chunk, else 8. Of stored chunks
-            the first K actions are taken.
+        chunk_size: actions per sample (K); by default the robot's, else all of a stored chunk, else 8. Of stored
+            chunks the first K actions are taken.
         pad_chunks: False: only chunks that fit, n - K + 1 from an episode of n steps. True: one from every step,
             padded at the end of the episode, as LeRobot does. Stored chunks are whole and need no padding.
         unnorm_key: key of the statistics; by default the dataset's name.
@@ -160,7 +160,8 @@ class DemonstrationSamples:
             chunk_size: see `SampleSettings`.
             robot: a preset of `robots` whose gripper and state conventions the recordings follow; None applies none.
             unnorm_key: key of the statistics.
-            state_column, action_column, episode_column, instruction_column: columns whose names are not the usual ones.
+            state_column, action_column, episode_column, instruction_column: columns whose names are not the usual
+                ones.
             frame_column: the column that orders the rows of an episode in a `Dataset`; without one they are taken as
                 they come.
             instruction: one text for all episodes, instead of a column.

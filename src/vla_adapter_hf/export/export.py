@@ -45,8 +45,8 @@ class ExportSettings:
         samples: observations that are taken from the dataset.
         prompt_tokens: length that prompts are padded to. Longer ones are refused at prediction.
         dynamic_batch: leave the batch size open. A graph of batch 1 is quicker and predicts batches row after row.
-        error_ratio: for int8, how many times the error of bfloat16 the mean error of an action may be. Layers that err most
-            stay in higher precision until it is met.
+        error_ratio: for int8, how many times the error of bfloat16 the mean error of an action may be. Layers that err
+            most stay in higher precision until it is met.
         unnorm_key: statistics for the report in the action's units.
 
     Raises:
@@ -173,7 +173,8 @@ def _observations(config: Any, settings: ExportSettings) -> Iterator[dict[str, A
     dataset = load_demonstrations(settings.calibrate, cameras=cameras, chunk_size=1, chunk_column=None, **options)
     if dataset.state_dim != config.proprio_dim:
         raise ValueError(
-            f"{settings.calibrate} has states of {dataset.state_dim} values, the checkpoint takes {config.proprio_dim}."
+            f"{settings.calibrate} has states of {dataset.state_dim} values, the checkpoint takes "
+            f"{config.proprio_dim}."
         )
     for index in np.linspace(0, len(dataset) - 1, min(settings.samples, len(dataset))).astype(int):
         sample = dataset[int(index)]

@@ -10,17 +10,18 @@ import numpy as np
 class ActionChunkQueue:
     """Hands out one action per step and says when the policy has to be asked again.
 
-    Used by evaluation and by real robots alike: `while running: if queue.needs_chunk: queue.add(policy(...)); act(queue.pop())`.
+    Used by evaluation and by real robots alike: `while running: if queue.needs_chunk: queue.add(policy(...));
+    act(queue.pop())`.
 
     Args:
         execute: actions of a chunk that are executed before the next query; None executes whole chunks, as in the
             published evaluation.
-        ensemble: None to execute the newest chunk only. A number m blends all chunks that speak about a step with weights
-            exp(-m * i), where i counts them from 0, the oldest, as in ACT (Zhao et al. 2023, temporal ensembling): m = 0 is
-            the plain mean, m > 0 favours older chunks. It needs overlapping chunks, so `execute` must be smaller than the
-            chunk.
-        blend: share of the newest chunk in an action about which the chunk before it also says something; 1 takes the newest
-            chunk alone.
+        ensemble: None to execute the newest chunk only. A number m blends all chunks that speak about a step with
+            weights exp(-m * i), where i counts them from 0, the oldest, as in ACT (Zhao et al. 2023, temporal
+            ensembling): m = 0 is the plain mean, m > 0 favours older chunks. It needs overlapping chunks, so `execute`
+            must be smaller than the chunk.
+        blend: share of the newest chunk in an action about which the chunk before it also says something; 1 takes the
+            newest chunk alone.
 
     Raises:
         ValueError: `execute` is not positive, or `ensemble` is given without `execute`, negative or not finite.
@@ -69,8 +70,8 @@ class ActionChunkQueue:
 
         Args:
             chunk: (K, A), in any units: averaging happens on the values given here.
-            begins: the `step` to which the first action belongs; by default the present one. Actions of steps that have gone
-                by are dropped. Before a `begins` in the future the earlier chunks go on.
+            begins: the `step` to which the first action belongs; by default the present one. Actions of steps that
+                have gone by are dropped. Before a `begins` in the future the earlier chunks go on.
 
         Raises:
             ValueError: another shape, fewer actions than `execute`, or values that are not finite.

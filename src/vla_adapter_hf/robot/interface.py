@@ -35,7 +35,8 @@ class RobotInterface:
 
     Args:
         robot: the robot.
-        cameras: names of the model's cameras, in its order. A robot's camera may have a longer name that ends in `.name`.
+        cameras: names of the model's cameras, in its order. A robot's camera may have a longer name that ends in
+            `.name`.
         state_names: names of the state's values in the model's order; by default all numbers of an observation, in the
             robot's order.
         action_names: names of the action's values in the model's order; by default those of the robot, in its order.

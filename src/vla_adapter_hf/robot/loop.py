@@ -45,12 +45,12 @@ class LoopSettings:
         fps: control steps per second; the rate at which the training data was recorded.
         strategy: what happens while the policy thinks.
         max_steps: control steps after which the loop ends; None runs until Ctrl-C or `on_step` says so.
-        watchdog: what is sent at a step without an action, because the policy is late, failed or answered nonsense. `"hold"`
-            keeps the arm where it is, `"last"` repeats the last action, `"stop"` ends the loop.
+        watchdog: what is sent at a step without an action, because the policy is late, failed or answered nonsense.
+            `"hold"` keeps the arm where it is, `"last"` repeats the last action, `"stop"` ends the loop.
         late_after: seconds without an action of a chunk after which steps count as late, and `"stop"` ends the loop.
         give_up_after: seconds without an action of a chunk after which the loop ends with an error.
-        delta_actions: for each action dimension whether it is a change and not a target; to hold means 0 for those and the
-            last value for the others. None: all are targets.
+        delta_actions: for each action dimension whether it is a change and not a target; to hold means 0 for those and
+            the last value for the others. None: all are targets.
         state_model: how actions move the state, for the strategy `async-rolled`.
         limits: lowest and highest action, each (A,); actions are clipped to them. None clips nothing.
 
@@ -147,16 +147,16 @@ def run(
 ) -> LoopReport:
     """Let a policy move a robot.
 
-    The robot is connected first and disconnected in the end, whatever happens. Ctrl-C ends the loop: the watchdog's action
-    is sent once more, so that the arm comes to rest.
+    The robot is connected first and disconnected in the end, whatever happens. Ctrl-C ends the loop: the watchdog's
+    action is sent once more, so that the arm comes to rest.
 
     Args:
         policy: a [`LocalPolicy`] or a `PolicyClient`; it is asked in a thread of its own, one query at a time.
         robot: anything with LeRobot's methods, see [`Robot`].
         instruction: what the robot is to do.
         settings: how the loop runs.
-        interface: which names of the robot are the model's cameras, state and action; by default the policy's cameras, and
-            all numbers in the robot's order.
+        interface: which names of the robot are the model's cameras, state and action; by default the policy's cameras,
+            and all numbers in the robot's order.
         on_step: called after each step; returning True ends the loop.
 
     Returns:

@@ -18,8 +18,8 @@ class LocalPolicy:
     Args:
         checkpoint: folder or Hub id.
         unnorm_key: which of the checkpoint's statistics to use; may be left out when there is one set.
-        robot: preset whose convention the actions are turned into (`RobotPreset.to_environment`); None leaves them in the
-            physical units in which they were learnt, which is right where the training data was taken as recorded.
+        robot: preset whose convention the actions are turned into (`RobotPreset.to_environment`); None leaves them in
+            the physical units in which they were learnt, which is right where the training data was taken as recorded.
         device, dtype: where and in which precision the model computes.
 
     Raises:
@@ -42,7 +42,8 @@ class LocalPolicy:
         self.cameras, self.state_dim, self.action_dim = config.cameras, config.proprio_dim, config.action_dim
         if self.robot is not None and self.robot.action_dim != self.action_dim:
             raise ValueError(
-                f"robot={self.robot.name!r} has actions of {self.robot.action_dim} values, the checkpoint {self.action_dim}"
+                f"robot={self.robot.name!r} has actions of {self.robot.action_dim} values, the checkpoint "
+                f"{self.action_dim}"
             )
 
     def predict(self, images: Mapping[str, np.ndarray], instruction: str, state: np.ndarray) -> np.ndarray:

@@ -13,10 +13,11 @@ class StateModel:
     """How actions move the state.
 
     Args:
-        dims: pairs (index in the state, index in the action) of values that belong together. Other values of the state are
-            left as they are.
-        gain: for delta actions, how far an action of 1 moves each of them in one control step, in the state's units; one
-            number per pair. None: actions are targets in the state's own units, and the state is where the last one points.
+        dims: pairs (index in the state, index in the action) of values that belong together. Other values of the state
+            are left as they are.
+        gain: for delta actions, how far an action of 1 moves each of them in one control step, in the state's units;
+            one number per pair. None: actions are targets in the state's own units, and the state is where the last
+            one points.
 
     Raises:
         ValueError: no pairs, or another number of gains than pairs.
@@ -69,6 +70,6 @@ class StateModel:
         return cls(tuple((int(in_state), int(in_action)) for in_state, in_action in dims), tuple(gains))
 
 
-# LIBERO's controller moves the gripper by about 1.25 cm for an action of 1, a quarter of what it is asked for: the arm lags
-# behind. Fitted to episodes of the scripted expert. Orientation and fingers are left as they are.
+# LIBERO's controller moves the gripper by about 1.25 cm for an action of 1, a quarter of what it is asked for: the arm
+# lags behind. Fitted to episodes of the scripted expert. Orientation and fingers are left as they are.
 STATE_MODELS = {"libero": StateModel(((0, 0), (1, 1), (2, 2)), (0.0125, 0.0125, 0.0125))}

@@ -21,15 +21,15 @@ class StrategySettings:
     """How chunks become actions.
 
     Args:
-        name: `"sync"` executes a chunk, stands still while the policy thinks, and executes the next. `"ensemble"` does the
-            same and averages the chunks that overlap. `"async"` asks while the last actions of a chunk are still being
-            executed and drops the actions of the answer that went by. `"async-rolled"` tells the policy the state in which
-            the arm will be when the answer comes, and drops nothing.
+        name: `"sync"` executes a chunk, stands still while the policy thinks, and executes the next. `"ensemble"` does
+            the same and averages the chunks that overlap. `"async"` asks while the last actions of a chunk are still
+            being executed and drops the actions of the answer that went by. `"async-rolled"` tells the policy the
+            state in which the arm will be when the answer comes, and drops nothing.
         execute: actions of a chunk that are executed before the next query; None is the whole chunk. Not for async.
         ensemble: weights of the ensemble, see `ActionChunkQueue`; 0 is the mean.
         blend: for async, the share of the newer chunk where two chunks say something about a step.
-        lead: for async, the most actions that may be left when the policy is asked, as a share of the chunk. More lead bridges
-            a longer delay and makes the actions older.
+        lead: for async, the most actions that may be left when the policy is asked, as a share of the chunk. More lead
+            bridges a longer delay and makes the actions older.
 
     Raises:
         ValueError: an unknown name, or a number out of its range.
@@ -97,8 +97,8 @@ class ChunkStrategy:
         """Note that the policy is asked now.
 
         Returns:
-            The actions (n, A) that are executed before the first action of the answer. The state given to the policy must be
-            rolled forward by them. It is empty unless the strategy is `async-rolled`.
+            The actions (n, A) that are executed before the first action of the answer. The state given to the policy
+            must be rolled forward by them. It is empty unless the strategy is `async-rolled`.
         """
         upcoming = self._queue.upcoming(delay if self.settings.name == "async-rolled" else 0)
         self._begins = self._queue.step + len(upcoming)

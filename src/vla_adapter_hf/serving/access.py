@@ -23,8 +23,8 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 class AccessControl:
     """ASGI middleware in front of every endpoint.
 
-    The key is accepted as `Authorization: Api-Key <key>` (openpi), `Bearer <key>`, or `Basic` with any user and the key
-    as password, which browsers and websocket addresses (`ws://user:key@host`) can give.
+    The key is accepted as `Authorization: Api-Key <key>` (openpi), `Bearer <key>`, or `Basic` with any user and the
+    key as password, which browsers and websocket addresses (`ws://user:key@host`) can give.
 
     Args:
         app: the application behind.

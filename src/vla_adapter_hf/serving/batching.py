@@ -114,8 +114,8 @@ class Engine:
         """The chunk for one observation.
 
         Raises:
-            ServingError: the observation does not fit the model or is too old, the queue is full, the time is over, or the
-                model failed.
+            ServingError: the observation does not fit the model or is too old, the queue is full, the time is over, or
+                the model failed.
         """
         if self.waiting >= self.settings.max_queue:
             raise ServerBusy(f"{self.waiting} observations wait already; try again later.")
@@ -198,7 +198,10 @@ class Engine:
             batch.append(entry)
 
     async def _predict_each(self, batch: Sequence[_Waiting]) -> list[Chunk | ServingError]:
-        """A chunk or an error for each. Where a batch fails, each is tried alone: one robot does not fail the others."""
+        """A chunk or an error for each.
+
+        Where a batch fails, each is tried alone: one robot does not fail the others.
+        """
         try:
             return await self.in_predict_thread(self.policy.predict, [entry.prepared for entry in batch])
         except Exception as error:

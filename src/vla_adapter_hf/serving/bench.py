@@ -90,8 +90,10 @@ def bench_server(
             with _client(server) as client:
                 report["latency"] = latency = _added_latency(client, example, settings.requests)
             report_progress(
-                f"one client: {latency['round_trip']['p50']:.1f} ms a round trip, of which the model and the preparation "
-                f"of its inputs {latency['model_and_preparation']['p50']:.1f} ms; added: median {latency['added']['p50']:.2f} "
+                f"one client: {latency['round_trip']['p50']:.1f} ms a round trip, of which the model and the "
+                "preparation "
+                f"of its inputs {latency['model_and_preparation']['p50']:.1f} ms; added: median "
+                f"{latency['added']['p50']:.2f} "
                 f"ms, 95 % {latency['added']['p95']:.2f} ms"
             )
             report["load"] = []
@@ -105,13 +107,15 @@ def bench_server(
             if settings.memory_minutes:
                 report["memory"] = memory = _memory_under_load(process.pid, server, example, settings)
                 report_progress(
-                    f"memory: {memory['resident'][0] / 1e6:.0f} MB at first, {memory['resident'][-1] / 1e6:.0f} MB after "
+                    f"memory: {memory['resident'][0] / 1e6:.0f} MB at first, {memory['resident'][-1] / 1e6:.0f} MB "
+                    "after "
                     f"{settings.memory_minutes:g} minutes of {max(settings.clients)} clients, "
                     f"{memory['bytes_per_minute'] / 1e6:+.2f} MB a minute over the second half"
                 )
             report["reconnect"] = reconnect = _reconnect(process, source, server, example)
             report_progress(
-                f"killed and started again: the client had its answer {reconnect['after_start_ms']:.0f} ms after the new "
+                f"killed and started again: the client had its answer {reconnect['after_start_ms']:.0f} ms after the "
+                "new "
                 f"server was up, at attempt {reconnect['attempts']}"
             )
     if output is not None:

@@ -85,8 +85,8 @@ class PolicyClient:
 
     Args:
         url: `ws://host:port` or `wss://host:port`.
-        session: name of the robot; the server lets one client control it at a time. Without a name each connection is on
-            its own.
+        session: name of the robot; the server lets one client control it at a time. Without a name each connection is
+            on its own.
         api_key: by default from the environment variable `VLA_ADAPTER_API_KEY`.
         timeout: seconds to wait for an answer before connecting again.
         give_up_after: seconds after which [`predict`] raises; also for an observation that is as old.
@@ -238,7 +238,8 @@ class PolicyClient:
             self.close()
             raise PolicyError(
                 "changed",
-                f"the server came back with another policy: {', '.join(changed)} changed. Make a new PolicyClient if that is "
+                f"the server came back with another policy: {', '.join(changed)} changed. Make a new PolicyClient if "
+                "that is "
                 "what you want.",
             )
         self.metadata = metadata

@@ -28,8 +28,8 @@ class PreparedObservation:
 
     Attributes:
         observation: where it comes from.
-        inputs: `input_ids` and `attention_mask` `(1, prompt)`, `pixel_values` `(1, 6 * cameras, height, width)`, `state`
-            `(1, proprio_dim)`, and `preparation`, which the model compares with its configuration.
+        inputs: `input_ids` and `attention_mask` `(1, prompt)`, `pixel_values` `(1, 6 * cameras, height, width)`,
+            `state` `(1, proprio_dim)`, and `preparation`, which the model compares with its configuration.
     """
 
     observation: Observation
@@ -168,7 +168,9 @@ class ServedPolicy:
             self.predict([prepared] * size)
 
     def frames_as_seen(self, prepared: PreparedObservation) -> list[np.ndarray]:
-        """The frames that the vision towers see, uint8 `(height, width, 3)`: `pixel_values` without their normalisation."""
+        """The frames that the vision towers see, uint8 `(height, width, 3)`: `pixel_values` without their
+        normalisation.
+        """
         images = self.processor.image_processor
         mean, std = (np.asarray(values[0], np.float32) for values in (images.tower_means, images.tower_stds))
         pixels = prepared.inputs["pixel_values"][0].float().numpy()  # (6 * cameras, height, width)
@@ -178,8 +180,8 @@ class ServedPolicy:
     def attention_pictures(self, prepared: PreparedObservation) -> list[np.ndarray] | None:
         """Per camera the frame with the policy's attention over it, uint8 `(height, width, 3)`.
 
-        None for a compiled model, which returns no attention, and where matplotlib is missing. It takes a prediction of its
-        own, with eager attention.
+        None for a compiled model, which returns no attention, and where matplotlib is missing. It takes a prediction
+        of its own, with eager attention.
         """
         if self.settings.compiled or find_spec("matplotlib") is None:
             return None
@@ -244,8 +246,8 @@ def _robot(name: str | None, unnorm_key: str, stats: dict[str, Any], action_dim:
     """The preset whose convention the answers follow; None for physical units.
 
     Raises:
-        ValueError: the last action dimension was not normalised, as a gripper's is that has a convention, and neither the
-            setting nor the name of the statistics says which.
+        ValueError: the last action dimension was not normalised, as a gripper's is that has a convention, and neither
+            the setting nor the name of the statistics says which.
     """
     if name == PHYSICAL:
         return None
@@ -255,8 +257,10 @@ def _robot(name: str | None, unnorm_key: str, stats: dict[str, Any], action_dim:
         if all(stats.get("mask", [True])):
             return None
         raise ValueError(
-            f"the statistics {unnorm_key!r} have a gripper that is learnt as 0...1, and robots take other values. Give "
-            f"--robot {' or '.join(ROBOTS)} to answer as that robot takes it, or --robot {PHYSICAL} to answer it as learnt."
+            f"the statistics {unnorm_key!r} have a gripper that is learnt as 0...1, and robots take other values. "
+            "Give "
+            f"--robot {' or '.join(ROBOTS)} to answer as that robot takes it, or --robot {PHYSICAL} to answer it as "
+            "learnt."
         )
     robot = get_robot(name)
     if robot.action_dim != action_dim:

@@ -31,8 +31,8 @@ class ServeSettings:
         host, port: where to listen. Port 0 takes a free one.
         without_key: allow a host that is not loopback without an API key.
         tls_certificate, tls_key: PEM files; both or neither.
-        device, dtype, threads, compiled, quantize: how the model is loaded and computes. Without a `dtype` it is float32 on the CPU and the
-            checkpoint's own on a GPU.
+        device, dtype, threads, compiled, quantize: how the model is loaded and computes. Without a `dtype` it is
+            float32 on the CPU and the checkpoint's own on a GPU.
         unnorm_key: which of the checkpoint's statistics to use.
         robot: preset whose gripper convention the answers follow; `"none"` answers physical units, as `predict_action`
             does. By default it is found from the name of the statistics.
@@ -41,8 +41,8 @@ class ServeSettings:
         max_batch: observations that are predicted at once.
         max_wait_ms: how long a batch waits for observations that are being prepared. A lone robot never waits.
         max_queue: observations that may wait; more are refused.
-        out_of_range: what to do about a state far outside the range of the training data: `"warn"` in the log, `"error"` or
-            `"ignore"`.
+        out_of_range: what to do about a state far outside the range of the training data: `"warn"` in the log,
+            `"error"` or `"ignore"`.
         clip: limit actions to the range of the training data.
         max_age: seconds; an observation that is older when its prediction begins is refused.
         max_frame_mb, max_message_mb: limits of one decoded frame and of one message, in MB (10^6 bytes).
@@ -51,8 +51,8 @@ class ServeSettings:
         ping_seconds: a websocket that does not answer a ping for so long is closed.
 
     Raises:
-        ValueError: a value that is out of range or unknown, a device that is not there, or certificate files that cannot
-            be used; the message names the option.
+        ValueError: a value that is out of range or unknown, a device that is not there, or certificate files that
+            cannot be used; the message names the option.
     """
 
     host: str = "127.0.0.1"

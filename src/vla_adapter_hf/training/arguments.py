@@ -83,7 +83,8 @@ class DataArguments:
     chunk_column: str | None = field(
         default=None,
         metadata={
-            "help": "Column of stored action chunks, by default action_chunk where there is one; none cuts chunks from "
+            "help": "Column of stored action chunks, by default action_chunk where there is one; none cuts chunks "
+            "from "
             "consecutive rows."
         },
     )
@@ -127,7 +128,7 @@ class DataArguments:
                 raise ValueError(f"{name}={value}; expected a number of at least {least}.")
 
     def reader_options(self) -> dict[str, Any]:
-        """Those arguments of the datasets' constructors that were given; a reader refuses the ones it does not know."""
+        """The given arguments of the datasets' constructors. A reader refuses those that it does not know."""
         given = {name: getattr(self, name) for name in READER_OPTIONS if getattr(self, name) is not None}
         if given.get("chunk_column") == "none":
             given["chunk_column"] = None

@@ -27,11 +27,11 @@ TRAINER_STATE = "trainer_state.json"
 class CheckpointCallback(TrainerCallback):
     """Completes every checkpoint of a Trainer: whichever preset trains, `AutoModel` and `AutoProcessor` load it.
 
-    [`VLAAdapterTrainer`] has one of its own. With a plain Trainer, pass it in `callbacks`. A plain Trainer calls it after
-    it has removed older checkpoints (`save_total_limit`), [`VLAAdapterTrainer`] before.
+    [`VLAAdapterTrainer`] has one of its own. With a plain Trainer, pass it in `callbacks`. A plain Trainer calls it
+    after it has removed older checkpoints (`save_total_limit`), [`VLAAdapterTrainer`] before.
 
-    With LoRA the merged model is written next to the adapter. It is written in shards: from a single `model.safetensors`
-    the Trainer would resume, where only the adapter will do.
+    With LoRA the merged model is written next to the adapter. It is written in shards: from a single
+    `model.safetensors` the Trainer would resume, where only the adapter will do.
 
     With `push_to_hub` the upload is complete too: the output folder, which gets the checkpoint's weights from the
     Trainer, also gets its processor, code and model card.

@@ -23,7 +23,8 @@ class VLAAdapterDataCollator:
     """Samples of a [`VLAAdapterDataset`] as a batch: prompts and images through the processor, numbers normalised.
 
     Frames make no JPEG round trip here. At inference it imitates how the training frames were stored.
-    Frames that the dataset's `image_transform` has prepared are only normalised. Other frames are resized, and cropped if the
+    Frames that the dataset's `image_transform` has prepared are only normalised. Other frames are resized, and cropped
+    if the
     model has a centre crop: a model trained without augmentation sees the same in training and at inference.
 
     Args:
@@ -47,8 +48,8 @@ class VLAAdapterDataCollator:
         Returns:
             `dict`: `input_ids`, `attention_mask`, `pixel_values`, `proprio` `(batch, proprio_dim)`, `actions`
             `(batch, chunk_size, action_dim)`, `action_is_pad` `(batch, chunk_size)`, and `action_scale`
-            `(batch, action_dim)`, the physical units of one normalised unit, and `action_mask` `(batch, action_dim)`, true
-            for dimensions that are normalised. The metrics use the last two.
+            `(batch, action_dim)`, the physical units of one normalised unit, and `action_mask` `(batch, action_dim)`,
+            true for dimensions that are normalised. The metrics use the last two.
 
         Raises:
             ValueError: for samples of other sizes than the model's, or frames that were prepared in another way.
@@ -56,7 +57,8 @@ class VLAAdapterDataCollator:
         missing = {"images", "text", "state", "actions"} - set(samples[0])
         if missing:
             raise ValueError(
-                f"The samples lack {', '.join(sorted(missing))}; they have {', '.join(sorted(samples[0]))}. A plain Trainer "
+                f"The samples lack {', '.join(sorted(missing))}; they have {', '.join(sorted(samples[0]))}. A plain "
+                "Trainer "
                 "removes what the model's forward does not name: use VLAAdapterTrainingArguments, or set "
                 "remove_unused_columns=False."
             )
@@ -84,13 +86,15 @@ class VLAAdapterDataCollator:
             if sample.get("random_crop_area") not in (None, crop):
                 raise ValueError(
                     f"image_transform crops frames to {sample['random_crop_area']:g} of their area, the model has "
-                    f"image_center_crop={crop} at inference; make it with ImageAugmentation.from_model_config(model.config)."
+                    f"image_center_crop={crop} at inference; make it with "
+                    "ImageAugmentation.from_model_config(model.config)."
                 )
         frames = [frame for sample in samples for frame in sample["images"]] if True in prepared else []
         for frame in frames:
             if frame.shape[:2] != (size, size):
                 raise ValueError(
-                    f"image_transform returned frames of {frame.shape[:2]} pixels, the model sees ({size}, {size}); make "
+                    f"image_transform returned frames of {frame.shape[:2]} pixels, the model sees ({size}, {size}); "
+                    "make "
                     "it with ImageAugmentation.from_model_config(model.config) or "
                     "ImageResize.from_model_config(model.config)."
                 )
@@ -103,7 +107,8 @@ class VLAAdapterDataCollator:
         expected = (config.chunk_size, config.action_dim)
         if actions.shape != expected:
             raise ValueError(
-                f"a sample's actions have shape {actions.shape}, the model predicts {expected} (chunk_size, action_dim)."
+                f"a sample's actions have shape {actions.shape}, the model predicts {expected} (chunk_size, "
+                "action_dim)."
             )
         is_pad = np.asarray(sample.get("action_is_pad", np.zeros(config.chunk_size)), dtype=bool)
         rules = (config.norm_type, config.constant_dims)

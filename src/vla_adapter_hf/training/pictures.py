@@ -51,7 +51,8 @@ def plot_checkpoint(
         for field, found in (("action_dim", dataset.action_dim), ("proprio_dim", dataset.state_dim)):
             if found != getattr(config, field):
                 raise ValueError(
-                    f"{path} has {field}={found}, {checkpoint} has {field}={getattr(config, field)}. Adapt the checkpoint "
+                    f"{path} has {field}={found}, {checkpoint} has {field}={getattr(config, field)}. Adapt the "
+                    "checkpoint "
                     f"to this robot first: vla-adapter train --checkpoint {checkpoint} --dataset {path} ..."
                 )
         if dataset.unnorm_key not in keys and len(keys) == 1:

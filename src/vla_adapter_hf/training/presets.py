@@ -19,8 +19,8 @@ POLICY_MODULES = ("action_queries", "policy", "proprio_projector")
 # Where LoRA layers go: every linear layer of these, and the towers' patch embeddings, which are convolutions.
 LORA_MODULES = ("dinov2", "siglip", "vision_projector", "language_model")
 
-# Training arguments of each preset. In effect the released code runs at a constant 2e-4 without clipping: its warm-up of
-# 0.1 counts steps, and its decay is undone by the same lines. The paper describes another schedule.
+# Training arguments of each preset. In effect the released code runs at a constant 2e-4 without clipping: its warm-up
+# of 0.1 counts steps, and its decay is undone by the same lines. The paper describes another schedule.
 _RELEASED = {
     "learning_rate": 2e-4,
     "lr_scheduler_type": "constant",
@@ -55,8 +55,8 @@ def apply_preset(model: VLAAdapterForActionPrediction, preset: str = "lora", ran
 
     Args:
         model ([`VLAAdapterForActionPrediction`]): is changed in place.
-        preset (`str`): `"lora"` or `"lora-paper"` (the same layers, another schedule), `"frozen"` (only action queries,
-            policy and proprio projector train; paper, LIBERO-Long 86.4 %), `"full"`.
+        preset (`str`): `"lora"` or `"lora-paper"` (the same layers, another schedule), `"frozen"` (only action
+            queries, policy and proprio projector train; paper, LIBERO-Long 86.4 %), `"full"`.
         rank (`int`): of the LoRA matrices; alpha is twice as much, as published.
 
     Returns:
@@ -116,7 +116,8 @@ def merge_lora(model: nn.Module) -> VLAAdapterForActionPrediction:
 def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights that merging would give, under the plain model's names. The model does not change.
 
-    Merging and unmerging in place would change the last digits of the frozen weights, and so the losses of a resumed run.
+    Merging and unmerging in place would change the last digits of the frozen weights, and so the losses of a resumed
+    run.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -139,6 +140,7 @@ def _refuse_merged_weights(module: nn.Module, state_dict: dict[str, torch.Tensor
     """Without this, a plain Trainer loads merged weights, matches no name and reports nothing."""
     if state_dict and not any(".lora_" in name for name in state_dict):
         raise ValueError(
-            "These are merged weights; a model with a LoRA adapter cannot take them. Use VLAAdapterTrainer, which loads "
+            "These are merged weights; a model with a LoRA adapter cannot take them. Use VLAAdapterTrainer, which "
+            "loads "
             f"the adapter in the checkpoint's {ADAPTER_NAME}/ folder, e.g. with load_best_model_at_end=True."
         )

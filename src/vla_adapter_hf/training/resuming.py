@@ -38,7 +38,8 @@ def find_checkpoint(arguments: VLAAdapterTrainingArguments, report_progress: Cal
         finished = [path for path in checkpoints if (path / TRAINER_STATE).is_file()]
         if finished:
             raise ValueError(
-                f"output_dir={output} holds {finished[0].name}. Go on with --resume_from_checkpoint true, or name a new "
+                f"output_dir={output} holds {finished[0].name}. Go on with --resume_from_checkpoint true, or name a "
+                "new "
                 "folder."
             )
         return None
@@ -94,7 +95,8 @@ def check_same_run(checkpoint: Path, model: ModelArguments, data: DataArguments,
             f"{name} was {_short(old)} and is now {_short(new)}" for name, (old, new) in differing.items()
         )
         raise ValueError(
-            f"{checkpoint} belongs to another run: {listed}. Resume with the arguments that the run began with, or start "
+            f"{checkpoint} belongs to another run: {listed}. Resume with the arguments that the run began with, or "
+            "start "
             "a new run in another output_dir."
         )
 

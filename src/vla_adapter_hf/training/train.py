@@ -46,10 +46,10 @@ def train(
 ) -> dict[str, float]:
     """Fine-tune a checkpoint on demonstrations.
 
-    The output folder ends up holding the trained model (merged, with processor and model card), `training.png` with the
-    loss, `chunks.png` with predicted and recorded actions, and `metrics.json`. An interrupted run goes on where it was with
-    `resume_from_checkpoint=True`. With `push_to_hub` all but the checkpoints is uploaded at the end; `hub_strategy` decides
-    whether and when these are as well.
+    The output folder ends up holding the trained model (merged, with processor and model card), `training.png` with
+    the loss, `chunks.png` with predicted and recorded actions, and `metrics.json`. An interrupted run goes on where it
+    was with `resume_from_checkpoint=True`. With `push_to_hub` all but the checkpoints is uploaded at the end;
+    `hub_strategy` decides whether and when these are as well.
 
     Returns:
         `dict[str, float]`: the metrics of training and of the last evaluation.
@@ -138,8 +138,8 @@ def config_overrides(
         "fps": _frame_rate(data.parts),
         "norm_stats": data.norm_stats,
         "norm_type": norm_type or config.norm_type,
-        # The published split of the states at 512 is what two cameras' weights mean. With another number of cameras there
-        # are no such weights, and the split is where the patches end.
+        # The published split of the states at 512 is what two cameras' weights mean. With another number of cameras
+        # there are no such weights, and the split is where the patches end.
         "policy_task_tokens": config.policy_task_tokens if len(cameras) == config.num_cameras else None,
         # With statistics of its own the model follows the rule that is the same in training and at inference.
         "constant_dims": "zero",
@@ -209,7 +209,9 @@ def write_results(
 
 
 def save_trained(model: nn.Module, processor: VLAAdapterProcessor, output: Path, card: dict[str, Any]) -> None:
-    """The trained model, merged, in the output folder itself: written to a folder of its own, then moved file by file."""
+    """The trained model, merged, in the output folder itself: written to a folder of its own, then moved file by
+    file.
+    """
     with tempfile.TemporaryDirectory(prefix=".model-", dir=output) as whole:
         model.save_pretrained(whole)
         processor.save_pretrained(whole)

@@ -53,7 +53,8 @@ class VLAAdapterTrainingArguments(TrainingArguments):
     early_stopping_patience: int | None = field(
         default=None,
         metadata={
-            "help": "Stop after so many evaluations in a row without a better metric_for_best_model, by default the loss. "
+            "help": "Stop after so many evaluations in a row without a better metric_for_best_model, by default the "
+            "loss. "
             "For VLAAdapterTrainer and the command line."
         },
     )
@@ -62,11 +63,13 @@ class VLAAdapterTrainingArguments(TrainingArguments):
         if self.early_stopping_patience is not None:
             if self.early_stopping_patience < 1:
                 raise ValueError(
-                    f"early_stopping_patience={self.early_stopping_patience}; expected a number of evaluations, at least 1."
+                    f"early_stopping_patience={self.early_stopping_patience}; expected a number of evaluations, at "
+                    "least 1."
                 )
             if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
                 raise ValueError(
-                    f"early_stopping_patience={self.early_stopping_patience} counts evaluations and there are none; give "
+                    f"early_stopping_patience={self.early_stopping_patience} counts evaluations and there are none; "
+                    "give "
                     "eval_strategy=steps (or epoch) and held-out episodes."
                 )
             self.metric_for_best_model = self.metric_for_best_model or "loss"
@@ -98,7 +101,8 @@ class EpochCallback(TrainerCallback):
 class VLAAdapterTrainer(Trainer):
     """A `Trainer` whose checkpoints load with `AutoModel` and `AutoProcessor`. It differs from a plain one in this:
 
-    - Every checkpoint gets the processor, the code and a model card, and with LoRA the merged model. This happens before
+    - Every checkpoint gets the processor, the code and a model card, and with LoRA the merged model. This happens
+    before
       older checkpoints are removed or anything is pushed: a full disk or a kill never costs the last finished one.
     - `train(resume_from_checkpoint=True)` takes the last finished checkpoint, not one that was cut short.
     - The best model can be loaded at the end when a LoRA adapter is trained.
@@ -108,7 +112,8 @@ class VLAAdapterTrainer(Trainer):
 
     Args:
         args, kwargs: as for `Trainer`. The processor is that of the [`VLAAdapterDataCollator`], or `processing_class`.
-        describe (`Callable`, *optional*): gives arguments of `fill_model_card` at a step, such as `title` and `summary`.
+        describe (`Callable`, *optional*): gives arguments of `fill_model_card` at a step, such as `title` and
+            `summary`.
 
     Raises:
         ValueError: when no processor is given.
@@ -145,7 +150,8 @@ class VLAAdapterTrainer(Trainer):
             listed = ", ".join(f"{path.name}: {damage}" for path, damage in damaged.items() if damage) or "none"
             if found is None:
                 raise ValueError(
-                    f"resume_from_checkpoint=True: output_dir={output} holds no finished checkpoint (cut short: {listed}). "
+                    f"resume_from_checkpoint=True: output_dir={output} holds no finished checkpoint (cut short: "
+                    f"{listed}). "
                     "Leave the argument out to start from the beginning."
                 )
             if listed != "none":
@@ -174,7 +180,8 @@ class VLAAdapterTrainer(Trainer):
                 raise
             raise OSError(
                 errno.ENOSPC,
-                f"the checkpoint of step {self.state.global_step} could not be written, is the disk full? ({str(error).splitlines()[0]})",
+                f"the checkpoint of step {self.state.global_step} could not be written, is the disk full? "
+                f"({str(error).splitlines()[0]})",
                 str(self.args.output_dir),
             ) from error
 

@@ -106,8 +106,8 @@ class VideoFile:
 class VideoCache:
     """The last `max_open` files used, kept open, per process.
 
-    A forked worker opens its own files. It neither uses nor closes the parent's decoders. A spawned worker gets an empty
-    cache.
+    A forked worker opens its own files. It neither uses nor closes the parent's decoders. A spawned worker gets an
+    empty cache.
     """
 
     def __init__(self, max_open: int = 16) -> None:

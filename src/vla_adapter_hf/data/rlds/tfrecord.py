@@ -1,6 +1,7 @@
 """TFRecord files and the `tf.train.Example` in them, read and written without TensorFlow.
 
-Written by hand because random access needs the place of every frame's bytes in the file, which no protobuf library tells.
+Written by hand because random access needs the place of every frame's bytes in the file, which no protobuf library
+tells.
 
 A record is: length (8 bytes, little endian), masked CRC-32C of those 8 bytes, data, masked CRC-32C of the data. The
 data is a protocol buffer `Example { Features { map<string, Feature> } }`; a feature is a list of byte strings, floats
