@@ -32,7 +32,8 @@ lint: $(VENV)/test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The documentation as a site in docs/_build/html, with the reference of all modules; a warning, such as a link that leads nowhere, is an error.
+# The documentation as a site in docs/_build/html. A warning, such as a link that leads nowhere, is an error. The reference
+# imports every module, so the tests' requirements are needed too.
 docs: $(VENV)/docs-installed
 	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html
 
