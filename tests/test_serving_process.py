@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from serving_fixtures import ServerProcess, free_port, receive, recorded_observation, request, server_thread
+from simulator import need_simulator
 from typer.testing import CliRunner
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
@@ -142,8 +143,9 @@ def test_a_client_never_takes_a_late_answer_for_that_of_another_observation(embe
     other = {**observation, "state": observation["state"] + 0.05}
     with (
         server_thread(embedded_policy, ServeSettings()) as running,
-        PolicyClient(f"ws://127.0.0.1:{running.port}", timeout=0.5, give_up_after=0.6) as client,
+        PolicyClient(f"ws://127.0.0.1:{running.port}") as client,
     ):
+        client.timeout, client.give_up_after = 0.5, 0.6
         end = threading.Event()
         running.services.engine._predict_thread.submit(end.wait, 30)
         with pytest.raises(ConnectionError):
@@ -171,7 +173,8 @@ def test_a_client_says_what_the_server_refuses(embedded_policy, observation):
 def test_a_second_controller_is_refused_until_the_first_leaves(embedded_policy, observation):
     with server_thread(embedded_policy, ServeSettings()) as running:
         url = f"ws://127.0.0.1:{running.port}"
-        with PolicyClient(url, session="arm") as first, PolicyClient(url, session="arm", give_up_after=1) as second:
+        with PolicyClient(url, session="arm") as first, PolicyClient(url, session="arm") as second:
+            second.give_up_after = 1
             ask(first, observation)
             with pytest.raises(ConnectionError, match="another connection controls the session 'arm'"):
                 ask(second, observation)
@@ -226,3 +229,31 @@ def test_the_command_hands_its_options_over(monkeypatch):
     assert given["settings"] == ServeSettings(max_age=0.5, clip=True, cameras=cameras, max_batch=2)
     refused = CliRunner().invoke(app, ["serve", "--camera", "front"])
     assert refused.exit_code == 1 and "--camera" in refused.output
+
+
+@pytest.mark.simulator
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["sync", "async"])
+def test_the_loop_solves_a_libero_episode_by_a_server_in_another_process(strategy):
+    need_simulator()
+    from vla_adapter_hf.robot import LoopSettings, StrategySettings, run
+    from vla_adapter_hf.simulation.libero.robot import LiberoRobot
+    from vla_adapter_hf.simulation.libero.suite import LiberoSuite
+
+    environment = LiberoSuite("libero_object").make(9)
+    robot = LiberoRobot(environment, episode=40)
+    # Slower than the robot's 20 steps a second, so that a busy machine keeps up.
+    settings = LoopSettings(
+        fps=4,
+        strategy=StrategySettings(strategy),
+        max_steps=400,
+        late_after=60,
+        give_up_after=120,
+        delta_actions=(True,) * 6 + (False,),
+    )
+    with ServerProcess(free_port()) as server:
+        server.start()
+        with PolicyClient(f"ws://127.0.0.1:{server.port}", session="libero") as client:
+            report = run(client, robot, environment.instruction, settings, on_step=lambda step: robot.is_solved)
+    environment.close()
+    assert robot.is_solved, report.summary()

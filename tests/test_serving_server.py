@@ -87,7 +87,7 @@ def metric(running, name):
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith(name))
 
 
-def wait_until(condition, seconds=10):
+def wait_until(condition, seconds=30):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
@@ -288,7 +288,7 @@ def test_a_full_queue_refuses_and_goes_on(embedded_policy, observation):
 
 
 def test_an_answer_that_takes_too_long_is_an_error_and_the_server_goes_on(embedded_policy, observation):
-    with server_thread(embedded_policy, ServeSettings(max_seconds=1.0)) as running:
+    with server_thread(embedded_policy, ServeSettings(max_seconds=3.0)) as running:
         with model_is_busy(running, observation) as at_work:
             assert ask_once(running, observation)["kind"] == "too_slow"
             assert at_work.result(30)["kind"] == "too_slow"
