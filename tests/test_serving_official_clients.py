@@ -13,7 +13,7 @@ from pathlib import Path
 import model_fixtures
 import numpy as np
 import pytest
-from serving_fixtures import RECORDED, recorded_observation, server_thread
+from serving_fixtures import RECORDED, free_port, recorded_observation, server_thread
 from simulator import need_simulator
 from transformers import AutoProcessor
 
@@ -174,3 +174,21 @@ def test_vla_evals_orchestrator_runs_a_benchmark_on_the_server(embedded_policy):
     for episode in episodes:  # a chunk of eight, then three of the next
         np.testing.assert_allclose(episode[:8], expected, atol=TOLERANCE)
         np.testing.assert_allclose(episode[8:], expected[:3], atol=TOLERANCE)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_serve_runs_two_copies_behind_one_address(embedded_policy):
+    recorded = recorded_observation()
+    images = [recorded["image"], recorded["wrist_image"]]
+    inputs = embedded_policy.processor(images=[images], text=[recorded["prompt"]], state=recorded["state"][None])
+    expected = get_robot("libero").to_environment(embedded_policy.model.predict_action(**inputs)[0])
+    command = [python_of("RAY_PYTHON"), "ray_run.py", str(free_port()), str(RECORDED)]
+    paths = os.pathsep.join((str(CLIENTS.parents[1] / "examples"), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    run = subprocess.run(command, cwd=CLIENTS, env=environment, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0, run.stderr
+    answer = json.loads(run.stdout.splitlines()[-1])
+    assert sum(answer["copies"].values()) == 2
+    for chunk in answer["chunks"]:
+        np.testing.assert_allclose(chunk, expected, atol=TOLERANCE)

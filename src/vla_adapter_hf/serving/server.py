@@ -10,6 +10,7 @@ from types import FrameType
 
 import torch
 import uvicorn
+from starlette.applications import Starlette
 
 from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.serving.app import build_app
@@ -40,17 +41,38 @@ def serve(checkpoint: str | None, settings: ServeSettings, report_progress: Call
         listen(settings.host, settings.port)
     ) as listener:  # before the model takes its time to load
         report_progress(f"Loading {checkpoint or 'the embedded checkpoint'}")
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
-        with embedded_folder() as embedded:
-            policy = ServedPolicy.load(checkpoint or str(embedded / "checkpoint"), settings)
-        services = Services(policy, settings)
+        services = _load_services(checkpoint, settings)
         for line in _facts(services, api_key):
             report_progress(line)
         server = DrainingServer(
             server_config(services, api_key), services, report_progress, address_of(listener, settings)
         )
         server.run(sockets=[listener])
+
+
+def load_app(checkpoint: str | None = None, settings: ServeSettings | None = None) -> Starlette:
+    """The application with a loaded checkpoint, for another program that serves it, such as Ray Serve.
+
+    Args:
+        checkpoint: folder or Hub id; None is the small one that ships with the package.
+        settings: of the server. `host` says who may connect. Where to listen, TLS and the limit of a message's bytes
+            are that program's.
+
+    Raises:
+        ValueError: as [`serve`].
+    """
+    settings = settings or ServeSettings()
+    api_key = api_key_from_environment()
+    settings.check_access(api_key)
+    return build_app(_load_services(checkpoint, settings), api_key)
+
+
+def _load_services(checkpoint: str | None, settings: ServeSettings) -> Services:
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    with embedded_folder() as embedded:
+        policy = ServedPolicy.load(checkpoint or str(embedded / "checkpoint"), settings)
+    return Services(policy, settings)
 
 
 class DrainingServer(uvicorn.Server):
