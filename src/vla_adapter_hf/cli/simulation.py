@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vla_adapter_hf.cli.options import format_numbers, parse_numbers
+from vla_adapter_hf.cli.settings import Text, takes_settings
 from vla_adapter_hf.recording.demonstrate import demonstrate as record
 from vla_adapter_hf.recording.settings import RecordingSettings
 from vla_adapter_hf.simulation.evaluate import evaluate as run_evaluation
@@ -16,6 +17,17 @@ from vla_adapter_hf.simulation.results import joined_table
 from vla_adapter_hf.simulation.settings import EvaluationSettings
 
 
+TASKS = Text(lambda text: parse_numbers(text, "--tasks"))
+
+
+def parse_episodes(text: str) -> int | list[int]:
+    """`"50"` is how many, `"40-49"` or `"0,7"` which."""
+    return int(text) if text.isdecimal() else parse_numbers(text, "--episodes")
+
+
+@takes_settings(
+    EvaluationSettings, texts={"tasks": TASKS, "episodes": Text(parse_episodes, str(EvaluationSettings.episodes))}
+)
 def evaluate(
     checkpoint: Annotated[str | None, typer.Option(help="Folder or Hub id of the policy.")] = None,
     policy: Annotated[str | None, typer.Option(help="Instead of a checkpoint: embedded, oracle or noop.")] = None,
@@ -27,54 +39,8 @@ def evaluate(
         ),
     ] = "libero_object",
     output: Annotated[Path, typer.Option(help="Folder for results; an interrupted run goes on there.")] = Path("eval"),
-    tasks: Annotated[str | None, typer.Option(help="Which, as in 3 or 0,2,5-7; all by default.")] = None,
-    episodes: Annotated[str, typer.Option(help="How many per task, or which, as in 40-49 or 0,7.")] = str(
-        EvaluationSettings.episodes
-    ),
-    placement: Annotated[str, typer.Option(help="official, jitter, shuffle or both.")] = EvaluationSettings.placement,
-    seed: Annotated[int, typer.Option(help="Of the placements.")] = EvaluationSettings.seed,
-    hard_reset: Annotated[
-        bool, typer.Option(help="Rebuild the simulation for each episode: the same, slower.")
-    ] = EvaluationSettings.hard_reset,
-    processes: Annotated[
-        int, typer.Option(help="Environments in parallel, about 2 GB each.")
-    ] = EvaluationSettings.processes,
-    execute: Annotated[
-        int | None, typer.Option(help="Actions of a chunk before the next query; all by default.")
-    ] = EvaluationSettings.execute,
-    ensemble: Annotated[
-        float | None, typer.Option(help="Temporal ensembling: how much less newer chunks count; 0 is their mean.")
-    ] = EvaluationSettings.ensemble,
-    strategy: Annotated[
-        str, typer.Option(help="What the robot does while the policy thinks: sync, async or async-rolled.")
-    ] = EvaluationSettings.strategy,
-    delay: Annotated[
-        int, typer.Option(help="Control steps that a prediction takes; 0 stops the world, as published.")
-    ] = EvaluationSettings.delay,
-    step_limit: Annotated[
-        int | None, typer.Option(help="Steps after which an episode has failed, by default the suite's.")
-    ] = EvaluationSettings.step_limit,
-    black_images: Annotated[
-        bool, typer.Option(help="A control: the policy sees black frames.")
-    ] = EvaluationSettings.black_images,
-    instruction: Annotated[
-        str | None, typer.Option(help="A control: give this instruction instead, or 'other' for another object.")
-    ] = EvaluationSettings.instruction,
-    rollouts: Annotated[
-        int, typer.Option(help="Episodes of each task to keep as films and contact sheets.")
-    ] = EvaluationSettings.rollouts,
-    rollout_format: Annotated[str, typer.Option(help="gif or mp4.")] = EvaluationSettings.rollout_format,
-    save_actions: Annotated[
-        bool, typer.Option(help="Keep the executed actions of every episode.")
-    ] = EvaluationSettings.save_actions,
-    unnorm_key: Annotated[
-        str | None, typer.Option(help="Which of the checkpoint's statistics to use.")
-    ] = EvaluationSettings.unnorm_key,
-    device: Annotated[str | None, typer.Option(help="Such as cuda; the CPU by default.")] = EvaluationSettings.device,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="Precision: float32, bfloat16, float16 or auto; on the CPU float32 by default, else auto."),
-    ] = EvaluationSettings.dtype,
+    *,
+    settings: EvaluationSettings,
 ) -> None:
     """Run a policy in closed loop in the LIBERO simulator, by default as published. Needs the extra libero.
 
@@ -87,27 +53,6 @@ def evaluate(
         raise ValueError("give either --checkpoint or --policy.")
     if policy not in (None, "embedded", "oracle", "noop"):
         raise ValueError(f"--policy must be embedded, oracle or noop, got {policy!r}; a checkpoint is --checkpoint.")
-    settings = EvaluationSettings(
-        tasks=None if tasks is None else parse_numbers(tasks, "--tasks"),
-        episodes=int(episodes) if episodes.isdecimal() else parse_numbers(episodes, "--episodes"),
-        placement=placement,
-        seed=seed,
-        hard_reset=hard_reset,
-        processes=processes,
-        execute=execute,
-        ensemble=ensemble,
-        strategy=strategy,
-        delay=delay,
-        step_limit=step_limit,
-        black_images=black_images,
-        instruction=instruction,
-        rollouts=rollouts,
-        rollout_format=rollout_format,
-        save_actions=save_actions,
-        unnorm_key=unnorm_key,
-        device=device,
-        dtype=dtype,
-    )
     if suite.endswith("_pro"):
         evaluate_grid(checkpoint or policy, suite.removesuffix("_pro"), output, settings, report=typer.echo)
     else:
@@ -115,65 +60,19 @@ def evaluate(
     typer.echo(f"\n{(output / 'summary.md').read_text(encoding='utf-8')}\nwritten to {output}")
 
 
+@takes_settings(
+    RecordingSettings,
+    texts={
+        "tasks": TASKS,
+        "states": Text(lambda text: tuple(parse_numbers(text, "--states")), format_numbers(RecordingSettings.states)),
+    },
+)
 def demonstrate(
     output: Annotated[
         Path, typer.Option(help="Folder of the LeRobot dataset; an interrupted recording goes on there.")
     ],
-    suite: Annotated[
-        str, typer.Option(help="libero_object, the suite with a scripted expert.")
-    ] = RecordingSettings.suite,
-    official: Annotated[
-        int, typer.Option(help="Episodes per task from the official states.")
-    ] = RecordingSettings.official,
-    jitter: Annotated[
-        int, typer.Option(help="Episodes per task with objects moved by up to 5 cm.")
-    ] = RecordingSettings.jitter,
-    shuffle: Annotated[
-        int, typer.Option(help="Episodes per task with objects in each other's places.")
-    ] = RecordingSettings.shuffle,
-    both: Annotated[int, typer.Option(help="Episodes per task, shuffled and moved.")] = RecordingSettings.both,
-    tasks: Annotated[str | None, typer.Option(help="Which, as in 3 or 0,2,5-7; all by default.")] = None,
-    workers: Annotated[int, typer.Option(help="Processes, about 2 GB each.")] = RecordingSettings.workers,
-    minutes: Annotated[
-        float | None, typer.Option(help="Begin nothing new after this time; the dataset holds what is there.")
-    ] = RecordingSettings.minutes,
-    disturbed: Annotated[
-        float, typer.Option(help="Share of episodes with pushes to recover from.")
-    ] = RecordingSettings.disturbed,
-    retargeted: Annotated[
-        float, typer.Option(help="Share of episodes that ask for another object in view.")
-    ] = RecordingSettings.retargeted,
-    alternatives: Annotated[
-        int, typer.Option(help="Other objects for which each row also says what the expert would do.")
-    ] = RecordingSettings.alternatives,
-    render_every: Annotated[
-        int, typer.Option(help="Steps from one row with frames to the next; divides 20.")
-    ] = RecordingSettings.render_every,
-    chunk_size: Annotated[int, typer.Option(help="Actions stored with each row.")] = RecordingSettings.chunk_size,
-    tail: Annotated[int, typer.Option(help="Steps that the expert goes on after success.")] = RecordingSettings.tail,
-    image_size: Annotated[
-        int, typer.Option(help="Height and width of the stored frames.")
-    ] = RecordingSettings.image_size,
-    image_format: Annotated[str, typer.Option(help="png (lossless) or jpeg.")] = RecordingSettings.image_format,
-    states: Annotated[
-        str, typer.Option(help="Initial states to start from; evaluation holds out the others.")
-    ] = format_numbers(RecordingSettings.states),
-    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = RecordingSettings.seed,
-    batch: Annotated[
-        int, typer.Option(help="Episodes of a task before a process changes to another.")
-    ] = RecordingSettings.batch,
-    driver: Annotated[
-        str | None,
-        typer.Option(
-            help="Checkpoint (folder, Hub id or embedded) that acts, while the expert says what it should do."
-        ),
-    ] = RecordingSettings.driver,
-    driver_share: Annotated[
-        float, typer.Option(help="Of the chunks, how many are the driver's own.")
-    ] = RecordingSettings.driver_share,
-    driver_unnorm_key: Annotated[
-        str | None, typer.Option(help="The driver's statistics; by default those of the suite's name.")
-    ] = RecordingSettings.driver_unnorm_key,
+    *,
+    settings: RecordingSettings,
 ) -> None:
     """Record demonstrations of a scripted expert in the LIBERO simulator. Needs the extra libero.
 
@@ -181,30 +80,6 @@ def demonstrate(
     Example:
       vla-adapter demonstrate --output recordings --tasks 0-2 --workers 2
     """
-    settings = RecordingSettings(
-        render_every=render_every,
-        chunk_size=chunk_size,
-        tail=tail,
-        image_size=image_size,
-        image_format=image_format,
-        disturbed=disturbed,
-        retargeted=retargeted,
-        alternatives=alternatives,
-        seed=seed,
-        states=tuple(parse_numbers(states, "--states")),
-        suite=suite,
-        official=official,
-        jitter=jitter,
-        shuffle=shuffle,
-        both=both,
-        tasks=None if tasks is None else parse_numbers(tasks, "--tasks"),
-        workers=workers,
-        minutes=minutes,
-        batch=batch,
-        driver=driver,
-        driver_share=driver_share,
-        driver_unnorm_key=driver_unnorm_key,
-    )
     summary = record(output, settings, report=typer.echo)
     typer.echo(
         f"{output}: {summary['episodes']} episodes, {summary['rows']} rows; {summary['recorded_now']} recorded now, "

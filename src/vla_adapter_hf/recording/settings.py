@@ -98,7 +98,7 @@ class RecordingSettings(EpisodeSettings):
         jitter: episodes per task with every object moved by up to 5 cm.
         shuffle: episodes per task with the objects in each other's positions.
         both: episodes per task, shuffled and moved.
-        tasks: task numbers; None records all tasks.
+        tasks: task numbers, as in 3 or 0,2,5-7; by default all tasks.
         workers: processes, each with an environment of about 2 GB, and the driver.
         minutes: begin no new batch after this time; the dataset is assembled from the finished episodes.
         batch: episodes recorded before a process changes to another task.

@@ -28,15 +28,20 @@ class ServeSettings:
     """How a server listens, what it loads and what it refuses.
 
     Args:
-        host, port: where to listen. Port 0 takes a free one.
+        host: address to listen on; 0.0.0.0 lets other machines in.
+        port: port to listen on; 0 takes a free one.
         without_key: allow a host that is not loopback without an API key.
-        tls_certificate, tls_key: PEM files; both or neither.
-        device, dtype, threads, compiled, quantize: how the model is loaded and computes. Without a `dtype` it is
-            float32 on the CPU and the checkpoint's own on a GPU.
+        tls_certificate: PEM file, for https and wss; needs `tls_key`.
+        tls_key: PEM file of the certificate's key.
+        device: `cpu`, `cuda`, `cuda:1`, ...
+        dtype: `float32`, `bfloat16` or `float16`; by default float32 on the CPU and the checkpoint's own on a GPU.
+        threads: CPU threads, by default as many as torch chooses.
+        compiled: predict after `compile_for_inference`.
+        quantize: weights in `int8` or `int4`; needs the extra quantization.
         unnorm_key: which of the checkpoint's statistics to use.
         robot: preset whose gripper convention the answers follow; `"none"` answers physical units, as `predict_action`
             does. By default it is found from the name of the statistics.
-        cameras: the client's name of a camera -> the checkpoint's name.
+        cameras: the client's name of a camera and the checkpoint's, as in front=image.
         resize: `"stretch"` scales a frame to the model's square as it is, `"pad"` adds black borders first.
         max_batch: observations that are predicted at once.
         max_wait_ms: how long a batch waits for observations that are being prepared. A lone robot never waits.
@@ -45,7 +50,8 @@ class ServeSettings:
             `"error"` or `"ignore"`.
         clip: limit actions to the range of the training data.
         max_age: seconds; an observation that is older when its prediction begins is refused.
-        max_frame_mb, max_message_mb: limits of one decoded frame and of one message, in MB (10^6 bytes).
+        max_frame_mb: limit of one decoded frame, in MB (10^6 bytes).
+        max_message_mb: limit of one message, in MB.
         max_connections: websockets that may be open at once.
         max_seconds: from a message's arrival to its answer, and for the arrival of a request's body.
         ping_seconds: a websocket that does not answer a ping for so long is closed.

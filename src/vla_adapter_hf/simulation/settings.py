@@ -14,28 +14,28 @@ class EvaluationSettings:
     """Settings of [`~vla_adapter_hf.simulation.evaluate.evaluate`]. The defaults are the published protocol.
 
     Args:
-        tasks: task numbers; None plays all tasks.
-        episodes: how many episodes per task, or their numbers. Episode e starts from initial state e.
+        tasks: task numbers, as in 3 or 0,2,5-7; by default all tasks.
+        episodes: how many episodes per task, or their numbers, as in 40-49. Episode e starts from initial state e.
         placement: libero_object only: `official`, `jitter`, `shuffle` or `both`.
         seed: seed of the placements. The simulator's own seed is 0, as published.
-        hard_reset: LIBERO only: rebuild the simulation before each episode, see `LiberoSuite`.
+        hard_reset: LIBERO only: rebuild the simulation before each episode, which takes longer and gives the same.
         processes: environments in parallel, one process each; 0 runs a single environment in this process.
-        execute: actions of a chunk that are executed before the next query; None executes the whole chunk, as
+        execute: actions of a chunk that are executed before the next query; by default the whole chunk, as
             published.
-        ensemble: temporal ensembling, see `ActionChunkQueue`.
-        strategy: `sync`, `async` or `async-rolled`: what the robot does during a `delay`, see `StrategySettings`.
+        ensemble: temporal ensembling: how much less newer chunks count; 0 is their mean. It needs `execute`.
+        strategy: `sync`, `async` or `async-rolled`: what the robot does during a `delay`.
         delay: control steps that the world goes on while the policy thinks; 0 stops the world, as published.
-        step_limit: steps after which an episode has failed, those of delays among them; None is the suite's own.
+        step_limit: steps after which an episode has failed, those of delays among them; by default the suite's own.
         black_images: a control: the policy sees black frames.
         instruction: a control: the policy gets this text instead of the task's instruction. `other` names another
             object in view, and success is then that object's, as for a text that names one in libero_object's words.
         rollouts: episodes of each task to save as a film and a contact sheet (PNG). Episodes that an earlier call
-            played are not played again for this, nor for `save_actions`.
+            played are not played again for this.
         rollout_format: `gif` or `mp4`.
-        save_actions: save the executed actions of every episode, for `ReplayPolicy`.
+        save_actions: save the executed actions of every episode, so that they can be replayed.
         unnorm_key: checkpoints only: which statistics to use. By default those with the suite's name.
-        device: checkpoints only: such as `cuda`; None is the CPU.
-        dtype: checkpoints only: such as `bfloat16`; None is float32 on the CPU and the checkpoint's own on a GPU.
+        device: checkpoints only: such as `cuda`; by default the CPU.
+        dtype: checkpoints only: such as `bfloat16`; by default float32 on the CPU and the checkpoint's own on a GPU.
 
     Raises:
         ValueError: a number out of range, an unknown format, or `ensemble` without overlapping chunks.
