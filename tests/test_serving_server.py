@@ -8,13 +8,16 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import json_numpy
 import numpy as np
 import pytest
+import torch
 from serving_fixtures import receive, recorded_observation, request, server_thread
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
+from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.robots import get_robot
 from vla_adapter_hf.serving.app import VLLM_OMNI_PATH
 from vla_adapter_hf.serving.errors import PredictionFailed
@@ -498,3 +501,42 @@ def test_tls_serves_wss_to_a_client_that_knows_the_certificate(embedded_policy, 
             assert client.predict(images, observation["prompt"], observation["state"]).actions.shape == (8, 7)
         with pytest.raises(ConnectionError, match="certificate"):
             PolicyClient(f"wss://localhost:{running.port}", give_up_after=0.2)
+
+
+def embedded_with(settings):
+    with embedded_folder() as folder:
+        return ServedPolicy.load(str(folder / "checkpoint"), settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [({"dtype": "bfloat16"}, 0.1), ({"quantize": "int8"}, 0.5), ({"resize": "pad"}, BATCH_TOLERANCE)],
+    ids=["bfloat16", "int8", "padded"],
+)
+def test_the_model_is_loaded_as_the_settings_say(embedded_policy, observation, options, tolerance):
+    policy = embedded_with(ServeSettings(**options))
+    (chunk,) = policy.predict([policy.prepare(policy_observation(policy, observation))])
+    arm = slice(0, 6)  # the gripper is a decision, which rounding may turn
+    difference = np.abs(chunk.actions[:, arm] - predicted(embedded_policy, observation)[:, arm]).max()
+    assert difference < tolerance
+    if "dtype" in options:
+        assert policy.model.dtype == torch.bfloat16
+    if "quantize" in options:
+        assert "Int8" in type(policy.model.language_model.layers[0].mlp.up_proj.weight).__name__
+
+
+def test_a_compiled_model_predicts_batches_of_a_few_sizes_with_the_same_actions(embedded_policy, observation):
+    model = copy.deepcopy(embedded_policy.model)
+    model.compile_for_inference = partial(
+        model.compile_for_inference, backend="eager"
+    )  # the graph without its compiler
+    policy = ServedPolicy(
+        model, embedded_policy.processor, ServeSettings(compiled=True, max_batch=4), embedded_policy.rules
+    )
+    assert policy.batch_sizes == [1, 2, 4]
+    asked = variants(observation, 3)
+    chunks = policy.predict([policy.prepare(policy_observation(policy, one)) for one in asked])
+    assert len(chunks) == 3
+    for chunk, one in zip(chunks, asked, strict=True):
+        np.testing.assert_allclose(chunk.actions, predicted(embedded_policy, one), atol=BATCH_TOLERANCE)
+    assert policy.attention_pictures(policy.prepare(policy_observation(policy, asked[0]))) is None
