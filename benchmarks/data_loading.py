@@ -15,6 +15,7 @@ import argparse
 import io
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -32,11 +33,15 @@ from PIL import Image
 
 from vla_adapter_hf.data import ImageAugmentation, ImageResize, VLAAdapterDataset, VLAAdapterStreamingDataset
 from vla_adapter_hf.data.frames import decode_frame
-from vla_adapter_hf.data.rlds.tfrecord import encode_example, write_records
 from vla_adapter_hf.processing.image_preparation_vla_adapter import crop_and_resize, resize_lanczos3, to_float01
 
 
-FIXTURE = Path(__file__).parents[1] / "tests" / "fixtures" / "demos" / "lerobot_v30_video"
+TESTS = Path(__file__).parents[1] / "tests"
+sys.path.append(str(TESTS))
+from tfrecord_writer import encode_example, write_records  # noqa: E402
+
+
+FIXTURE = TESTS / "fixtures" / "demos" / "lerobot_v30_video"
 CAMERAS = ("image", "wrist_image")
 SIZE = 256
 FPS = 10

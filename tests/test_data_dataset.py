@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from data_fixtures import DEMOS, RLDS, TASKS, copy_of, edit_info
 from huggingface_hub.errors import LocalEntryNotFoundError
+from tfrecord_writer import encode_example, write_records
 
 from vla_adapter_hf.data import BadEpisodeError, VLAAdapterDataset, VLAAdapterStreamingDataset, load_demonstrations
 from vla_adapter_hf.data.chunks import WindowIndex, action_chunk
@@ -19,7 +20,6 @@ from vla_adapter_hf.data.columns import Columns
 from vla_adapter_hf.data.episodes import BadEpisode
 from vla_adapter_hf.data.lerobot.reader import LeRobotReader
 from vla_adapter_hf.data.opening import detect_format, random_access
-from vla_adapter_hf.data.rlds.tfrecord import encode_example, write_records
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ import pytest
 from data_fixtures import DEMOS, RLDS, copy_of, edit_info
 from PIL import Image
 from test_data_dataset import rlds_episode
+from tfrecord_writer import write_records
 
 from vla_adapter_hf.data import (
     BadEpisodeError,
@@ -41,8 +42,6 @@ def cache(tmp_path, monkeypatch):
 
 
 def write_rlds(folder, *records):
-    from vla_adapter_hf.data.rlds.tfrecord import write_records
-
     folder.mkdir()
     write_records(folder / "set-train.tfrecord-00000-of-00001", records)
     return folder

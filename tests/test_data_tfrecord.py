@@ -5,15 +5,14 @@ import pytest
 from data_fixtures import RLDS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tfrecord_writer import encode_example, write_records
 
 from vla_adapter_hf.data.rlds.tfrecord import (
     TFRecordError,
-    encode_example,
     masked_crc32c,
     parse_example,
     read_record,
     scan_records,
-    write_records,
 )
 
 
@@ -64,7 +63,6 @@ def test_files_survive_writing_and_reading(tmp_path):
     write_records(path, payloads)
     with open(path, "rb") as file:
         assert [read_record(file, record, "x") for record in scan_records(path)] == payloads
-    assert [entry.name for entry in tmp_path.iterdir()] == ["x.tfrecord"]
 
 
 def test_a_file_cut_short_is_refused_with_its_record(tmp_path):

@@ -16,13 +16,13 @@ import psutil
 import pytest
 from filelock import Timeout
 from PIL import Image, ImageSequence
+from point_environment import COLOURS, PointEnvironment, PointSuite
 
 from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.recording.jobs import run_jobs
 from vla_adapter_hf.simulation.environment import Environment, Suite
 from vla_adapter_hf.simulation.evaluate import evaluate
 from vla_adapter_hf.simulation.placement import PLACEMENTS
-from vla_adapter_hf.simulation.point import COLOURS, PointEnvironment, PointSuite
 from vla_adapter_hf.simulation.policies import CheckpointPolicy, NoopPolicy, ReplayPolicy
 from vla_adapter_hf.simulation.results import ResultsFile, read_results
 from vla_adapter_hf.simulation.rollout import draw_rollout, write_rollout

@@ -1,7 +1,6 @@
-"""TFRecord files and the `tf.train.Example` in them, read and written without TensorFlow.
+"""TFRecord files and the `tf.train.Example` in them, read without TensorFlow.
 
-Written by hand because random access needs the place of every frame's bytes in the file, which no protobuf library
-tells.
+Written by hand: random access needs the place of every frame's bytes in the file, which no protobuf library gives.
 
 A record is: length (8 bytes, little endian), masked CRC-32C of those 8 bytes, data, masked CRC-32C of the data. The
 data is a protocol buffer `Example { Features { map<string, Feature> } }`; a feature is a list of byte strings, floats
@@ -12,14 +11,12 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
-
-from vla_adapter_hf.utils.files import atomic_path
 
 
 _HEADER = struct.Struct("<QI")
@@ -219,49 +216,3 @@ def _parse_entry(data: bytes, start: int, stop: int) -> tuple[str, Feature]:
             for kind, _, list_start, list_stop in _fields(data, inner_start, inner_stop):
                 feature = Feature(data, _KINDS.get(kind, "empty"), list_start, list_stop)
     return name, feature
-
-
-def _varint(value: int) -> bytes:
-    value &= (1 << 64) - 1
-    out = bytearray()
-    while value >= 0x80:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _message(number: int, payload: bytes) -> bytes:
-    return _varint(number << 3 | _LENGTH_DELIMITED) + _varint(len(payload)) + payload
-
-
-def encode_example(features: Mapping[str, Sequence[bytes] | np.ndarray]) -> bytes:
-    """Serialized `tf.train.Example`: a list of byte strings, a float array or an integer array per name.
-
-    Raises:
-        TypeError: a feature that is none of these.
-    """
-    entries = []
-    for name, values in features.items():
-        if isinstance(values, np.ndarray) and values.dtype.kind == "f":
-            payload = _message(2, _message(1, values.astype("<f4").tobytes()))
-        elif isinstance(values, np.ndarray) and values.dtype.kind in "iub":
-            payload = _message(3, _message(1, b"".join(_varint(int(value)) for value in values.ravel())))
-        elif not isinstance(values, np.ndarray) and all(isinstance(value, bytes) for value in values):
-            payload = _message(1, b"".join(_message(1, value) for value in values))
-        else:
-            raise TypeError(
-                f"feature {name!r} is {type(values).__name__}; expected a list of bytes or an array of numbers"
-            )
-        entries.append(_message(1, _message(1, name.encode()) + _message(2, payload)))
-    return _message(1, b"".join(entries))
-
-
-def write_records(path: str | os.PathLike, records: Iterable[bytes]) -> None:
-    """Write a TFRecord file. An interrupted run leaves no part of it."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        for data in records:
-            header = struct.pack("<Q", len(data))
-            file.write(header + _FOOTER.pack(masked_crc32c(header)))
-            file.write(data)
-            file.write(_FOOTER.pack(masked_crc32c(data)))
