@@ -4,16 +4,10 @@ No test uses the Hub, except those with the mark `hub`: HF_HUB_OFFLINE=0 pytest 
 repeatable, is no slower for models this small, and leaves the other cores to the other workers.
 """
 
-import os
+import environment  # noqa: F401 - before all others, which read what it sets
 
 
-# Before transformers is imported, which reads them once.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# For the programs that tests start; this process sets its own below.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-
+# isort: split
 import shutil
 from collections.abc import Callable
 from pathlib import Path

@@ -15,6 +15,7 @@ from types import ModuleType
 
 import pytest
 import transformers
+from filelock import FileLock
 
 
 CACHE = Path(__file__).parents[2] / ".cache"
@@ -35,8 +36,10 @@ def load(name: str) -> ModuleType:
 
     In CI (the environment variable `CI`) it fails instead: a run that leaves the common tests out must not be green.
     """
+    CACHE.mkdir(exist_ok=True)
     try:
-        folder = fetch()
+        with FileLock(CACHE / ".lock"):  # each worker of pytest-xdist comes here
+            folder = fetch()
     except RuntimeError as error:
         if os.environ.get("CI", "").lower() not in ("", "0", "false"):
             raise
