@@ -263,12 +263,10 @@ def pack(name: str, folder: Path, scores: dict[str, dict]) -> None:
         title=f"A small VLA-Adapter for libero_object ({name})",
         summary=fill(
             f"{model.num_parameters() / 1e6:.1f} million parameters, all random at first. It learnt to see and to "
-            "read on "
-            f"frames of simulated scenes, and to act by {steps} steps of {batch_size} on demonstrations that this "
-            "package's "
-            f"scripted expert recorded in the LIBERO simulator{driven}, all on a CPU. Redo it with `make policy`; "
-            "its parts are "
-            "in `examples/libero_object/`. It knows ten objects, one floor and one robot, and no real camera.",
+            f"read on frames of simulated scenes, and to act by {steps} steps of {batch_size} on demonstrations that "
+            f"this package's scripted expert recorded in the LIBERO simulator{driven}, all on a CPU. Redo it with "
+            "`make policy`; its parts are in `examples/libero_object/`. It knows ten objects, one floor and one "
+            "robot, and no real camera.",
             width=119,
         ),
         results=table,

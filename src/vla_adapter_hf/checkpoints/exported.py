@@ -53,8 +53,7 @@ class ExportedModel(ActionPredictionMixin):
         if length != self.record["prompt_tokens"]:
             raise ValueError(
                 f"the prompt has more than {self.record['prompt_tokens']} tokens, for which the checkpoint was "
-                "exported. "
-                "Shorten the instruction, or export again with a larger --prompt-tokens."
+                "exported. Shorten the instruction, or export again with a larger --prompt-tokens."
             )
         arrays = [inputs[name].numpy() for name in GRAPH_INPUTS]
         # A graph of batch 1 predicts row after row.

@@ -58,8 +58,7 @@ def init(
         str | None,
         typer.Option(
             help="Folder or Hub id of a Qwen2 tokenizer. By default that of the language model; with --config the "
-            "small "
-            "one that ships with the package."
+            "small one that ships with the package."
         ),
     ] = None,
     robot: Annotated[

@@ -91,10 +91,8 @@ def bench_server(
                 report["latency"] = latency = _added_latency(client, example, settings.requests)
             report_progress(
                 f"one client: {latency['round_trip']['p50']:.1f} ms a round trip, of which the model and the "
-                "preparation "
-                f"of its inputs {latency['model_and_preparation']['p50']:.1f} ms; added: median "
-                f"{latency['added']['p50']:.2f} "
-                f"ms, 95 % {latency['added']['p95']:.2f} ms"
+                f"preparation of its inputs {latency['model_and_preparation']['p50']:.1f} ms; added: median "
+                f"{latency['added']['p50']:.2f} ms, 95 % {latency['added']['p95']:.2f} ms"
             )
             report["load"] = []
             for clients in settings.clients:
@@ -108,15 +106,13 @@ def bench_server(
                 report["memory"] = memory = _memory_under_load(process.pid, server, example, settings)
                 report_progress(
                     f"memory: {memory['resident'][0] / 1e6:.0f} MB at first, {memory['resident'][-1] / 1e6:.0f} MB "
-                    "after "
-                    f"{settings.memory_minutes:g} minutes of {max(settings.clients)} clients, "
+                    f"after {settings.memory_minutes:g} minutes of {max(settings.clients)} clients, "
                     f"{memory['bytes_per_minute'] / 1e6:+.2f} MB a minute over the second half"
                 )
             report["reconnect"] = reconnect = _reconnect(process, source, server, example)
             report_progress(
                 f"killed and started again: the client had its answer {reconnect['after_start_ms']:.0f} ms after the "
-                "new "
-                f"server was up, at attempt {reconnect['attempts']}"
+                f"new server was up, at attempt {reconnect['attempts']}"
             )
     if output is not None:
         Path(output).parent.mkdir(parents=True, exist_ok=True)

@@ -258,9 +258,8 @@ def _robot(name: str | None, unnorm_key: str, stats: dict[str, Any], action_dim:
             return None
         raise ValueError(
             f"the statistics {unnorm_key!r} have a gripper that is learnt as 0...1, and robots take other values. "
-            "Give "
-            f"--robot {' or '.join(ROBOTS)} to answer as that robot takes it, or --robot {PHYSICAL} to answer it as "
-            "learnt."
+            f"Give --robot {' or '.join(ROBOTS)} to answer as that robot takes it, or --robot {PHYSICAL} to answer it "
+            "as learnt."
         )
     robot = get_robot(name)
     if robot.action_dim != action_dim:

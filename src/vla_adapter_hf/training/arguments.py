@@ -84,8 +84,7 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Column of stored action chunks, by default action_chunk where there is one; none cuts chunks "
-            "from "
-            "consecutive rows."
+            "from consecutive rows."
         },
     )
     episode_column: str | None = field(

@@ -58,8 +58,7 @@ class VLAAdapterDataCollator:
         if missing:
             raise ValueError(
                 f"The samples lack {', '.join(sorted(missing))}; they have {', '.join(sorted(samples[0]))}. A plain "
-                "Trainer "
-                "removes what the model's forward does not name: use VLAAdapterTrainingArguments, or set "
+                "Trainer removes what the model's forward does not name: use VLAAdapterTrainingArguments, or set "
                 "remove_unused_columns=False."
             )
         prepared = self._are_prepared(samples)
@@ -94,8 +93,7 @@ class VLAAdapterDataCollator:
             if frame.shape[:2] != (size, size):
                 raise ValueError(
                     f"image_transform returned frames of {frame.shape[:2]} pixels, the model sees ({size}, {size}); "
-                    "make "
-                    "it with ImageAugmentation.from_model_config(model.config) or "
+                    "make it with ImageAugmentation.from_model_config(model.config) or "
                     "ImageResize.from_model_config(model.config)."
                 )
         return prepared.pop()

@@ -52,8 +52,7 @@ def plot_checkpoint(
             if found != getattr(config, field):
                 raise ValueError(
                     f"{path} has {field}={found}, {checkpoint} has {field}={getattr(config, field)}. Adapt the "
-                    "checkpoint "
-                    f"to this robot first: vla-adapter train --checkpoint {checkpoint} --dataset {path} ..."
+                    f"checkpoint to this robot first: vla-adapter train --checkpoint {checkpoint} --dataset {path} ..."
                 )
         if dataset.unnorm_key not in keys and len(keys) == 1:
             dataset.unnorm_key = next(iter(keys))

@@ -141,6 +141,5 @@ def _refuse_merged_weights(module: nn.Module, state_dict: dict[str, torch.Tensor
     if state_dict and not any(".lora_" in name for name in state_dict):
         raise ValueError(
             "These are merged weights; a model with a LoRA adapter cannot take them. Use VLAAdapterTrainer, which "
-            "loads "
-            f"the adapter in the checkpoint's {ADAPTER_NAME}/ folder, e.g. with load_best_model_at_end=True."
+            f"loads the adapter in the checkpoint's {ADAPTER_NAME}/ folder, e.g. with load_best_model_at_end=True."
         )

@@ -39,8 +39,7 @@ def find_checkpoint(arguments: VLAAdapterTrainingArguments, report_progress: Cal
         if finished:
             raise ValueError(
                 f"output_dir={output} holds {finished[0].name}. Go on with --resume_from_checkpoint true, or name a "
-                "new "
-                "folder."
+                "new folder."
             )
         return None
     if wanted.lower() != "true":
@@ -96,8 +95,7 @@ def check_same_run(checkpoint: Path, model: ModelArguments, data: DataArguments,
         )
         raise ValueError(
             f"{checkpoint} belongs to another run: {listed}. Resume with the arguments that the run began with, or "
-            "start "
-            "a new run in another output_dir."
+            "start a new run in another output_dir."
         )
 
 

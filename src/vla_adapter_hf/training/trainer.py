@@ -54,8 +54,7 @@ class VLAAdapterTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "Stop after so many evaluations in a row without a better metric_for_best_model, by default the "
-            "loss. "
-            "For VLAAdapterTrainer and the command line."
+            "loss. For VLAAdapterTrainer and the command line."
         },
     )
 
@@ -69,8 +68,7 @@ class VLAAdapterTrainingArguments(TrainingArguments):
             if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
                 raise ValueError(
                     f"early_stopping_patience={self.early_stopping_patience} counts evaluations and there are none; "
-                    "give "
-                    "eval_strategy=steps (or epoch) and held-out episodes."
+                    "give eval_strategy=steps (or epoch) and held-out episodes."
                 )
             self.metric_for_best_model = self.metric_for_best_model or "loss"
         metric = (self.metric_for_best_model or "").removeprefix("eval_")
@@ -151,8 +149,7 @@ class VLAAdapterTrainer(Trainer):
             if found is None:
                 raise ValueError(
                     f"resume_from_checkpoint=True: output_dir={output} holds no finished checkpoint (cut short: "
-                    f"{listed}). "
-                    "Leave the argument out to start from the beginning."
+                    f"{listed}). Leave the argument out to start from the beginning."
                 )
             if listed != "none":
                 logger.warning("Resuming from %s; passing over %s", found.name, listed)
