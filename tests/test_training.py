@@ -50,7 +50,7 @@ def start(tmp_path_factory, processor) -> Path:
 @pytest.fixture(scope="module")
 def dataset() -> VLAAdapterDataset:
     return VLAAdapterDataset.from_lerobot(
-        DEMOS, ["image", "wrist_image"], CHUNK, robot="libero", image_transform=ImageResize(28)
+        DEMOS, ["image", "wrist_image"], CHUNK, robot="libero", image_transform=ImageResize(28, 0.9)
     )
 
 
@@ -202,23 +202,34 @@ def test_frames_of_another_size_are_refused_for_a_model_without_crop_too(start, 
     config = AutoConfig.from_pretrained(start, norm_stats=dataset.norm_stats, image_center_crop=None)
     tokenizer = AutoProcessor.from_pretrained(start).tokenizer
     collator = VLAAdapterDataCollator(VLAAdapterProcessor.from_model_config(config, tokenizer), config)
-    sample = {**dataset[0], "images": [np.zeros((56, 56, 3), np.uint8)] * 2}
+    first = {**dataset[0], "crop_area": None}
+    sample = {**first, "images": [np.zeros((56, 56, 3), np.uint8)] * 2}
     with pytest.raises(ValueError, match=r"frames of \(56, 56\) pixels, the model sees \(28, 28\)"):
-        collator([dataset[0], sample])
+        collator([first, sample])
 
 
-@pytest.mark.parametrize("crop", [None, 0.5])
-def test_an_augmentation_that_crops_otherwise_than_inference_is_refused(start, dataset, crop):
-    """Training would show the model a part of the frames, and inference the whole of them, or another part."""
+@pytest.mark.parametrize(
+    ("crop", "transform"),
+    [
+        (None, ImageAugmentation(28)),
+        (0.5, ImageAugmentation(28)),
+        (0.9, ImageAugmentation(28, crop_area=1.0)),
+        (0.9, ImageResize(28)),
+        (None, ImageResize(28, 0.9)),
+    ],
+    ids=str,
+)
+def test_a_transform_that_crops_otherwise_than_inference_is_refused(start, dataset, crop, transform):
+    """Training would show the model another part of the frames than inference."""
     config = AutoConfig.from_pretrained(start, norm_stats=dataset.norm_stats, image_center_crop=crop)
     tokenizer = AutoProcessor.from_pretrained(start).tokenizer
     collator = VLAAdapterDataCollator(VLAAdapterProcessor.from_model_config(config, tokenizer), config)
-    augmented = copy(dataset)
-    augmented.image_transform = ImageAugmentation(28)
-    with pytest.raises(ValueError, match=f"crops frames to 0.9 .* image_center_crop={crop}"):
-        collator([augmented[0]])
-    augmented.image_transform = ImageAugmentation.from_model_config(config)
-    assert collator([augmented[0]])["pixel_values"].shape == (1, 12, 28, 28)
+    transformed = copy(dataset)
+    transformed.image_transform = transform
+    with pytest.raises(ValueError, match=f"has crop_area={transform.crop_area}, .* image_center_crop={crop}"):
+        collator([transformed[0]])
+    transformed.image_transform = type(transform).from_model_config(config)
+    assert collator([transformed[0]])["pixel_values"].shape == (1, 12, 28, 28)
 
 
 def test_transforms_made_from_a_model_fit_it():
@@ -434,7 +445,7 @@ def test_a_folder_with_checkpoints_is_not_overwritten_by_accident(start, tmp_pat
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end_with_lora_too(start, tmp_path, model, collator, dataset):
-    train_part, held_out = dataset.split_by_episode(1, validation_transform=ImageResize(28))
+    train_part, held_out = dataset.split_by_episode(1, validation_transform=ImageResize(28, 0.9))
     arguments = VLAAdapterTrainingArguments(
         **QUIET,
         output_dir=str(tmp_path),

@@ -33,7 +33,7 @@ def start(tmp_path_factory, processor) -> Path:
 @pytest.fixture(scope="module")
 def dataset() -> VLAAdapterDataset:
     return VLAAdapterDataset.from_lerobot(
-        DEMOS, ["image", "wrist_image"], CHUNK, robot="libero", image_transform=ImageResize(28)
+        DEMOS, ["image", "wrist_image"], CHUNK, robot="libero", image_transform=ImageResize(28, 0.9)
     )
 
 
@@ -45,7 +45,7 @@ def make_trainer(start, dataset, tmp_path):
         torch.manual_seed(0)  # of LoRA's matrices
         model = AutoModel.from_pretrained(start, norm_stats=dataset.norm_stats)
         processor = AutoProcessor.from_pretrained(start)
-        train_part, held_out = (train or dataset).split_by_episode([1], validation_transform=ImageResize(28))
+        train_part, held_out = (train or dataset).split_by_episode([1], validation_transform=ImageResize(28, 0.9))
         settings = {**QUIET, "output_dir": str(tmp_path / "out"), "max_steps": 4, "save_strategy": "no", **arguments}
         if trainer_class is Trainer:
             callbacks = [*callbacks, CheckpointCallback(processor)]

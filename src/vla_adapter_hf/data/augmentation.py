@@ -83,7 +83,7 @@ class ImageAugmentation:
     Args:
         image_size: pixels, one number or (height, width).
         seed: decides all draws, together with epoch, sample index and camera.
-        crop_area: share of the area that the crop keeps. The processor's centre crop at inference should be the same.
+        crop_area: share of the area that the crop keeps; the model's `image_center_crop` must be the same.
         independent_offsets: draw the crop's two offsets independently. The published training uses one draw for both,
             so its window moves along the diagonal only. That is the default.
         brightness, contrast, saturation, hue: the ranges of the draws.
@@ -120,14 +120,6 @@ class ImageAugmentation:
         self.contrast = contrast
         self.saturation = saturation
         self.hue = hue
-
-    @property
-    def random_crop_area(self) -> float | None:
-        """Share of the area that the random crop keeps; None for no crop.
-
-        The model's `image_center_crop` must be it.
-        """
-        return self.crop_area if self.crop_area < 1 else None
 
     @classmethod
     def from_model_config(cls, config: Any, seed: int = 0) -> ImageAugmentation:

@@ -32,7 +32,7 @@ class VLAAdapterDataset(DemonstrationSamples, torch.utils.data.Dataset):
 
     - `images`: list of uint8 (height, width, 3) arrays, one per camera in camera order;
     - `images_are_prepared`: whether an `image_transform` has brought them to the model's size;
-    - `random_crop_area`: the share of a frame that a random crop of the `image_transform` kept, if it crops;
+    - `crop_area`: the share of a frame that the `image_transform` kept, `None` for all of it, if it says so;
     - `text`: the instruction;
     - `state`: float32 (S,), the robot's units;
     - `actions`: float32 (K, A), the robot's units after its gripper convention; the first is the sample's step;

@@ -231,8 +231,8 @@ class DemonstrationSamples:
             images = self.image_transform(images, epoch=self.epoch, index=index)
         sample["images"] = images
         sample["images_are_prepared"] = self.image_transform is not None
-        if getattr(self.image_transform, "random_crop_area", None) is not None:
-            sample["random_crop_area"] = self.image_transform.random_crop_area
+        if hasattr(self.image_transform, "crop_area"):
+            sample["crop_area"] = self.image_transform.crop_area
 
     @property
     def epoch(self) -> int:

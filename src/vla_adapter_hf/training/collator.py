@@ -79,23 +79,21 @@ class VLAAdapterDataCollator:
             raise ValueError(
                 "Some samples of a batch have an image_transform and some have not; give all datasets one."
             )
-        size = self.config.image_size
-        crop = self.config.image_center_crop
+        size, crop = self.config.image_size, self.config.image_center_crop
+        remedy = "make it with ImageAugmentation.from_model_config(model.config), or ImageResize likewise."
         for sample in samples:
-            if sample.get("random_crop_area") not in (None, crop):
+            kept = sample.get("crop_area", crop)
+            if (kept or 1) != (crop or 1):
                 raise ValueError(
-                    f"image_transform crops frames to {sample['random_crop_area']:g} of their area, the model has "
-                    f"image_center_crop={crop} at inference; make it with "
-                    "ImageAugmentation.from_model_config(model.config)."
+                    f"image_transform has crop_area={kept}, the model has image_center_crop={crop} at inference; "
+                    f"{remedy}"
                 )
-        frames = [frame for sample in samples for frame in sample["images"]] if True in prepared else []
-        for frame in frames:
-            if frame.shape[:2] != (size, size):
-                raise ValueError(
-                    f"image_transform returned frames of {frame.shape[:2]} pixels, the model sees ({size}, {size}); "
-                    "make it with ImageAugmentation.from_model_config(model.config) or "
-                    "ImageResize.from_model_config(model.config)."
-                )
+            for frame in sample["images"] if True in prepared else []:
+                if frame.shape[:2] != (size, size):
+                    raise ValueError(
+                        f"image_transform returned frames of {frame.shape[:2]} pixels, the model sees "
+                        f"({size}, {size}); {remedy}"
+                    )
         return prepared.pop()
 
     def _normalize(self, sample: Mapping[str, Any]) -> dict[str, np.ndarray]:
