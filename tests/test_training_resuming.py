@@ -19,7 +19,7 @@ from vla_adapter_hf.data import ImageResize
 from vla_adapter_hf.training.checkpoints import find_damage, last_finished_checkpoint
 from vla_adapter_hf.training.demonstrations import check_camera_order
 from vla_adapter_hf.training.presets import apply_preset
-from vla_adapter_hf.training.resuming import check_same_run, find_checkpoint
+from vla_adapter_hf.training.resuming import check_same_run, find_checkpoint, run_arguments
 
 
 FROZEN = ("--preset", "frozen", "--augment", "false")
@@ -61,6 +61,7 @@ def cut_short(path: Path) -> None:
         (("--preset", "full"), "preset was frozen and is now full"),
         (("--action_column", "action"), "action_column was not given and is now action"),
         (("--augment", "true"), "augment was False and is now True"),
+        (("--seed", "1"), "seed was 42 and is now 1"),  # other episodes would be held out
     ],
 )
 def test_a_resumed_run_with_another_model_or_other_samples_is_refused(start, finished, words, message):
@@ -70,14 +71,14 @@ def test_a_resumed_run_with_another_model_or_other_samples_is_refused(start, fin
 
 def test_a_checkpoint_with_other_statistics_is_refused_without_the_kept_arguments_too(start, copied):
     (copied / "_arguments.json").unlink()
-    model, data, _ = parse_arguments(command(start, copied, *FROZEN, *RESUME))
+    arguments = run_arguments(*parse_arguments(command(start, copied, *FROZEN, *RESUME))[:2], seed=42)
     config = AutoModel.from_pretrained(copied / "checkpoint-4").config
     fields = {"chunk_size": config.chunk_size, "norm_stats": config.norm_stats}
-    check_same_run(copied / "checkpoint-4", model, data, fields)
+    check_same_run(copied / "checkpoint-4", arguments, fields)
     with pytest.raises(ValueError, match="chunk_size was 4 and is now 2"):
-        check_same_run(copied / "checkpoint-4", model, data, {**fields, "chunk_size": 2})
+        check_same_run(copied / "checkpoint-4", arguments, {**fields, "chunk_size": 2})
     with pytest.raises(ValueError, match="norm_stats was"):
-        check_same_run(copied / "checkpoint-4", model, data, {**fields, "norm_stats": {}})
+        check_same_run(copied / "checkpoint-4", arguments, {**fields, "norm_stats": {}})
 
 
 def test_schedule_and_pictures_may_change_when_a_run_is_resumed(start, copied):
@@ -148,7 +149,7 @@ def test_a_folder_with_damaged_checkpoints_only_is_not_overwritten_by_accident(s
 @pytest.fixture
 def make_trainer(start, tmp_path):
     dataset = VLAAdapterDataset.from_lerobot(
-        DEMOS, ["image", "wrist_image"], 4, robot="libero", image_transform=ImageResize(28)
+        DEMOS, ["image", "wrist_image"], 4, robot="libero", image_transform=ImageResize(28, 0.9)
     )
 
     def make(preset="frozen", **arguments) -> VLAAdapterTrainer:

@@ -21,7 +21,7 @@ from vla_adapter_hf.utils.files import write_json
 
 # Names with this first letter are not uploaded: the file holds paths of this machine.
 ARGUMENTS = "_arguments.json"
-# A resumed run may have other values of these: they change neither the samples nor the model.
+# A resumed run may have other values of these. A dataset may have moved: its statistics are compared instead.
 MAY_CHANGE = {"dataset", "picture_episodes", "attn_implementation", "revision"}
 
 
@@ -60,35 +60,33 @@ def find_checkpoint(arguments: VLAAdapterTrainingArguments, report_progress: Cal
     return found
 
 
-def keep_arguments(model: ModelArguments, data: DataArguments, output: Path) -> None:
-    """Write the arguments to the output folder, for [`check_same_run`]."""
-    output.mkdir(parents=True, exist_ok=True)
-    write_json(output / ARGUMENTS, _as_dict(model, data))
+def run_arguments(model: ModelArguments, data: DataArguments, seed: int) -> dict[str, Any]:
+    """The arguments that decide the samples and the model, as JSON values. The seed decides what is held out."""
+    arguments = dataclasses.asdict(model) | dataclasses.asdict(data) | {"seed": seed}
+    if Path(model.checkpoint).exists():
+        arguments["checkpoint"] = str(Path(model.checkpoint).resolve())
+    return json.loads(json.dumps({name: value for name, value in arguments.items() if name not in MAY_CHANGE}))
 
 
-def check_same_run(checkpoint: Path, model: ModelArguments, data: DataArguments, fields: dict[str, Any]) -> None:
+def keep_arguments(arguments: dict[str, Any], output: Path) -> None:
+    """Write [`run_arguments`] to the output folder, for [`check_same_run`]."""
+    write_json(output / ARGUMENTS, arguments)
+
+
+def check_same_run(checkpoint: Path, arguments: dict[str, Any], fields: dict[str, Any]) -> None:
     """Refuse to go on with another model or other samples than the run began with.
 
     Args:
         checkpoint: the checkpoint to resume from.
-        model, data: the arguments of the run that resumes.
+        arguments: [`run_arguments`] of the run that resumes.
         fields: the model's configuration that follows from them and from the demonstrations.
 
     Raises:
         ValueError: naming every argument or field that differs, with both values.
     """
     kept = checkpoint.parent / ARGUMENTS
-    differing = {}
-    if kept.is_file():
-        before = json.loads(kept.read_text(encoding="utf-8"))
-        now = _as_dict(model, data)
-        differing = {name: (before[name], now[name]) for name in now if name in before and before[name] != now[name]}
-    if not differing:
-        before = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-        now = json.loads(json.dumps(fields))
-        differing = {
-            name: (before.get(name), now[name]) for name in now if name in before and before[name] != now[name]
-        }
+    differing = _differing(kept, arguments) if kept.is_file() else {}
+    differing = differing or _differing(checkpoint / "config.json", json.loads(json.dumps(fields)))
     if differing:
         listed = "; ".join(
             f"{name} was {_short(old)} and is now {_short(new)}" for name, (old, new) in differing.items()
@@ -99,11 +97,10 @@ def check_same_run(checkpoint: Path, model: ModelArguments, data: DataArguments,
         )
 
 
-def _as_dict(model: ModelArguments, data: DataArguments) -> dict[str, Any]:
-    arguments = dataclasses.asdict(model) | dataclasses.asdict(data)
-    if Path(model.checkpoint).exists():
-        arguments["checkpoint"] = str(Path(model.checkpoint).resolve())
-    return json.loads(json.dumps({name: value for name, value in arguments.items() if name not in MAY_CHANGE}))
+def _differing(path: Path, values: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Entries of a JSON file that have other values now: (in the file, now) by name."""
+    before = json.loads(path.read_text(encoding="utf-8"))
+    return {name: (before[name], now) for name, now in values.items() if name in before and before[name] != now}
 
 
 def _short(value: Any) -> str:

@@ -32,7 +32,7 @@ from vla_adapter_hf.training.demonstrations import (
 )
 from vla_adapter_hf.training.metrics import make_compute_metrics
 from vla_adapter_hf.training.presets import apply_preset, check_preset, merge_lora
-from vla_adapter_hf.training.resuming import check_same_run, find_checkpoint, keep_arguments
+from vla_adapter_hf.training.resuming import check_same_run, find_checkpoint, keep_arguments, run_arguments
 from vla_adapter_hf.training.trainer import VLAAdapterTrainer, VLAAdapterTrainingArguments
 from vla_adapter_hf.utils.files import write_json, write_text
 from vla_adapter_hf.utils.plotting import new_figure, plot_chunks, plot_training, save_figure
@@ -69,10 +69,11 @@ def train(
     demonstrations = load_data(data_arguments, start.config, training_arguments.seed, progress)
     fields = config_overrides(model_arguments, data_arguments, start.config, demonstrations)
     report_progress(f"  {len(demonstrations.train)} samples, statistics of {', '.join(demonstrations.norm_stats)}")
+    arguments = run_arguments(model_arguments, data_arguments, training_arguments.seed)
     if resume_from is not None:
-        check_same_run(resume_from, model_arguments, data_arguments, fields)
+        check_same_run(resume_from, arguments, fields)
     if training_arguments.process_index == 0:
-        keep_arguments(model_arguments, data_arguments, output)
+        keep_arguments(arguments, output)
 
     report_progress(f"Loading {model_arguments.checkpoint}")
     model, processor = load_start(start, model_arguments, fields)
