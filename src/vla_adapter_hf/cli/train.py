@@ -69,8 +69,7 @@ def parse_arguments(
     """Command-line words, the first of which may be a YAML file of the same names.
 
     The file replaces what the preset says, and the words replace what the file says. Without an accelerator `use_cpu`
-    is
-    true: the precision and the processes that were asked for then work on the CPU too.
+    is true: the precision and the processes that were asked for then work on the CPU too.
 
     Raises:
         ValueError: for a name that does not exist, a value of the wrong type, a file that is no mapping, or processes

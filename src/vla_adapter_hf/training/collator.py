@@ -24,8 +24,7 @@ class VLAAdapterDataCollator:
 
     Frames make no JPEG round trip here. At inference it imitates how the training frames were stored.
     Frames that the dataset's `image_transform` has prepared are only normalised. Other frames are resized, and cropped
-    if the
-    model has a centre crop: a model trained without augmentation sees the same in training and at inference.
+    if the model has a centre crop: training without augmentation shows the model what it sees at inference.
 
     Args:
         processor ([`VLAAdapterProcessor`]): of the model.

@@ -15,8 +15,7 @@ def make_compute_metrics(config: VLAAdapterConfig) -> Callable[[Any], dict[str, 
 
     Returns:
         `Callable`: gives `l1_normalized` (what the loss measures), `l1_first` and `l1_rest` (mean absolute error of
-            the
-        first action of a chunk and of the others, physical units, dimensions that are not normalised left out),
+        the first action of a chunk and of the others, physical units, dimensions that are not normalised left out),
         `l1_dim_<name>` for each dimension (its number where the configuration has no `action_names`), and, where the
         last dimension is not normalised, `gripper_accuracy`: how often it is on the right side of one half. Steps past
         an episode's end do not count.

@@ -99,9 +99,9 @@ class EpochCallback(TrainerCallback):
 class VLAAdapterTrainer(Trainer):
     """A `Trainer` whose checkpoints load with `AutoModel` and `AutoProcessor`. It differs from a plain one in this:
 
-    - Every checkpoint gets the processor, the code and a model card, and with LoRA the merged model. This happens
-    before
-      older checkpoints are removed or anything is pushed: a full disk or a kill never costs the last finished one.
+    - Every checkpoint gets the processor, the code and a model card, and with LoRA the merged model. This
+      happens before older checkpoints are removed or anything is pushed: a full disk or a kill never costs the last
+      finished one.
     - `train(resume_from_checkpoint=True)` takes the last finished checkpoint, not one that was cut short.
     - The best model can be loaded at the end when a LoRA adapter is trained.
     - `early_stopping_patience` of [`VLAAdapterTrainingArguments`] stops it.
