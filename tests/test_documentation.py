@@ -39,10 +39,11 @@ PAGES = sorted(
 # What a command needs that a test does not have, by what its line holds.
 NEEDS = {
     "the Hub": r"\bVLA-Adapter/|libero-object-pro|\bme/|Stanford-ILIAD/|facebook/|Qwen/",
-    "the simulator": r"vla-adapter (eval|demonstrate|scores)\b|--policy |make (demo-loop|simulator|policy)",
+    "the simulator": r"vla-adapter (eval|calvin-check|demonstrate|scores)\b|--policy |"
+    r"make (demo-loop|simulator|policy)",
     "a checkpoint or files of the reader's": r"\bCHECKPOINT\b|\bSTART\b|path/to/|results/|outputs/trained",
     "minutes and gigabytes": r"--size full|benchmarks/|bench --serve",
-    "an installation": r"^(pip|apt-get|make|export|pre-commit)\b|for .* in |^done",
+    "an installation": r"^(pip|apt-get|git clone|make|export|pre-commit)\b|for .* in |^done",
     "another test": r"^python (-m pytest|tests/|examples/finetune\.py)",
     "a service that keeps running": r"vla-adapter serve\b",
 }

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from vla_adapter_hf.simulation.intervals import wilson_interval
 from vla_adapter_hf.simulation.results import (
     EpisodeResult,
     ResultsFile,
@@ -13,7 +14,6 @@ from vla_adapter_hf.simulation.results import (
     read_results,
     summarise,
     task_table,
-    wilson_interval,
 )
 
 

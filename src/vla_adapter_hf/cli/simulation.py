@@ -11,6 +11,8 @@ from vla_adapter_hf.cli.options import format_numbers, parse_numbers
 from vla_adapter_hf.cli.settings import Text, takes_settings
 from vla_adapter_hf.recording.demonstrate import demonstrate as record
 from vla_adapter_hf.recording.settings import RecordingSettings
+from vla_adapter_hf.simulation.calvin.check import check_calvin
+from vla_adapter_hf.simulation.calvin.install import RENDERERS
 from vla_adapter_hf.simulation.evaluate import evaluate as run_evaluation
 from vla_adapter_hf.simulation.grid import evaluate_grid
 from vla_adapter_hf.simulation.results import joined_table
@@ -25,24 +27,22 @@ def parse_episodes(text: str) -> int | list[int]:
     return int(text) if text.isdecimal() else parse_numbers(text, "--episodes")
 
 
-@takes_settings(
-    EvaluationSettings, texts={"tasks": TASKS, "episodes": Text(parse_episodes, str(EvaluationSettings.episodes))}
-)
+@takes_settings(EvaluationSettings, texts={"tasks": TASKS, "episodes": Text(parse_episodes)})
 def evaluate(
     checkpoint: Annotated[str | None, typer.Option(help="Folder or Hub id of the policy.")] = None,
     policy: Annotated[str | None, typer.Option(help="Instead of a checkpoint: embedded, oracle or noop.")] = None,
     suite: Annotated[
         str,
         typer.Option(
-            help="libero_spatial, libero_object, libero_goal, libero_10 or libero_90. With _object, _swap, _lan or "
-            "_task at its end, a perturbation of LIBERO-PRO; with _pro, all of them."
+            help="libero_spatial, libero_object, libero_goal, libero_10, libero_90 or calvin_abc_d. With _object, "
+            "_swap, _lan or _task at its end, a perturbation of LIBERO-PRO; with _pro, all of them."
         ),
     ] = "libero_object",
     output: Annotated[Path, typer.Option(help="Folder for results; an interrupted run goes on there.")] = Path("eval"),
     *,
     settings: EvaluationSettings,
 ) -> None:
-    """Run a policy in closed loop in the LIBERO simulator, by default as published. Needs the extra libero.
+    """Run a policy in closed loop in LIBERO or CALVIN, by default as published. LIBERO needs the extra libero.
 
     \b
     Examples:
@@ -85,6 +85,23 @@ def demonstrate(
         f"{output}: {summary['episodes']} episodes, {summary['rows']} rows; {summary['recorded_now']} recorded now, "
         f"{summary['failed']} failed and left out"
     )
+
+
+def calvin_check(
+    renderer: Annotated[
+        str | None, typer.Option(help="egl or cpu; by default both are tried, egl in a process of its own.")
+    ] = None,
+) -> None:
+    """Say whether CALVIN's simulator works here, what is missing and what to do.
+
+    Tries a reset, a rendering and a subtask that is solved by force. The exit status is 0 if all is there.
+
+    \b
+    Example:
+      vla-adapter calvin-check --renderer cpu
+    """
+    if not check_calvin(report=typer.echo, renderers=RENDERERS if renderer is None else (renderer,)):
+        raise typer.Exit(1)
 
 
 def scores(

@@ -35,6 +35,12 @@ class Environment(Protocol):
 
     Where an episode can ask for other objects in the scene, an environment has `movable_objects` (names, the task's
     own first), `instruction_for(name)`, and an argument `target` of `reset`.
+
+    Where an episode is several subtasks in a row, `step` returns whether the present one is solved, and `step_limit`
+    is that of a subtask. Such an environment has `next_subtask()`, called after a subtask is solved: it returns False
+    if none is left, and otherwise goes on without a reset. `outcome()` returns what the results file holds of the
+    episode, with `completed`, the number of solved subtasks. `task_instruction` is the subtask's own text, and `reset`
+    takes another text for the policy, `instruction`.
     """
 
     instruction: str

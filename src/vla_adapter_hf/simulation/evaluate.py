@@ -14,7 +14,11 @@ import numpy as np
 from vla_adapter_hf.robot.state_model import STATE_MODELS
 from vla_adapter_hf.robot.strategies import ChunkStrategy
 from vla_adapter_hf.robots import get_robot
+from vla_adapter_hf.simulation.calvin.schedules import PublishedSchedule
+from vla_adapter_hf.simulation.calvin.scores import score_sequences
+from vla_adapter_hf.simulation.calvin.suite import published_suite
 from vla_adapter_hf.simulation.environment import Suite
+from vla_adapter_hf.simulation.intervals import wilson_interval
 from vla_adapter_hf.simulation.libero.suite import LiberoSuite
 from vla_adapter_hf.simulation.policies import (
     OraclePolicy,
@@ -25,13 +29,14 @@ from vla_adapter_hf.simulation.policies import (
     make_policy,
     standing_still,
 )
-from vla_adapter_hf.simulation.results import EpisodeResult, ResultsFile, Timing, wilson_interval, write_summary
+from vla_adapter_hf.simulation.results import EpisodeResult, ResultsFile, Timing, write_summary
 from vla_adapter_hf.simulation.rollout import draw_contact_sheet, draw_rollout, write_picture, write_rollout
-from vla_adapter_hf.simulation.settings import EvaluationSettings, choose_tasks
+from vla_adapter_hf.simulation.settings import DEFAULT_EPISODES, EvaluationSettings, choose_tasks
 from vla_adapter_hf.simulation.workers import Begin, Execute, Report, WorkerPool
 from vla_adapter_hf.utils.files import atomic_path, exclusive_folder
 
 
+CALVIN = "calvin_abc_d"
 FRAMES_EVERY = 4  # steps between two frames of a film
 
 
@@ -51,8 +56,8 @@ def evaluate(
     Args:
         policy: `oracle`, `noop`, `embedded` (the checkpoint that ships with the package), a checkpoint's folder or Hub
             id, or an object of `policies.Policy`.
-        suite: a LIBERO suite's name, or an object of `environment.Suite`, which then decides placement and seed
-            itself.
+        suite: a LIBERO suite's name, `calvin_abc_d`, or an object of `environment.Suite`, which then decides
+            placement and seed itself.
         output: folder of the results.
         settings: everything else, see [`EvaluationSettings`].
         report: receives lines of progress.
@@ -68,17 +73,16 @@ def evaluate(
     """
     settings = settings or EvaluationSettings()
     if isinstance(suite, str):
-        suite = LiberoSuite(suite, placement=settings.placement, seed=settings.seed, hard_reset=settings.hard_reset)
+        suite = make_suite(suite, settings)
+    if settings.episodes is None:
+        settings = replace(settings, episodes=getattr(suite, "episodes", DEFAULT_EPISODES))
+    _chunk_strategy(suite, settings)
     if isinstance(policy, str):
         policy = load_policy(policy, suite, settings)
-    if isinstance(suite, LiberoSuite):
-        if isinstance(policy, OraclePolicy) and suite.base != "libero_object":
-            raise ValueError(f"policy='oracle' solves suite='libero_object' only, got {suite.name!r}")
-        if settings.instruction == "other" and suite.name != "libero_object":
-            raise ValueError(f"instruction='other' needs the objects of suite='libero_object', got {suite.name!r}")
-    if settings.strategy == "async-rolled" and suite.robot not in STATE_MODELS:
-        raise ValueError(
-            f"strategy='async-rolled' knows how actions move {', '.join(STATE_MODELS)}, not {suite.robot!r}"
+    _check_controls(policy, suite, settings)
+    if getattr(suite, "renderer", None) == "cpu":
+        report(
+            "renderer=cpu draws no shadows and other colours than egl: do not compare its scores with published ones"
         )
     instructions = list(suite.tasks)
     tasks = choose_tasks(settings.tasks, len(instructions))
@@ -108,6 +112,42 @@ def evaluate(
         results.sort()
         finished = [result for result in results.results if result.key in set(selected)]
         return write_summary(output, finished, instructions, described, timing)
+
+
+def make_suite(name: str, settings: EvaluationSettings) -> Suite:
+    """The suite of this name.
+
+    Raises:
+        ValueError: an unknown name, or settings that are for other suites.
+        ImportError: the simulator is missing.
+    """
+    default = EvaluationSettings()
+    if name == CALVIN:
+        for option in ("placement", "seed", "hard_reset"):
+            if getattr(settings, option) != getattr(default, option):
+                raise ValueError(f"{option}={getattr(settings, option)!r} is not for suite={name!r}")
+        return published_suite(settings.schedule, settings.renderer)
+    for option in ("schedule", "renderer"):
+        if getattr(settings, option) != getattr(default, option):
+            raise ValueError(f"{option}={getattr(settings, option)!r} is for suite={CALVIN!r} only, not {name!r}")
+    return LiberoSuite(name, placement=settings.placement, seed=settings.seed, hard_reset=settings.hard_reset)
+
+
+def _check_controls(policy: Policy | ResidentPolicy, suite: Suite, settings: EvaluationSettings) -> None:
+    is_libero = isinstance(suite, LiberoSuite)
+    if isinstance(policy, OraclePolicy) and (suite.name == CALVIN or is_libero and suite.base != "libero_object"):
+        raise ValueError(f"policy='oracle' solves suite='libero_object' only, got {suite.name!r}")
+    if settings.instruction == "other" and is_libero and suite.name != "libero_object":
+        raise ValueError(f"instruction='other' needs the objects of suite='libero_object', got {suite.name!r}")
+    if settings.strategy == "async-rolled" and suite.robot not in STATE_MODELS:
+        raise ValueError(
+            f"strategy='async-rolled' knows how actions move {', '.join(STATE_MODELS)}, not {suite.robot!r}"
+        )
+
+
+def _chunk_strategy(suite: Suite, settings: EvaluationSettings) -> ChunkStrategy | PublishedSchedule:
+    """What executes chunks: the suite's choice, where it has one."""
+    return suite.chunk_strategy(settings) if hasattr(suite, "chunk_strategy") else settings.chunk_strategy()
 
 
 def load_policy(name: str, suite: Suite, settings: EvaluationSettings) -> Policy | ResidentPolicy:
@@ -158,7 +198,7 @@ class _Slot:
     """One worker and the episode that it plays."""
 
     worker: int
-    strategy: ChunkStrategy
+    strategy: ChunkStrategy | PublishedSchedule
     hold: np.ndarray | None = None  # what is executed where no action of a chunk is left
     task: int | None = None
     episode: int = 0
@@ -198,7 +238,9 @@ class _EpisodeLoop:
         self.schedule = _Schedule(missing)
         try:
             with WorkerPool(self.suite, min(self.settings.processes, len(missing))) as self.pool:
-                self.slots = [_Slot(worker, self.settings.chunk_strategy()) for worker in range(len(self.pool))]
+                self.slots = [
+                    _Slot(worker, _chunk_strategy(self.suite, self.settings)) for worker in range(len(self.pool))
+                ]
                 with _leave_cores_to(len(self.pool)):
                     self._play_slots()
         finally:
@@ -247,6 +289,8 @@ class _EpisodeLoop:
         """One batched query for all environments that have run out of actions; then they go on."""
         requests = []
         for slot in slots:
+            if slot.report.began_subtask:
+                slot.strategy.reset()
             observation = slot.report.observation
             if self.settings.black_images:
                 observation = blackened(observation)
@@ -306,13 +350,22 @@ class _EpisodeLoop:
         if report.frames:
             shown = report.frames, slot.queries, report.steps, report.success
             write_rollout(output / "rollouts" / f"{name}.{self.settings.rollout_format}", draw_rollout(*shown))
-            write_picture(output / "rollouts" / f"{name}.png", draw_contact_sheet(*shown, report.instruction))
+            text = " → ".join(report.info.get("instructions", [report.instruction]))
+            write_picture(output / "rollouts" / f"{name}.png", draw_contact_sheet(*shown, text))
         if self.settings.save_actions and report.actions is not None:
             with atomic_path(output / "actions" / f"{name}.npy") as temporary:
                 np.save(temporary, report.actions)
 
     def _report(self, result: EpisodeResult) -> None:
         finished = self.results.results
+        if "completed" in result.info:
+            score = score_sequences([other.info["completed"] for other in finished])
+            rates = " ".join(f"{100 * rate:.1f}" for rate in score["success_rates"])
+            self.report_progress(
+                f"sequence {result.episode}: {result.info['completed']} in a row after {result.steps} steps | "
+                f"all {len(finished)}: {rates} %, average length {score['average_length']:.2f}"
+            )
+            return
         task = [other for other in finished if other.task == result.task]
         solved = sum(other.success for other in finished)
         low, high = wilson_interval(solved, len(finished))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from vla_adapter_hf.simulation.calvin.scores import PUBLISHED_SEQUENCES, score_sequences, score_table
+from vla_adapter_hf.simulation.intervals import wilson_interval
 from vla_adapter_hf.utils.files import readable_disk_errors, record_settings, write_bytes, write_json, write_text
 
 
@@ -52,25 +53,6 @@ TITLES = {
     "libero_10": "Long",
     "libero_90": "90",
 }
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson's score interval of a success rate, 95 % by default: two numbers in 0...1.
-
-    Unlike the normal approximation it stays inside 0...1 and is not empty at 0 or 100 %.
-
-    Raises:
-        ValueError: no trials, or successes outside 0...trials.
-    """
-    if trials < 1 or not 0 <= successes <= trials:
-        raise ValueError(f"successes must be in 0...trials with at least one trial, got {successes} of {trials}")
-    rate, z2 = successes / trials, z * z
-    centre = (rate + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = z * math.sqrt(rate * (1 - rate) / trials + z2 / (4 * trials * trials)) / (1 + z2 / trials)
-    # At the ends the bounds are 0 and 1 exactly; the formula leaves a rounding error there.
-    low = 0.0 if successes == 0 else centre - half
-    high = 1.0 if successes == trials else centre + half
-    return low, high
 
 
 @dataclass(frozen=True)
@@ -213,6 +195,8 @@ def summarise(results: Iterable[EpisodeResult], tasks: Sequence[str] | None = No
         name = tasks[task] if tasks is not None else part[0].task_instruction or part[0].instruction
         per_task.append({"task": task, "name": name, **_rate(part)})
     summary = {"suite": suites.pop(), **_rate(results), "tasks": per_task}
+    if all("completed" in result.info for result in results):
+        summary["sequences"] = score_sequences([result.info["completed"] for result in results])
     if len(latencies):
         summary["latency_ms"] = {
             "median": round(1000 * float(np.median(latencies)), 2),
@@ -241,7 +225,26 @@ def published_table(measured: Mapping[str, Mapping[str, Mapping[str, Any]]], com
     Args:
         measured: policy name -> suite -> a summary of `summarise`.
         compare: add the published rows.
+
+    Suites of several subtasks in a row have a table of their own below.
     """
+    sequences = {
+        policy: summary["sequences"]
+        for policy, row in measured.items()
+        for summary in row.values()
+        if "sequences" in summary
+    }
+    measured = {
+        policy: {name: summary for name, summary in row.items() if "sequences" not in summary}
+        for policy, row in measured.items()
+    }
+    measured = {policy: row for policy, row in measured.items() if row}
+    tables = [_suites_table(measured, compare)] if measured else []
+    tables += [score_table(sequences, compare)] if sequences else []
+    return "\n".join(tables)
+
+
+def _suites_table(measured: Mapping[str, Mapping[str, Mapping[str, Any]]], compare: bool) -> str:
     named = {name for row in measured.values() for name in row}
     suites = [name for name in TITLES if name in named or (compare and name in PUBLISHED_SUITES)]
     # A user's own suite has no published title: its name stands for it.
@@ -265,7 +268,7 @@ def joined_table(folders: Sequence[str | Path], name: str | None = None) -> str:
 
     Args:
         folders: outputs of `evaluate`. The published rows are added if all are runs of the published protocol: every
-            task from each of its 50 states, whole chunks.
+            task from each of its 50 states, whole chunks; for CALVIN all 1,000 sequences, as published, with `egl`.
         name: puts all into one row, where each suite has a checkpoint of its own; by default there is a row for each
             policy's name.
 
@@ -353,6 +356,26 @@ class Timing:
         return "\n".join([head, "|---|---|" + "---|" * len(parts), rates + shares + " |"]) + "\n"
 
 
+def _controls(settings: Mapping[str, Any]) -> list[str]:
+    """How the episodes of a run were played, in words; the first says how scenes are drawn."""
+    if "schedule" in settings:
+        controls = [f"schedule {settings['schedule']}, renderer {settings['renderer']}"]
+    else:
+        controls = [f"placement {settings.get('placement', 'official')}"]
+    if settings["black_images"]:
+        controls.append("black images")
+    if settings["instruction"]:
+        controls.append(f"instruction: {settings['instruction']}")
+    if settings["execute"]:
+        controls.append(f"{settings['execute']} actions of each chunk executed")
+    if settings["ensemble"] is not None:
+        controls.append(f"chunks averaged with ensemble={settings['ensemble']:g}")
+    if time := settings.get("time"):
+        limit = f", at most {time['step_limit']} steps" if time["step_limit"] else ""
+        controls.append(f"delay of {time['delay']} steps, {time['strategy']}{limit}")
+    return controls
+
+
 def write_summary(
     output: Path,
     results: Sequence[EpisodeResult],
@@ -371,23 +394,16 @@ def write_summary(
     """
     summary = summarise(results, tasks)
     suite, policy = summary["suite"], settings["policy"]
-    controls = [f"placement {settings.get('placement', 'official')}"]
-    if settings["black_images"]:
-        controls.append("black images")
-    if settings["instruction"]:
-        controls.append(f"instruction: {settings['instruction']}")
-    if settings["execute"]:
-        controls.append(f"{settings['execute']} actions of each chunk executed")
-    if settings["ensemble"] is not None:
-        controls.append(f"chunks averaged with ensemble={settings['ensemble']:g}")
-    if time := settings.get("time"):
-        limit = f", at most {time['step_limit']} steps" if time["step_limit"] else ""
-        controls.append(f"delay of {time['delay']} steps, {time['strategy']}{limit}")
-    # Published scores are compared with runs of the published protocol only: every task from each of its 50 states.
+    controls = _controls(settings)
+    # Published scores are compared with runs of the published protocol only: every task from each of its 50 states, or
+    # all of CALVIN's sequences.
+    is_sequences = suite == "calvin_abc_d"
+    published = "schedule published, renderer egl" if is_sequences else "placement official"
+    episodes = PUBLISHED_SEQUENCES if is_sequences else 50
     is_published = (
-        suite in PUBLISHED_SUITES
-        and controls == ["placement official"]
-        and {result.key for result in results} == set(product(range(len(tasks)), range(50)))
+        (suite in PUBLISHED_SUITES or is_sequences)
+        and controls == [published]
+        and {result.key for result in results} == set(product(range(len(tasks)), range(episodes)))
     )
     summary |= {"settings": dict(settings), "published_protocol": is_published}
     text = f"## {policy} on {suite}\n\n{', '.join(controls)}; {len(results)} episodes; 95 % Wilson intervals.\n\n"

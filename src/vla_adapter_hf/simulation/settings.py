@@ -9,13 +9,17 @@ from typing import Any
 from vla_adapter_hf.robot.strategies import ChunkStrategy, StrategySettings
 
 
+DEFAULT_EPISODES = 50  # per task, where a suite does not say otherwise
+
+
 @dataclass(frozen=True)
 class EvaluationSettings:
     """Settings of [`~vla_adapter_hf.simulation.evaluate.evaluate`]. The defaults are the published protocol.
 
     Args:
         tasks: task numbers, as in 3 or 0,2,5-7; by default all tasks.
-        episodes: how many episodes per task, or their numbers, as in 40-49. Episode e starts from initial state e.
+        episodes: how many episodes per task, or their numbers, as in 40-49. Episode e starts from initial state e. By
+            default 50, for CALVIN its 1,000 sequences.
         placement: libero_object only: `official`, `jitter`, `shuffle` or `both`.
         seed: seed of the placements. The simulator's own seed is 0, as published.
         hard_reset: LIBERO only: rebuild the simulation before each episode, which takes longer and gives the same.
@@ -26,9 +30,12 @@ class EvaluationSettings:
         strategy: `sync`, `async` or `async-rolled`: what the robot does during a `delay`.
         delay: control steps that the world goes on while the policy thinks; 0 stops the world, as published.
         step_limit: steps after which an episode has failed, those of delays among them; by default the suite's own.
+        schedule: calvin_abc_d only: `published`, or `open-loop` for whole chunks, which the other suites always play.
+        renderer: calvin_abc_d only: `egl`, or `cpu` for machines without a driver, whose scores are not comparable.
         black_images: a control: the policy sees black frames.
         instruction: a control: the policy gets this text instead of the task's instruction. `other` names another
             object in view, and success is then that object's, as for a text that names one in libero_object's words.
+            In calvin_abc_d `other` gives another subtask's instruction, and success stays the subtask's own.
         rollouts: episodes of each task to save as a film and a contact sheet (PNG). Episodes that an earlier call
             played are not played again for this.
         rollout_format: `gif` or `mp4`.
@@ -42,7 +49,7 @@ class EvaluationSettings:
     """
 
     tasks: Sequence[int] | None = None
-    episodes: int | Sequence[int] = 50
+    episodes: int | Sequence[int] | None = None
     placement: str = "official"
     seed: int = 0
     hard_reset: bool = False
@@ -52,6 +59,8 @@ class EvaluationSettings:
     strategy: str = "sync"
     delay: int = 0
     step_limit: int | None = None
+    schedule: str = "published"
+    renderer: str = "egl"
     black_images: bool = False
     instruction: str | None = None
     rollouts: int = 0
@@ -79,7 +88,8 @@ class EvaluationSettings:
     @property
     def episode_numbers(self) -> list[int]:
         """The episodes of each task, each once."""
-        return list(range(self.episodes)) if isinstance(self.episodes, int) else list(dict.fromkeys(self.episodes))
+        episodes = DEFAULT_EPISODES if self.episodes is None else self.episodes
+        return list(range(episodes)) if isinstance(episodes, int) else list(dict.fromkeys(episodes))
 
     def timing(self) -> dict[str, Any]:
         """What differs from the published protocol in time; runs that differ here are not merged."""

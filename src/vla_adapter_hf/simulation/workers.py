@@ -59,6 +59,7 @@ class Report:
         counts: number of `observed` and `blind` steps.
         frames: (step, frames of all cameras side by side), sent with the last report.
         actions: (steps, A) executed so far, sent with the last report.
+        began_subtask: the next one of several subtasks has begun, so what is left of the chunk is out of date.
     """
 
     observation: Observation | None = None
@@ -72,6 +73,7 @@ class Report:
     counts: dict[str, int] = field(default_factory=dict)
     frames: list[tuple[int, np.ndarray]] = field(default_factory=list)
     actions: np.ndarray | None = None
+    began_subtask: bool = False
 
 
 USERS_ERRORS = (ValueError, ImportError, OSError)
@@ -104,7 +106,7 @@ class EpisodeRunner:
     def begin(self, message: Begin) -> Report:
         """Resets to an episode; with a resident policy, plays it to its end."""
         self._message = message
-        self.steps = 0
+        self.steps = self._subtask_began = 0
         self._seconds = {"build": 0.0, "reset": 0.0, "observed": 0.0, "blind": 0.0}
         self._counts = {"observed": 0, "blind": 0}
         self._frames: list[tuple[int, np.ndarray]] = []
@@ -125,19 +127,21 @@ class EpisodeRunner:
             self._keep_frame(environment.observe())
         if message.resident is not None:
             return self._play_out(message.resident)
-        return self._report(environment.observe() if message.observe else None)
+        return self._report(self._observation())
 
     def execute(self, message: Execute) -> Report:
         """Executes actions until they run out, the task is solved or the limit is reached."""
-        limit = self._message.step_limit or self._environment.step_limit
         last = len(message.actions) - 1
         for index, action in enumerate(message.actions):
             # There is no query after the last step.
-            observe = self._message.observe and index == last and self.steps + 1 < limit
-            success = self._step(action, observe=observe)
-            if success or self.steps >= limit:
-                return self._report(None, success=success, finished=True)
-        return self._report(self._environment.observe() if self._message.observe else None)
+            observe = self._message.observe and index == last and self._steps_left() > 1
+            if self._step(action, observe=observe):
+                if not self._next_subtask():
+                    return self._report(None, success=True, finished=True)
+                return self._report(self._observation(), began_subtask=True)
+            if not self._steps_left():
+                return self._report(None, finished=True)
+        return self._report(self._observation())
 
     def close(self) -> None:
         if self._environment is not None:
@@ -146,10 +150,26 @@ class EpisodeRunner:
 
     def _play_out(self, resident: ResidentPolicy) -> Report:
         act = resident.attach(self._environment)
-        success = False
-        while not success and self.steps < (self._message.step_limit or self._environment.step_limit):
-            success = self._step(act(), observe=False)
-        return self._report(None, success=success, finished=True)
+        while self._steps_left():
+            if self._step(act(), observe=False) and not self._next_subtask():
+                return self._report(None, success=True, finished=True)
+        return self._report(None, finished=True)
+
+    def _steps_left(self) -> int:
+        """Of the task, or of the present one of several subtasks."""
+        return (self._message.step_limit or self._environment.step_limit) - (self.steps - self._subtask_began)
+
+    def _next_subtask(self) -> bool:
+        """Goes on to the next one of several subtasks; False if the episode is over."""
+        environment = self._environment
+        if not hasattr(environment, "next_subtask") or not environment.next_subtask():
+            return False
+        self._subtask_began = self.steps
+        self._instruction, self._task_instruction = environment.instruction, environment.task_instruction
+        return True
+
+    def _observation(self) -> Observation | None:
+        return self._environment.observe() if self._message.observe else None
 
     def _step(self, action: np.ndarray, observe: bool) -> bool:
         self.steps += 1
@@ -166,11 +186,19 @@ class EpisodeRunner:
         return success
 
     def _keep_frame(self, observation: Observation) -> None:
-        height = min(image.shape[0] for image in observation.images)
-        tiles = [image[:height] for image in observation.images]
+        height = max(image.shape[0] for image in observation.images)
+        tiles = [np.pad(image, ((0, height - len(image)), (0, 0), (0, 0))) for image in observation.images]
         self._frames.append((self.steps, np.concatenate(tiles, axis=1)))
 
-    def _report(self, observation: Observation | None, success: bool = False, finished: bool = False) -> Report:
+    def _report(
+        self,
+        observation: Observation | None,
+        success: bool = False,
+        finished: bool = False,
+        began_subtask: bool = False,
+    ) -> Report:
+        if finished and hasattr(self._environment, "outcome"):
+            self._info = {**self._info, **self._environment.outcome()}
         return Report(
             observation=observation,
             instruction=self._instruction,
@@ -183,6 +211,7 @@ class EpisodeRunner:
             counts=dict(self._counts),
             frames=self._frames if finished else [],
             actions=np.stack(self._actions) if finished and self._actions else None,
+            began_subtask=began_subtask,
         )
 
 
@@ -196,6 +225,9 @@ def begin_episode(environment: Environment, message: Begin, suite: Suite) -> tup
         ValueError: the text is another task's instruction, and this scene does not hold its object.
     """
     text = message.instruction
+    if hasattr(environment, "next_subtask"):
+        info = environment.reset(message.episode, instruction=text)
+        return environment.instruction, info, environment.task_instruction
     if text is None:
         info = environment.reset(message.episode)
         return environment.instruction, info, environment.instruction
