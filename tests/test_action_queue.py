@@ -117,6 +117,13 @@ def test_a_model_gets_the_frames_of_its_own_cameras(wanted, present, order):
     assert camera_order(wanted, present) == order
 
 
+def test_cameras_that_are_taken_by_their_order_are_reported(caplog):
+    camera_order(["image", "wrist_image"], ["wrist_image", "image"])
+    assert not caplog.records
+    camera_order(["wrist", "top"], ["image", "wrist_image"])
+    assert "taken by their order: image as wrist, wrist_image as top" in caplog.text
+
+
 @pytest.mark.parametrize("wanted", [["image", "hand"], ["front"], ["image", "wrist_image", "left"]])
 def test_cameras_that_the_environment_lacks_are_refused(wanted):
     with pytest.raises(ValueError, match=f"cameras are {', '.join(wanted)}; the environment has image, wrist_image"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,9 @@ from vla_adapter_hf.robots import RobotPreset, get_robot
 from vla_adapter_hf.simulation.environment import Environment, Observation
 from vla_adapter_hf.utils.devices import check_device
 from vla_adapter_hf.utils.files import visible_files
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -241,7 +245,7 @@ def camera_order(wanted: Sequence[str], present: Sequence[str]) -> list[int]:
     """For every camera of a model, the index of its frame among the environment's.
 
     Cameras are matched by name. A model that has other names for all of them takes the frames in the environment's
-    order.
+    order, with a warning.
 
     Raises:
         ValueError: only some names are known, or the numbers of cameras differ and no name is known.
@@ -249,6 +253,8 @@ def camera_order(wanted: Sequence[str], present: Sequence[str]) -> list[int]:
     if set(wanted) <= set(present):
         return [list(present).index(name) for name in wanted]
     if len(wanted) == len(present) and not set(wanted) & set(present):
+        pairs = ", ".join(f"{present[index]} as {name}" for index, name in enumerate(wanted))
+        logger.warning("No camera has the name that the checkpoint has for it; taken by their order: %s", pairs)
         return list(range(len(present)))
     raise ValueError(
         f"the checkpoint's cameras are {', '.join(wanted)}; the environment has {', '.join(present)}. Load the "
