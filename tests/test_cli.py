@@ -201,3 +201,11 @@ def test_messages_speak_of_options(message, expected):
     assert (
         in_option_words(message, ["pad_chunks", "on_bad_episode", "cameras", "state_column", "chunk_size"]) == expected
     )
+
+
+@pytest.mark.parametrize("given, expected", [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
+def test_threads_wait_passively_before_torch_is_imported_unless_the_user_says_otherwise(given, expected):
+    program = "import sys, vla_adapter_cli, os; print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", expected]

@@ -328,3 +328,12 @@ def test_the_example_arm_moves_without_a_pause_when_asynchronous():
     report = run(example.WavePolicy(seconds=0.05), arm, "wave", settings)
     assert not arm.is_connected and report.held < 20
     assert np.abs(arm.joints - start).max() > 5
+
+
+def test_a_policy_on_a_cpu_whose_threads_spin_says_what_to_set(published_pro, monkeypatch, caplog):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    LocalPolicy(published_pro, robot="libero")
+    assert not caplog.records
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    LocalPolicy(published_pro, robot="libero")
+    assert "OMP_WAIT_POLICY=passive" in caplog.text

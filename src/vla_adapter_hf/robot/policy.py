@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +12,9 @@ import numpy as np
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
 from vla_adapter_hf.robots import RobotPreset, get_robot
+
+
+logger = logging.getLogger(__name__)
 
 
 class LocalPolicy:
@@ -34,6 +39,11 @@ class LocalPolicy:
         device: str = "cpu",
         dtype: str = "float32",
     ) -> None:
+        if device == "cpu" and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
+            logger.warning(
+                "OMP_WAIT_POLICY is not passive: predictions become very slow where other programs want the cores. "
+                "Set OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=0 before the program starts."
+            )
         self.robot = None if robot is None else get_robot(robot)
         opened = open_checkpoint(checkpoint)
         self.processor, self.model = opened.load_processor(), opened.load_model(dtype, device)
