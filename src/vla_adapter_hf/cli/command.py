@@ -18,8 +18,7 @@ _EXPLAINING = ("vla_adapter_hf", "vla_adapter_cli", "transformers", "huggingface
 
 
 class Command(TyperCommand):
-    """A command whose options may be written with `-` or `_`, whose lists take several words, and whose errors are
-    lines.
+    """A command whose options take `-` or `_`, whose lists take several words, and whose errors are one line.
 
     `--cameras a b`, `--cameras a --cameras b` and `--cameras a,b` mean the same.
     """

@@ -26,8 +26,7 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """An executor whose processes end at once when the block ends with an error, or when this process is killed."""
     # A forked copy of a process that has rendered or computed on a GPU is broken.
     context = multiprocessing.get_context("spawn")
-    # Only this process holds the sender: when it is closed, here or by the kernel, every worker reads the end of the
-    # pipe.
+    # Only this process holds the sender. When it is closed, here or by the kernel, all workers read the pipe's end.
     receiver, sender = context.Pipe(duplex=False)
     with receiver, sender:
         pool = ProcessPoolExecutor(workers, context, initializer=_end_with, initargs=(receiver,))

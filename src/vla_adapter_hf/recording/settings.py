@@ -90,8 +90,7 @@ class EpisodeSettings:
 
 @dataclass(frozen=True)
 class RecordingSettings(EpisodeSettings):
-    """Settings of [`~vla_adapter_hf.recording.demonstrate.demonstrate`]: those of [`EpisodeSettings`], and how many
-    episodes.
+    """Settings of [`~vla_adapter_hf.recording.demonstrate.demonstrate`]: [`EpisodeSettings`], and how many episodes.
 
     Args:
         official: episodes per task from the official states.

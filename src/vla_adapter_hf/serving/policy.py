@@ -168,9 +168,7 @@ class ServedPolicy:
             self.predict([prepared] * size)
 
     def frames_as_seen(self, prepared: PreparedObservation) -> list[np.ndarray]:
-        """The frames that the vision towers see, uint8 `(height, width, 3)`: `pixel_values` without their
-        normalisation.
-        """
+        """The frames that the vision towers see, uint8 `(height, width, 3)`: un-normalised `pixel_values`."""
         images = self.processor.image_processor
         mean, std = (np.asarray(values[0], np.float32) for values in (images.tower_means, images.tower_stds))
         pixels = prepared.inputs["pixel_values"][0].float().numpy()  # (6 * cameras, height, width)

@@ -230,8 +230,7 @@ def check_gripper(stats: Mapping[str, Any], robot: str) -> None:
     Raises:
         ValueError: the gripper's values go below 0.
     """
-    # Which of these exist depends on the kind of normalisation; means and deviations alone say nothing about the
-    # range.
+    # Which of these exist depends on the kind of normalisation. Means and deviations say nothing about the range.
     lowest = min((float(stats[name][-1]) for name in ("min", "q01") if name in stats), default=0.0)
     if not get_robot(robot).action_mask[-1] and lowest < -0.1:
         raise ValueError(

@@ -210,9 +210,7 @@ def write_results(
 
 
 def save_trained(model: nn.Module, processor: VLAAdapterProcessor, output: Path, card: dict[str, Any]) -> None:
-    """The trained model, merged, in the output folder itself: written to a folder of its own, then moved file by
-    file.
-    """
+    """The trained, merged model in the output folder: written to a folder of its own, then moved file by file."""
     with tempfile.TemporaryDirectory(prefix=".model-", dir=output) as whole:
         model.save_pretrained(whole)
         processor.save_pretrained(whole)

@@ -59,8 +59,7 @@ def import_libero() -> Libero:
         with contextlib.redirect_stdout(io.StringIO()):
             benchmark = importlib.import_module("libero.libero.benchmark")
             environments = importlib.import_module("libero.libero.envs")
-    # Without libOSMesa, PyOpenGL fails with an AttributeError on None; without libGL, OpenCV fails with an
-    # ImportError.
+    # Without libOSMesa PyOpenGL raises an AttributeError on None, without libGL OpenCV an ImportError.
     except (ImportError, OSError, AttributeError) as error:
         raise ImportError(
             f"LIBERO is installed but cannot be imported ({type(error).__name__}: {error}). It needs system libraries "

@@ -9,8 +9,7 @@ from pathlib import Path
 BASES = ("libero_spatial", "libero_object", "libero_goal", "libero_10")
 
 PERTURBATIONS = {"object": "Object", "swap": "Position", "lan": "Semantic", "task": "Task"}
-"""Suffixes of the suites, and their names in the paper. The simulator has no files for the paper's fifth, the
-environment.
+"""Suffixes of the suites, and their names in the paper. The simulator has no files for its fifth, the environment.
 
 `object`: other colours and shapes of the same objects. `swap`: the target and another object swap positions. `lan`:
 the instruction is paraphrased. `task`: the instruction asks for something else in the same scene, and success means

@@ -205,8 +205,7 @@ class LiberoEnvironment(LiberoScene):
         return info
 
     def observe(self) -> Observation:
-        """Frames of shape (image_size, image_size, 3), third person first, and the state (8,): position, axis-angle,
-        gripper.
+        """Frames (image_size, image_size, 3), third person first, and the state (8,): position, axis-angle, gripper.
 
         Raises:
             RuntimeError: the last step was taken with `observe=False`.
