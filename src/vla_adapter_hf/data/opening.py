@@ -92,13 +92,14 @@ def open_reader(
         robot: see `Columns`.
         options: keyword arguments from `OPTIONS` of this format, and `unnorm_key` with `"dataset"`.
         fetch: which files of a LeRobot repository are fetched from the Hub now: `"all"`, `"metadata"`, or `"numbers"`.
-            The last is for statistics: all cameras are taken, and no instruction is needed.
+            The last is for statistics: all cameras are taken, and no instruction is needed. `"every camera"` is
+            `"all"` with all cameras, in any order.
 
     Raises:
         TypeError, ValueError: what the reader refuses.
     """
     columns = Columns.from_arguments(cameras, robot, options)
-    if fetch == "numbers":
+    if fetch in ("numbers", "every camera"):
         columns = replace(columns, all_cameras=True)
     if format == "lerobot":
         more = {"max_open_videos": options["max_open_videos"]} if "max_open_videos" in options else {}
@@ -121,7 +122,7 @@ def _open_lerobot(
     name = os.fspath(path).rstrip("/").rsplit("/", 1)[-1] or None
     if not is_local and fetch != "metadata":
         patterns = ["meta/**", "data/**"]
-        if fetch == "all":
+        if fetch in ("all", "every camera"):
             metadata = read_lerobot_metadata(folder, f"LeRobot dataset {name}")
             cameras = columns.find(metadata.camera_columns, metadata.number_columns, metadata.where).cameras
             patterns += [f"videos/*{camera}/*" for camera in cameras if metadata.is_video(camera)]

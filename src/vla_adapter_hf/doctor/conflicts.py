@@ -1,0 +1,92 @@
+"""Two ways to do one thing: nearly equal observations with different actions."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from vla_adapter_hf.doctor.findings import Finding
+from vla_adapter_hf.doctor.recording import FrameSample, Recording
+from vla_adapter_hf.doctor.semantics import Semantics
+
+
+LEAST_PAIRS = 30
+MOST_STEPS = 1500
+
+
+def check_conflicts(recording: Recording, sample: FrameSample, semantics: Semantics, chunk_size: int) -> list[Finding]:
+    """Compare the motion after nearly equal observations of different episodes with the same instruction.
+
+    An observation is the state and the thumbnails of all cameras, reduced to their main directions. Two are nearly
+    equal if they are as close as steps of one episode that are two apart.
+    """
+    if semantics.kind == "unknown" or len(sample.windows) < 4:
+        return []
+    gathered = _observations(recording, sample, chunk_size)
+    if gathered is None:
+        return []
+    features, motions, owners, texts, frames, near = gathered
+    square = (features**2).sum(1)
+    distance = np.sqrt(np.maximum(square[:, None] + square - 2 * features @ features.T, 0))
+    distance[(owners[:, None] == owners) | (texts[:, None] != texts)] = np.inf
+    nearest = distance.argmin(1)
+    close = distance[np.arange(len(nearest)), nearest] < near
+    size = np.linalg.norm(motions, axis=1)
+    moving = size > 0.3 * np.median(size)
+    pairs = np.flatnonzero(close & moving & moving[nearest])
+    if len(pairs) < LEAST_PAIRS:
+        return []
+    other = nearest[pairs]
+    cosine = (motions[pairs] * motions[other]).sum(1) / (size[pairs] * size[other])
+    opposite = cosine < 0.3
+    if opposite.mean() < 0.15:
+        return []
+    example = pairs[np.argmin(cosine)]
+    picture = np.concatenate([*frames[example], *frames[nearest[example]]], axis=1).clip(0, 255).astype(np.uint8)
+    numbers = sorted({recording.numbers[owners[place]] for place in pairs[opposite]})
+    return [
+        Finding(
+            "two ways to do one thing",
+            "medium",
+            {
+                "close pairs": len(pairs),
+                "with different motion": opposite.mean(),
+                "median cosine": float(np.median(cosine)),
+            },
+            "A policy trained with an L1 loss takes a middle way that nobody showed.",
+            "Show one way, or give the two ways two instructions.",
+            numbers,
+            picture.repeat(4, axis=0).repeat(4, axis=1),
+        )
+    ]
+
+
+def _observations(recording: Recording, sample: FrameSample, chunk_size: int) -> tuple | None:
+    """Features (n, F), motion of the next chunk (n, S), episode, instruction, thumbnails, and what counts as near."""
+    spread = recording.all_states.std(0)
+    live = spread > 1e-9
+    states, pictures, motions, owners, texts = [], [], [], [], []
+    ids: dict[str, int] = {}
+    for window in sample.windows:
+        values = recording.states[window.position][:, live] / spread[live]
+        count = min(len(window.thumbnails), len(values) - window.start - chunk_size)
+        if count < 2:
+            continue
+        steps = window.start + np.arange(count)
+        states.append(values[steps])
+        motions.append(values[steps + chunk_size] - values[steps])
+        pictures.append(window.thumbnails[:count])
+        owners.append(np.full(count, window.position))
+        label = recording.texts[window.position][0] if recording.texts[window.position] else ""
+        texts.append(np.full(count, ids.setdefault(label, len(ids))))
+    if len(states) < 4:
+        return None
+    arrays = [np.concatenate(part) for part in (states, pictures, motions, owners, texts)]
+    kept = np.linspace(0, len(arrays[0]) - 1, min(MOST_STEPS, len(arrays[0]))).round().astype(int)
+    states, pictures, motions, owners, texts = (array[kept] for array in arrays)
+    flat = pictures.reshape(len(pictures), -1) - pictures.reshape(len(pictures), -1).mean(0)
+    values, directions = np.linalg.eigh(flat @ flat.T)
+    components = directions[:, -8:] * np.sqrt(np.maximum(values[-8:], 0))
+    components = components / max(float(components.std(0).max()), 1e-9)
+    features = np.concatenate([states, components * np.sqrt(states.shape[1])], axis=1)
+    along = np.linalg.norm(np.diff(features, axis=0), axis=1)[owners[1:] == owners[:-1]]
+    return features, motions, owners, texts, pictures, 2.0 * float(np.median(along))

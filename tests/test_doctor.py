@@ -1,0 +1,220 @@
+"""`vla-adapter check`: every fault is named, and correct recordings are left alone."""
+
+import json
+import re
+from dataclasses import replace
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from data_fixtures import DEMOS, RLDS, copy_of
+from doctor_fixtures import FAULTS, KINDS, make_recording
+from typer.testing import CliRunner
+
+from vla_adapter_cli import app
+from vla_adapter_hf.doctor import check as doctor
+from vla_adapter_hf.doctor.check import check, check_recording
+from vla_adapter_hf.doctor.findings import Finding, Report
+from vla_adapter_hf.doctor.frames import blockiness
+from vla_adapter_hf.doctor.page import as_page
+from vla_adapter_hf.doctor.rotations import ENCODINGS, from_axis_angle, to_axis_angle
+from vla_adapter_hf.doctor.settings import CheckSettings
+
+
+QUICK = CheckSettings(windows=8)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLA_ADAPTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+
+
+@pytest.fixture
+def without_plots(monkeypatch):
+    """Plots take most of the time of a small check, and are looked at elsewhere."""
+    monkeypatch.setattr(doctor, "report_pictures", lambda *_: {})
+
+
+def needs_frames(fault):
+    return any(word in fault for word in ("camera", "frame", "upside", "mirrored", "flipped", "BGR"))
+
+
+def with_fault(fault, kind, seed):
+    """A recording with a fault; without frames where the fault is in the numbers, to be quicker."""
+    recording = FAULTS[fault][0](make_recording(kind, seed), np.random.default_rng(1000 + seed))
+    return recording if needs_frames(fault) else replace(recording, read_images=None)
+
+
+def names(report, severity=None):
+    return [finding.name for finding in report.findings if severity in (None, finding.severity)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [(fault, kinds[place % len(kinds)]) for place, (fault, (_, _, kinds)) in enumerate(FAULTS.items())],
+)
+def test_a_fault_is_named(fault, kind, without_plots):
+    report = check_recording(with_fault(fault, kind, seed=1), QUICK)
+    assert FAULTS[fault][1] in names(report)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_correct_recording_has_no_finding_of_high_severity(kind, without_plots):
+    report = check_recording(make_recording(kind, seed=1), QUICK)
+    assert names(report, "high") == []
+
+
+@pytest.mark.parametrize(
+    ("kind", "meaning", "frame"),
+    [
+        ("delta", "delta", "base"),
+        ("tool", "delta", "tool"),
+        ("velocity", "velocity", "base"),
+        ("joints", "absolute", None),
+    ],
+)
+def test_the_meaning_of_actions_is_found(kind, meaning, frame):
+    facts = check_recording(replace(make_recording(kind, seed=2), read_images=None), QUICK).facts
+    assert facts["actions"]["kind"] == meaning
+    assert facts["actions"]["steps from action to motion"] == (1 if meaning == "absolute" else 0)
+    if frame is not None:
+        assert facts["actions"]["frame"] == frame
+        assert facts["actions"]["orientation in the state"] == "axis-angle"
+
+
+def test_the_closed_end_of_the_gripper_is_read_off_the_aperture():
+    recording = replace(make_recording("delta", seed=3), read_images=None)
+    turned = [np.column_stack([part[:, :6], -part[:, 6]]) for part in recording.actions]
+    for actions, closed in ((recording.actions, 1.0), (turned, -1.0)):
+        report = check_recording(replace(recording, actions=actions), QUICK)
+        assert report.facts["gripper (action 6)"]["command that closes"] == closed
+        assert report.suggestion["action_mask"] == [True] * 6 + [False]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["none", *FAULTS])
+def test_a_fault_is_named_in_most_tries(fault, without_plots):
+    """The table in docs/check_data.md: `pytest -m slow tests/test_doctor.py -k most_tries -s`."""
+    cause, kinds = (None, KINDS) if fault == "none" else FAULTS[fault][1:]
+    tries = [(kind, seed) for kind in kinds for seed in range(-(-10 // len(kinds)))]
+    good = 0
+    for kind, seed in tries:
+        recording = make_recording(kind, seed) if fault == "none" else with_fault(fault, kind, seed)
+        report = check_recording(recording, QUICK)
+        good += cause in names(report) if cause else names(report, "high") == []
+    print(f"\n| {fault} | {good} of {len(tries)} |")
+    assert good >= 0.95 * len(tries)
+
+
+# Real recordings
+
+
+@pytest.mark.parametrize(
+    "folder", [RLDS, DEMOS / "lerobot_v21_video", DEMOS / "lerobot_v30_image"], ids=lambda path: path.name
+)
+def test_recorded_demonstrations_have_no_finding_of_high_severity(folder, tmp_path):
+    report = check(folder, tmp_path / "check", QUICK)
+    assert names(report, "high") == []
+    assert report.suggestion["robot"] == "libero"
+    assert report.suggestion["cameras"] == ["image", "wrist_image"]
+    assert report.suggestion["chunk_size"] == 8
+    assert json.loads((tmp_path / "check" / "report.json").read_text())["dataset"] == report.dataset
+
+
+def test_the_command_prints_the_report_and_writes_a_page_that_needs_no_other_file(tmp_path):
+    output = tmp_path / "check"
+    result = CliRunner().invoke(app, ["check", str(DEMOS / "lerobot_v21_video"), "--output", str(output)])
+    assert result.exit_code == 0, result.output
+    assert "kind: delta" in result.output
+    assert "vla-adapter train --checkpoint CHECKPOINT" in result.output
+    page = (output / "report.html").read_text()
+    assert "saturated action dimensions" in page
+    assert page.count("data:image/png;base64,") >= 4
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
+
+
+def test_late_actions_in_a_lerobot_folder_are_found(tmp_path):
+    """By four steps: this arm follows its command one step later, so that its actions come three steps late."""
+    folder = copy_of("lerobot_v21_video", tmp_path)
+    for path in (folder / "data").rglob("*.parquet"):
+        table = pq.read_table(path)
+        place = table.schema.get_field_index("action")
+        rows = table.column(place).to_pylist()
+        late = pa.array([rows[0]] * 4 + rows[:-4], table.schema.field(place).type)
+        pq.write_table(table.set_column(place, table.schema.field(place), late), path)
+    assert "actions are late" in names(check(folder))
+
+
+def test_gaps_in_the_timestamps_of_a_lerobot_folder_are_found(tmp_path):
+    folder = copy_of("lerobot_v21_video", tmp_path)
+    path = next((folder / "data").rglob("*000002.parquet"))
+    table = pq.read_table(path)
+    seconds = table.column("timestamp").to_numpy().copy()
+    seconds[20:] += 0.3
+    place = table.schema.get_field_index("timestamp")
+    pq.write_table(table.set_column(place, table.schema.field(place), pa.array(seconds, pa.float32())), path)
+    found = check(folder).named("steps were dropped")
+    assert found.episodes == [2]
+    assert found.evidence["steps"] == 1
+
+
+def test_a_preset_that_turns_the_gripper_the_wrong_way_is_found():
+    """A recording that closes at -1, read as LIBERO's, which closes at +1."""
+    recording = replace(make_recording("delta", seed=3), read_images=None)
+    learnt = [np.column_stack([part[:, :6], (1 + part[:, 6]) / 2]) for part in recording.actions]
+    report = check_recording(replace(recording, actions=learnt), QUICK, robot="libero")
+    assert "the gripper is the wrong way round for robot libero" in names(report, "high")
+
+
+# Parts
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_an_encoding_gives_rotation_matrices(name):
+    width, convert = ENCODINGS[name]
+    values = np.random.default_rng(0).normal(size=(50, width))
+    matrices = convert(values)
+    np.testing.assert_allclose(
+        matrices @ np.swapaxes(matrices, 1, 2), np.broadcast_to(np.eye(3), (50, 3, 3)), atol=1e-12
+    )
+    np.testing.assert_allclose(np.linalg.det(matrices), 1.0)
+
+
+def test_a_turn_survives_the_way_through_matrices():
+    turns = np.random.default_rng(0).uniform(-1, 1, (50, 3))
+    np.testing.assert_allclose(to_axis_angle(from_axis_angle(turns)), turns, atol=1e-9)
+
+
+def test_jpeg_leaves_edges_at_every_eighth_pixel():
+    from io import BytesIO
+
+    from PIL import Image
+
+    frame = np.load(DEMOS.parent / "libero_spatial_observation.npz")
+    frame = next(frame[name] for name in frame.files if frame[name].ndim == 3)
+    buffer = BytesIO()
+    Image.fromarray(frame).save(buffer, "JPEG", quality=50)
+    assert blockiness(np.asarray(Image.open(buffer))) > 1.35 > blockiness(frame[4:, 4:])
+
+
+def test_text_from_a_dataset_is_escaped_on_the_page():
+    evil = "<script>alert(1)</script>"
+    finding = Finding(evil, "low", {evil: evil}, evil, evil)
+    page = as_page(Report(evil, {evil: {evil: evil}}, [finding], {evil: evil}, evil))
+    assert "<script" not in page
+
+
+def test_settings_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match="window_frames=2 is too small; give 8 or more"):
+        CheckSettings(window_frames=2)
+    with pytest.raises(ValueError, match="fps=0 must be above 0"):
+        CheckSettings(fps=0)
+
+
+def test_a_recording_without_a_readable_episode_is_refused():
+    recording = replace(make_recording("delta", episodes=1), states=[np.zeros((0, 8))], actions=[np.zeros((0, 7))])
+    with pytest.raises(ValueError, match="no episode can be read"):
+        check_recording(recording)
