@@ -143,6 +143,9 @@ class VLAAdapterConfig(PreTrainedConfig):
         prompt_style (`str`, *optional*, defaults to `"chat"`):
             The prompt around the instruction: `"chat"` (all published checkpoints) or `"in_out"` (`In: ... Out:`).
             `None` if it is not known, as in files written before this field existed.
+        tokenizer_fingerprint (`str`, *optional*):
+            A hash of a prompt's tokens, by which the model recognises its own tokenizer. `None` if it is not known, as
+            in files written before this field existed.
         image_jpeg_round_trip (`bool`, *optional*, defaults to `True`):
             Whether camera frames are encoded as JPEG and decoded before they are resized, as the frames were that the
             published models were trained on.
@@ -186,6 +189,7 @@ class VLAAdapterConfig(PreTrainedConfig):
     state_names: list[str] | tuple[str, ...] | None = None
     fps: float | int | None = None
     prompt_style: str | None = "chat"
+    tokenizer_fingerprint: str | None = None
     image_jpeg_round_trip: bool = True
     image_center_crop: float | int | None = 0.9
     initializer_range: float | int = 0.02

@@ -13,6 +13,9 @@ from .configuration_vla_adapter import VLAAdapterConfig
 # transformers pass to every model.
 IGNORED = {"action_scale", "action_mask", "num_items_in_batch", "return_dict", "use_cache", "task_ids"}
 
+# Fields that older files do not have.
+MAY_BE_UNKNOWN = ("prompt_style", "tokenizer_fingerprint")
+
 
 def check_images(config: VLAAdapterConfig, pixel_values: torch.Tensor) -> None:
     expected = (6 * config.num_cameras, config.image_size, config.image_size)
@@ -85,7 +88,7 @@ def check_preparation(config: VLAAdapterConfig, preparation: str | list[str] | N
         differing = [
             f"{name} (inputs: {value!r}, model: {getattr(config, name)!r})"
             for name, value in prepared.items()
-            if value != getattr(config, name) and not (name == "prompt_style" and config.prompt_style is None)
+            if value != getattr(config, name) and not (name in MAY_BE_UNKNOWN and getattr(config, name) is None)
         ]
         if differing:
             raise ValueError(

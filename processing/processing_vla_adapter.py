@@ -1,5 +1,6 @@
 """Processor of VLA-Adapter: a robot's frames, instruction and state to the inputs of the model."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -168,8 +169,15 @@ class VLAAdapterProcessor(ProcessorMixin):
                 "image_jpeg_round_trip": options["do_jpeg_round_trip"],
                 "image_center_crop": options["crop_area"] if options["do_center_crop"] else None,
                 "prompt_style": self.prompt_style,
+                "tokenizer_fingerprint": self.tokenizer_fingerprint,
             }
         )
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """A hash of a prompt's tokens. Another model's tokenizer gives other tokens, and so wrong actions."""
+        tokens = self.tokenizer(PROMPTS["in_out"].format(instruction="pick up the cup"))["input_ids"]
+        return hashlib.blake2b(json.dumps(list(tokens)).encode(), digest_size=8).hexdigest()
 
     def make_prompts(self, text: str | list[str]) -> list[str]:
         """The prompts around the instructions.

@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from model_fixtures import tiny_config
+from model_fixtures import tiny_config, tiny_model
 
+from vla_adapter_hf import VLAAdapterProcessor, open_checkpoint
 from vla_adapter_hf.checkpoints.convert import convert
 from vla_adapter_hf.checkpoints.model_card import NOT_EVALUATED, fill_model_card, published_results
-from vla_adapter_hf.checkpoints.saving import verify
+from vla_adapter_hf.checkpoints.saving import verify, write_checkpoint
 
 
 # As in the authors' tables: the paper's for LIBERO, the released code's README for the Pro policy.
@@ -83,3 +84,11 @@ def test_a_model_of_any_precision_can_be_verified(pro_model, processor, tmp_path
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert verify(tmp_path, model, processor) < 0.02
+
+
+def test_a_written_checkpoint_knows_its_tokenizer(processor, tmp_path):
+    model = tiny_model()
+    processor = VLAAdapterProcessor.from_model_config(model.config, processor.tokenizer)
+    write_checkpoint(tmp_path / "written", model, processor, "", lambda line: None)
+    config = open_checkpoint(tmp_path / "written").config
+    assert config.tokenizer_fingerprint == processor.tokenizer_fingerprint

@@ -8,7 +8,10 @@ from torch.utils.data import default_collate
 from transformers import AutoModel, AutoProcessor
 
 from vla_adapter_hf import VLAAdapterDataCollator, VLAAdapterForActionPrediction, VLAAdapterProcessor
+from vla_adapter_hf.checkpoints.embedded import embedded_folder
+from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.modeling.configuration_vla_adapter import PROMPT_STYLES
+from vla_adapter_hf.modeling.inputs_vla_adapter import check_preparation
 from vla_adapter_hf.processing.processing_vla_adapter import PROMPTS
 
 
@@ -152,3 +155,20 @@ def test_model_and_processor_of_two_folders(tmp_path, processor, observation):
     assert np.isfinite(model.predict_action(**AutoProcessor.from_pretrained(tmp_path / "one")(**observation))).all()
     with pytest.raises(ValueError, match="cameras"):
         model.predict_action(**AutoProcessor.from_pretrained(tmp_path / "two")(**observation))
+
+
+def test_the_tokenizer_of_another_model_is_refused(model, processor, observation):
+    """Its tokens are all in the vocabulary, so nothing else would find it."""
+    with embedded_folder() as folder:
+        other_tokenizer = open_checkpoint(folder / "checkpoint").load_processor().tokenizer
+    config = tiny_config(tokenizer_fingerprint=processor.tokenizer_fingerprint, norm_stats=norm_stats())
+    own, others = (
+        VLAAdapterProcessor.from_model_config(config, tokenizer)
+        for tokenizer in (processor.tokenizer, other_tokenizer)
+    )
+    check_preparation(config, own.describe_preparation())
+    assert max(others(**observation)["input_ids"][0]) < config.text_config.vocab_size
+    with pytest.raises(ValueError, match="tokenizer_fingerprint .inputs: '\\w+', model: '\\w+'"):
+        check_preparation(config, others.describe_preparation())
+    config.tokenizer_fingerprint = None  # an older checkpoint
+    check_preparation(config, others.describe_preparation())

@@ -9,7 +9,7 @@ import model_fixtures
 import pytest
 import torch
 from training_fixtures import DEMOS, QUIET, command, losses, run_training, write_start
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor
 from typer.testing import CliRunner
 
 from vla_adapter_cli import app
@@ -79,6 +79,11 @@ def test_a_checkpoint_with_other_statistics_is_refused_without_the_kept_argument
         check_same_run(copied / "checkpoint-4", arguments, {**fields, "chunk_size": 2})
     with pytest.raises(ValueError, match="norm_stats was"):
         check_same_run(copied / "checkpoint-4", arguments, {**fields, "norm_stats": {}})
+
+
+def test_a_trained_checkpoint_knows_its_tokenizer(finished):
+    config, processor = AutoConfig.from_pretrained(finished), AutoProcessor.from_pretrained(finished)
+    assert config.tokenizer_fingerprint == processor.tokenizer_fingerprint
 
 
 def test_schedule_and_pictures_may_change_when_a_run_is_resumed(start, copied):

@@ -50,6 +50,7 @@ def write_checkpoint(
     """
     with atomic_path(destination) as temporary:
         report_progress("Writing")
+        model.config.tokenizer_fingerprint = processor.tokenizer_fingerprint
         model.save_pretrained(temporary)
         processor.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")

@@ -177,7 +177,9 @@ def load_start(
         attn_implementation=arguments.attn_implementation,
         ignore_mismatched_sizes=changes_sizes,
     )
-    model.config.prompt_style = before.prompt_style  # older checkpoints record it with the processor only
+    # Older checkpoints record these with the processor only.
+    model.config.prompt_style = before.prompt_style
+    model.config.tokenizer_fingerprint = before.tokenizer_fingerprint
     return model, VLAAdapterProcessor.from_model_config(model.config, before.tokenizer)
 
 
