@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from dataclasses import dataclass, field
 from functools import cache
@@ -294,6 +295,26 @@ def test_a_sequence_fits_the_environment_protocol():
         environment.reset(2)
     with pytest.raises(ValueError, match="a sequence has 5 subtasks, got 2"):
         CalvinSequence(None, ("a", "b"))
+
+
+@dataclass(frozen=True)
+class CrashingSuite(CalvinSuite):
+    """A suite whose simulator ends its process, as EGL does without a driver."""
+
+    def make(self, task: int) -> SequenceEnvironment:
+        os._exit(3)
+
+
+def test_a_renderer_that_ends_the_process_is_named(tmp_path):
+    sequences = (CalvinSequence(None, SUBTASKS),)
+    chosen = EvaluationSettings(processes=1, episodes=1)
+    with pytest.raises(
+        ChildProcessError, match="exit code 3.*vla-adapter calvin-check tries, renderer='cpu' needs none"
+    ):
+        evaluate("noop", CrashingSuite(sequences, {}), tmp_path / "egl", chosen, report=lambda line: None)
+    with pytest.raises(ChildProcessError) as error:
+        evaluate("noop", CrashingSuite(sequences, {}, renderer="cpu"), tmp_path / "cpu", chosen, report=print)
+    assert "renderer" not in str(error.value)
 
 
 class PressesOn:

@@ -243,6 +243,8 @@ class _EpisodeLoop:
                 ]
                 with _leave_cores_to(len(self.pool)):
                     self._play_slots()
+        except ChildProcessError as error:
+            raise ChildProcessError(f"{error} {getattr(self.suite, 'crash_hint', '')}".rstrip()) from error
         finally:
             self.timing.wall = time.perf_counter() - began
 

@@ -7,10 +7,12 @@ here from `calvin_env`'s own files, with the same result.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import importlib.util
 import io
 import json
+import os
 import sys
 import warnings
 from collections.abc import Iterator
@@ -108,9 +110,21 @@ def fnv1_32(text: str) -> int:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing that CALVIN prints is shown: an evaluation's output is for its results."""
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
+    """Shows nothing that CALVIN and its libraries in C print: an evaluation's output is for its results."""
+    library = ctypes.CDLL(None)
+    sys.stdout.flush()
+    library.fflush(None)
+    kept = os.dup(1)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        library.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def make_environment(renderer: str) -> Any:

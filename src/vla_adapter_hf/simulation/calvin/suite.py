@@ -190,6 +190,15 @@ class CalvinSuite:
             CalvinSimulation(self.renderer), self.sequences, self.instructions, STEP_LIMITS[self.schedule]
         )
 
+    @property
+    def crash_hint(self) -> str:
+        """What to do where the process of a simulator ended."""
+        if self.renderer != "egl":
+            return ""
+        return (
+            "renderer='egl' ends it where no driver works: vla-adapter calvin-check tries, renderer='cpu' needs none."
+        )
+
     def chunk_strategy(self, settings: EvaluationSettings) -> ChunkStrategy | PublishedSchedule:
         """What executes chunks.
 
