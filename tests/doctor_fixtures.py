@@ -134,6 +134,34 @@ def joint_episode(rng, steps, unit):
     return np.column_stack([joints * unit, aperture]), np.column_stack([target * unit, command]), hand
 
 
+def make_detour(seed, ways):
+    """A hand that goes round an obstacle, always on one side or, with two ways, on the left and on the right."""
+    rng = np.random.default_rng(seed)
+    steps, episodes = 60, 16
+    time = np.linspace(0, 1, steps + 1)
+    aside = 0.25 * np.sin(np.pi * np.clip((time - 0.35) / 0.65, 0, 1))
+    states, actions, hands = [], [], []
+    for episode in range(episodes):
+        side = -1 if ways == 2 and episode % 2 else 1
+        path = np.column_stack([0.6 * time - 0.3, side * aside, 0 * time]) + rng.normal(0, 0.004, (1, 3))
+        path += np.cumsum(rng.normal(0, 2e-4, path.shape), axis=0)
+        states.append(path[:-1])
+        actions.append(np.diff(path, axis=0))
+        hands.append(path[:-1] + 0.5)
+    scene = np.stack([smooth_texture(part) for part in rng.uniform(60, 190, (2, SIDE, SIDE, 3))])
+    cubes = np.array([[0.5, 0.5], [0.9, 0.5]])
+    return Recording(
+        name="detour",
+        states=states,
+        actions=actions,
+        texts=[["go round the cube"]] * episodes,
+        numbers=list(range(episodes)),
+        cameras=("front", "wrist"),
+        fps=FPS,
+        read_images=lambda position, step: draw(scene, hands[position][step], cubes),
+    )
+
+
 # Faults: each takes a correct recording and a generator of random numbers, and breaks one thing.
 
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_fixtures import DEMOS, RLDS, copy_of
-from doctor_fixtures import FAULTS, KINDS, make_recording
+from doctor_fixtures import FAULTS, KINDS, make_detour, make_recording
 from typer.testing import CliRunner
 
 from vla_adapter_cli import app
@@ -92,6 +92,13 @@ def test_the_closed_end_of_the_gripper_is_read_off_the_aperture():
         report = check_recording(replace(recording, actions=actions), QUICK)
         assert report.facts["gripper (action 6)"]["command that closes"] == closed
         assert report.suggestion["action_mask"] == [True] * 6 + [False]
+
+
+@pytest.mark.parametrize("ways", [1, 2])
+def test_two_ways_round_an_obstacle_are_found_and_one_way_is_not(ways, without_plots):
+    found = check_recording(make_detour(0, ways), QUICK).named("two ways to do one thing")
+    assert (found is not None) == (ways == 2)
+    assert found is None or found.picture.ndim == 3
 
 
 @pytest.mark.slow

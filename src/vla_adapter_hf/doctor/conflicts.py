@@ -9,7 +9,10 @@ from vla_adapter_hf.doctor.recording import FrameSample, Recording
 from vla_adapter_hf.doctor.semantics import Semantics
 
 
-LEAST_PAIRS = 30
+LEAST_OBSERVATIONS = 10
+LEAST_NEIGHBOURS = 3  # other episodes that pass close by
+LEAST_SHARE = 0.25  # of them that must move differently
+DIFFERENT = 0.3  # cosine between two motions below which they differ
 MOST_STEPS = 1500
 
 
@@ -28,29 +31,32 @@ def check_conflicts(recording: Recording, sample: FrameSample, semantics: Semant
     square = (features**2).sum(1)
     distance = np.sqrt(np.maximum(square[:, None] + square - 2 * features @ features.T, 0))
     distance[(owners[:, None] == owners) | (texts[:, None] != texts)] = np.inf
-    nearest = distance.argmin(1)
-    close = distance[np.arange(len(nearest)), nearest] < near
     size = np.linalg.norm(motions, axis=1)
-    moving = size > 0.3 * np.median(size)
-    pairs = np.flatnonzero(close & moving & moving[nearest])
-    if len(pairs) < LEAST_PAIRS:
+    still = size <= 0.3 * np.median(size)
+    distance[still] = np.inf
+    distance[:, still] = np.inf
+    # Of every other episode only the nearest observation counts: an episode shows one way.
+    groups = [np.flatnonzero(owners == episode) for episode in np.unique(owners)]
+    nearest = np.stack([group[distance[:, group].argmin(1)] for group in groups], axis=1)  # (n, episodes)
+    close = np.take_along_axis(distance, nearest, 1) < near
+    cosine = (motions[:, None] * motions[nearest]).sum(-1) / np.maximum(size[:, None] * size[nearest], 1e-12)
+    differs = close & (cosine < DIFFERENT)
+    several = close.sum(1) >= LEAST_NEIGHBOURS
+    split = several & (differs.sum(1) >= LEAST_SHARE * close.sum(1))
+    if split.sum() < max(LEAST_OBSERVATIONS, 0.05 * several.sum()):
         return []
-    other = nearest[pairs]
-    cosine = (motions[pairs] * motions[other]).sum(1) / (size[pairs] * size[other])
-    opposite = cosine < 0.3
-    if opposite.mean() < 0.15:
-        return []
-    example = pairs[np.argmin(cosine)]
-    picture = np.concatenate([*frames[example], *frames[nearest[example]]], axis=1).clip(0, 255).astype(np.uint8)
-    numbers = sorted({recording.numbers[owners[place]] for place in pairs[opposite]})
+    example, partner = np.unravel_index(np.where(differs & split[:, None], cosine, np.inf).argmin(), cosine.shape)
+    pair = [*frames[example], *frames[nearest[example, partner]]]
+    picture = np.concatenate(pair, axis=1).clip(0, 255).astype(np.uint8)
+    numbers = [recording.numbers[position] for position in np.unique(owners[split])]
     return [
         Finding(
             "two ways to do one thing",
             "medium",
             {
-                "close pairs": len(pairs),
-                "with different motion": opposite.mean(),
-                "median cosine": float(np.median(cosine)),
+                "observations with close ones in other episodes": int(several.sum()),
+                "of those with different motion": int(split.sum()),
+                "cosine of the pair in the picture": cosine[example, partner],
             },
             "A policy trained with an L1 loss takes a middle way that nobody showed.",
             "Show one way, or give the two ways two instructions.",

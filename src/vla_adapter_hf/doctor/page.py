@@ -107,7 +107,11 @@ def as_page(report: Report) -> str:
 
 def _finding(finding: Finding) -> str:
     episodes = f'<p class="evidence">Episodes {listed_episodes(finding)}</p>' if finding.episodes else ""
-    picture = "" if finding.picture is None else _figure(finding.picture, "An example, over what is usual")
+    picture = (
+        ""
+        if finding.picture is None
+        else _figure(finding.picture, "An example, and what is usual or nearly equal to it")
+    )
     return (
         f'<section class="finding {finding.severity}">'
         f'<h3><span class="badge">{finding.severity}</span>{html.escape(finding.name)}</h3>'

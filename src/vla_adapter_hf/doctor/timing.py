@@ -74,26 +74,29 @@ def check_dropped_steps(recording: Recording, semantics: Semantics) -> list[Find
         return []
     if semantics.frame == "tool":
         return []
-    ratios, sizes, owners = [], [], []
+    ratios, owners = [], []
     for position, states, actions in recording.episodes(8 + 2 * abs(semantics.lag)):
         moved = np.diff(states, axis=0)[:, semantics.state_dims[strong]]
         first, end = max(0, -semantics.lag), min(len(actions), len(moved) - semantics.lag)
         moved = moved[first + semantics.lag : end + semantics.lag]
         expected = actions[first:end, strong] / semantics.slopes[strong]
         size = (expected**2).sum(1)
-        ratios.append((expected * moved).sum(1) / np.maximum(size, 1e-12))
-        sizes.append(size)
-        owners.append(np.full(end - first, position))
-    ratio, size, owner = (np.concatenate(part) for part in (ratios, sizes, owners))
-    moving = size > 0.05 * np.quantile(size, 0.95)
-    if moving.sum() < 50 or np.subtract(*np.quantile(ratio[moving], [0.9, 0.1])) > 0.3:
+        ratio = (expected * moved).sum(1) / np.maximum(size, 1e-12)
+        moving = size > 0.05 * np.quantile(size, 0.95)
+        low, middle, high = np.quantile(ratio[moving], [0.1, 0.5, 0.9])
+        # Where the motion is not that of the action, a step that is twice as far means nothing.
+        if high - low < 0.3 and 0.8 < middle < 1.2:
+            ratios.append(ratio[moving])
+            owners.append(np.full(moving.sum(), position))
+    if not ratios or sum(map(len, ratios)) < 50:
         return []
+    ratio, owner = np.concatenate(ratios), np.concatenate(owners)
     # The action that belongs to the gap is gone, so the motion is that of two or three neighbours.
-    gap = moving & (ratio > 1.6) & (ratio < 4.5)
-    if gap.sum() < 0.005 * moving.sum():
+    gap = (ratio > 1.6) & (ratio < 4.5)
+    if gap.mean() < 0.005:
         return []
     numbers = [recording.numbers[position] for position in np.unique(owner[gap])]
-    return [_dropped("motion per action", int(gap.sum()), int(moving.sum()), numbers)]
+    return [_dropped("motion per action", int(gap.sum()), len(gap), numbers)]
 
 
 def idle_share(recording: Recording, grippers: list[int]) -> float:
