@@ -22,7 +22,8 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1c2530; background: #f5f6f8
 main { max-width: 62rem; margin: 0 auto; padding: 1.5rem; }
 h1 { font-size: 1.5rem; margin: 0 0 .2rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .6rem; }
 section.finding { background: #fff; border-left: 6px solid; border-radius: 4px; padding: .8rem 1rem; margin: .7rem 0; }
-.high { border-color: #c62828; } .medium { border-color: #ef8f00; } .low { border-color: #5c7fa3; }
+section.high { border-color: #c62828; } section.medium { border-color: #ef8f00; }
+section.low { border-color: #5c7fa3; }
 .finding h3 { margin: 0 0 .3rem; font-size: 1.02rem; }
 .badge { font-size: .75rem; text-transform: uppercase; letter-spacing: .05em; color: #57626e; margin-right: .5rem; }
 .evidence { color: #44505c; font-size: .88rem; } p { margin: .3rem 0; }

@@ -79,10 +79,10 @@ def _outliers(recording: Recording, grippers: list[int]) -> list[Finding]:
         beyond = np.maximum(numbers["max"] - numbers["q99"], numbers["q01"] - numbers["min"]) / width
         skipped = grippers if what == "actions" else []
         is_constant = width < 1e-4 * np.maximum(np.ptp(values, axis=0), 1e-9)
-        bad = [dim for dim in np.flatnonzero((beyond > 3) & ~is_constant) if dim not in skipped]
+        bad = [dim for dim in np.flatnonzero((beyond > 5) & ~is_constant) if dim not in skipped]
         if not bad:
             continue
-        outside = ((values > numbers["q99"] + 3 * width) | (values < numbers["q01"] - 3 * width))[:, bad].any(1)
+        outside = ((values > numbers["q99"] + 5 * width) | (values < numbers["q01"] - 5 * width))[:, bad].any(1)
         owners = np.repeat(recording.numbers, [len(actions) for actions in recording.actions])
         findings.append(
             Finding(
