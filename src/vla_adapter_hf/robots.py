@@ -160,7 +160,7 @@ class RobotPreset:
         other = "" if self.raw_state is None else f" or {self.raw_state[0]} as recorded"
         raise ValueError(
             f"state has {states.shape[-1]} values, robot {self.name!r} expects {self.state_dim}{other}; "
-            "choose another state column or another robot"
+            "choose another state column or another robot, or leave the robot out to take the values as recorded"
         )
 
     def episode_to_training(self, states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
