@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -174,3 +175,11 @@ def test_nothing_is_left_of_an_export_that_fails(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="not recognised|exist"):
         exported(checkpoint, tmp_path / "exported", precision="int8", calibrate=str(tmp_path))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("settings", "package"), [({}, "openvino"), ({"to": "onnx"}, "onnxscript")])
+def test_a_missing_engine_is_named_before_anything_is_read(settings, package, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, package, None)
+    extra = settings.get("to", "openvino")
+    with pytest.raises(ImportError, match=rf"pip install 'vla-adapter-hf\[{extra}\]', or in a clone"):
+        exported("no such checkpoint", tmp_path / "exported", **settings)

@@ -17,6 +17,7 @@ from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.modeling.inference_vla_adapter import ActionPredictionMixin
 from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterOutput
 from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
+from vla_adapter_hf.utils.extras import install_hint
 
 
 MODEL_TYPE = "vla_adapter_exported"
@@ -175,7 +176,7 @@ def import_openvino() -> Any:
     try:
         import openvino
     except ImportError as error:
-        raise ImportError("This needs OpenVINO: pip install 'vla-adapter-hf[openvino]'.") from error
+        raise ImportError(f"This needs OpenVINO: {install_hint('openvino')}.") from error
     finally:
         if was is None:
             del os.environ["CI"]
@@ -199,7 +200,7 @@ def _onnx(path: Path) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ImportError("This checkpoint needs ONNX Runtime: pip install 'vla-adapter-hf[onnx]'.") from error
+        raise ImportError(f"This checkpoint needs ONNX Runtime: {install_hint('onnx')}.") from error
     options = onnxruntime.SessionOptions()
     # Spinning threads take the processor from the robot's other programs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

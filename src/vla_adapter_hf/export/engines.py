@@ -16,6 +16,7 @@ import torch
 
 from vla_adapter_hf.checkpoints.exported import ENGINES, GRAPH_INPUTS, import_openvino
 from vla_adapter_hf.export.graph import layer_names
+from vla_adapter_hf.utils.extras import install_hint
 
 
 Arrays = list[np.ndarray]
@@ -102,11 +103,7 @@ class ONNXConverter(Converter):
     engine = "onnx"
 
     def _convert(self, program: torch.export.ExportedProgram) -> Any:
-        try:
-            import onnx  # noqa: F401 - both are needed below, and by torch.onnx
-            import onnxscript  # noqa: F401
-        except ImportError as error:
-            raise ImportError("This needs ONNX: pip install 'vla-adapter-hf[onnx]'.") from error
+        import_onnx()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             exported = torch.onnx.export(
@@ -141,6 +138,33 @@ CONVERTERS: dict[str, type[OpenVINOConverter] | type[ONNXConverter]] = {
 }
 
 
+def import_onnx() -> None:
+    """ONNX, and onnxscript, which torch.onnx needs.
+
+    Raises:
+        ImportError: saying how to install them.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"Exporting to ONNX needs {error.name}: {install_hint('onnx')}.") from error
+
+
+def check_packages(engine: str, precision: str) -> None:
+    """See that the engine's packages are there, before a model is loaded.
+
+    Raises:
+        ImportError: saying how to install them.
+    """
+    if engine == "openvino":
+        import_openvino()
+    else:
+        import_onnx()
+    if precision == "int8":
+        import_nncf()
+
+
 def import_nncf() -> Any:
     """NNCF, without the usage statistics that it sends over the network.
 
@@ -152,6 +176,6 @@ def import_nncf() -> Any:
     try:
         import nncf
     except ImportError as error:
-        raise ImportError("Eight bits need NNCF: pip install 'vla-adapter-hf[openvino]' or [onnx].") from error
+        raise ImportError(f"Eight bits need NNCF: {install_hint('openvino')}.") from error
     nncf.set_log_level(logging.ERROR)
     return nncf

@@ -17,7 +17,7 @@ from vla_adapter_hf.checkpoints.model_card import fill_model_card
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.saving import check_destination, synthetic_observation
 from vla_adapter_hf.data import load_demonstrations
-from vla_adapter_hf.export.engines import CONVERTERS, Arrays, Converter
+from vla_adapter_hf.export.engines import CONVERTERS, Arrays, Converter, check_packages
 from vla_adapter_hf.export.graph import trace
 from vla_adapter_hf.export.sensitivity import action_errors, groups_to_keep, layer_groups
 from vla_adapter_hf.utils.files import atomic_path, write_json, write_text
@@ -104,10 +104,11 @@ def export(
 
     Raises:
         ValueError: for a source that cannot be read, a destination that exists, or data that does not fit.
-        ImportError: without the engine's packages.
+        ImportError: without the engine's packages, before anything is read.
         RuntimeError: when the written graph does not predict what torch predicts; nothing is left then.
     """
     settings = settings or ExportSettings()
+    check_packages(settings.to, settings.precision)
     destination = check_destination(destination)
     options = {} if settings.robot is None else {"robot": settings.robot}
     checkpoint = open_checkpoint(source, **options)
