@@ -247,6 +247,12 @@ class TestLoop:
         run(CountingPolicy(), robot, "go", LoopSettings(fps=200, max_steps=20, limits=limits))
         assert all((limits[0] <= action).all() and (action <= limits[1]).all() for action in robot.sent)
 
+    def test_limits_of_another_size_are_refused_before_the_robot_is_connected(self):
+        robot = RecordingRobot()
+        with pytest.raises(ValueError, match="limits have 2 values, the policy's actions 3"):
+            run(CountingPolicy(), robot, "go", LoopSettings(limits=([0, 0], [1, 1])))
+        assert robot.calls == []
+
     def test_ctrl_c_brings_the_arm_to_rest_and_disconnects(self):
         robot = RecordingRobot()
 
@@ -287,6 +293,22 @@ class TestInterface:
     def test_names_choose_and_order_the_state(self):
         frames, state = RobotInterface(RecordingRobot(), ["top"], state_names=["b.pos", "a.pos"]).read()
         assert state.tolist() == [1.0, 0.0] and list(frames) == ["top"]
+
+    def test_joints_are_taken_in_the_policys_order_where_it_knows_their_names(self):
+        robot, policy = RecordingRobot(), CountingPolicy()
+        policy.state_names, policy.action_names = ["b.pos", "gripper.pos", "a.pos"], ["gripper.pos", "b.pos", "a.pos"]
+        sent = []
+        robot.send_action = lambda action: sent.append(action) or action
+        run(policy, robot, "go", LoopSettings(fps=200, max_steps=20))
+        assert policy.states[0].tolist() == [1.0, 0.5, 0.0]
+        assert sent[1] == {"gripper.pos": 0.0, "b.pos": 1.0, "a.pos": 1.0}
+
+    def test_names_of_another_robot_and_another_frame_rate_are_warned_about(self, caplog):
+        policy = CountingPolicy()
+        policy.state_names, policy.fps = ["x", "y", "z"], 20
+        run(policy, RecordingRobot(), "go", LoopSettings(fps=200, max_steps=2))
+        assert "state_names are x, y, z; the robot's are a.pos, b.pos, gripper.pos" in caplog.text
+        assert "recordings of 20 frames a second" in caplog.text
 
     def test_a_state_that_is_not_finite_is_named(self):
         robot = RecordingRobot()

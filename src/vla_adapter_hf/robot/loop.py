@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from vla_adapter_hf.robot.interface import Robot, RobotInterface
 from vla_adapter_hf.robot.state_model import StateModel
@@ -55,7 +56,8 @@ class LoopSettings:
         limits: lowest and highest action, each (A,); actions are clipped to them. None clips nothing.
 
     Raises:
-        ValueError: a number or a name out of range, or `async-rolled` without a state model.
+        ValueError: a number or a name out of range, limits of two sizes or with a lowest above its highest, or
+            `async-rolled` without a state model.
     """
 
     fps: float = 30.0
@@ -66,7 +68,7 @@ class LoopSettings:
     give_up_after: float = 10.0
     delta_actions: Sequence[bool] | None = None
     state_model: StateModel | None = None
-    limits: tuple[np.ndarray, np.ndarray] | None = None
+    limits: tuple[ArrayLike, ArrayLike] | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.fps <= 1000:
@@ -79,6 +81,10 @@ class LoopSettings:
             )
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1 or None, got {self.max_steps}")
+        if self.limits is not None:
+            low, high = (np.asarray(limit, dtype=np.float64) for limit in self.limits)
+            if low.ndim != 1 or low.shape != high.shape or not (low <= high).all():
+                raise ValueError(f"limits must be the lowest and the highest action, got {low} and {high}")
         if self.strategy.name == "async-rolled" and self.state_model is None:
             raise ValueError("strategy='async-rolled' needs state_model=: how actions move this robot's state")
 
@@ -156,7 +162,7 @@ def run(
         instruction: what the robot is to do.
         settings: how the loop runs.
         interface: which names of the robot are the model's cameras, state and action; by default the policy's cameras,
-            and all numbers in the robot's order.
+            and all numbers: in the policy's order if it knows the same names as the robot, else in the robot's.
         on_step: called after each step; returning True ends the loop.
 
     Returns:
@@ -167,8 +173,16 @@ def run(
         RuntimeError: no usable answer for `give_up_after` seconds; the cause is the policy's last error.
     """
     settings = settings or LoopSettings()
-    interface = interface or RobotInterface(robot, policy.cameras)
+    interface = interface or _make_interface(robot, policy)
     interface.check_sizes(policy.state_dim, policy.action_dim)
+    if settings.limits is not None and np.size(settings.limits[0]) != policy.action_dim:
+        raise ValueError(f"limits have {np.size(settings.limits[0])} values, the policy's actions {policy.action_dim}")
+    recorded_fps = getattr(policy, "fps", None)
+    if recorded_fps is not None and not math.isclose(settings.fps, recorded_fps, rel_tol=0.02):
+        logger.warning(
+            f"The loop runs at fps={settings.fps:g}, the policy learnt from recordings of {recorded_fps:g} frames a "
+            f"second: its movements take {recorded_fps / settings.fps:.2g} times as long"
+        )
     loop = _Loop(policy, interface, instruction, settings)
     robot.connect()
     try:
@@ -181,6 +195,22 @@ def run(
         finally:
             robot.disconnect()
     return loop.report
+
+
+def _make_interface(robot: Robot, policy: ChunkPolicy) -> RobotInterface:
+    interface = RobotInterface(robot, policy.cameras)
+    for field_name in ("state_names", "action_names"):
+        learnt, found = getattr(policy, field_name, None), getattr(interface, field_name)
+        if learnt is None or list(learnt) == found:
+            continue
+        if sorted(learnt) == sorted(found):
+            setattr(interface, field_name, list(learnt))
+        else:
+            logger.warning(
+                f"The policy's {field_name} are {', '.join(learnt)}; the robot's are {', '.join(found)}, and are "
+                "taken in this order. Give an interface= if it is wrong"
+            )
+    return interface
 
 
 class _Loop:

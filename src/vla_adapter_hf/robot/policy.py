@@ -50,6 +50,7 @@ class LocalPolicy:
         config = self.model.config
         self.unnorm_key, _ = select_norm_stats(config.norm_stats, unnorm_key)
         self.cameras, self.state_dim, self.action_dim = config.cameras, config.proprio_dim, config.action_dim
+        self.state_names, self.action_names, self.fps = config.state_names, config.action_names, config.fps
         if self.robot is not None and self.robot.action_dim != self.action_dim:
             raise ValueError(
                 f"robot={self.robot.name!r} has actions of {self.robot.action_dim} values, the checkpoint "
