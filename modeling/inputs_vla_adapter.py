@@ -85,6 +85,8 @@ def check_preparation(config: VLAAdapterConfig, preparation: str | list[str] | N
             prepared = json.loads(text)
         except (TypeError, ValueError) as error:
             raise ValueError(f"preparation must be what the processor returned, got {text!r}.") from error
+        if not isinstance(prepared, dict) or not all(hasattr(config, name) for name in prepared):
+            raise ValueError(f"preparation must be what the processor returned, got {text!r}.")
         differing = [
             f"{name} (inputs: {value!r}, model: {getattr(config, name)!r})"
             for name, value in prepared.items()

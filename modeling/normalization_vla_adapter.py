@@ -74,8 +74,9 @@ def find_out_of_range(states: np.ndarray, stats: dict[str, Any]) -> list[tuple[i
     """Dimensions of states that are far outside the range of the training data, as after a mistake of units.
 
     Far means: farther from the range than the range is wide, and farther than [`ANGLE_JUMP`]. States of held-out
-    episodes leave the range by less. Values of a wrong unit that fall into the range (metres where the model knows
-    millimetres around 0) cannot be found this way.
+    episodes leave the range by less. Far is also a value next to 0 where the range is not: below a fiftieth of the
+    nearer bound, for a range that is no wider than twice that bound (0.4 m where the model knows 200 to 600 mm).
+    Values of a wrong unit that fall into the range (metres for millimetres around 0) cannot be found.
 
     The range is minimum to maximum; without these the 1st to the 99th percentile, or three standard deviations around
     the mean.
@@ -91,6 +92,9 @@ def find_out_of_range(states: np.ndarray, stats: dict[str, Any]) -> list[tuple[i
     distance = np.maximum(low - states, states - high)  # (batch, dims)
     rows = distance.argmax(axis=0)
     is_far = distance.max(axis=0) > np.maximum(high - low, ANGLE_JUMP)
+    nearer = np.minimum(np.abs(low), np.abs(high))
+    excludes_zero = (low * high > 0) & (high - low <= 2 * nearer)
+    is_far |= excludes_zero & (np.abs(states).min(axis=0) < nearer / 50)
     return [
         (int(dim), float(states[rows[dim], dim]), float(low[dim]), float(high[dim])) for dim in np.flatnonzero(is_far)
     ]

@@ -96,6 +96,13 @@ def test_metres_in_place_of_millimetres_are_found_where_the_range_is_away_from_0
     assert not find_out_of_range(np.array([[600.0], [1800.0]]), stats)
 
 
+def test_metres_are_found_where_the_model_knows_only_large_millimetres():
+    stats = {"min": [200.0], "max": [600.0]}
+    assert [entry[0] for entry in find_out_of_range(np.array([[0.4]]), stats)] == [0]
+    assert not find_out_of_range(np.array([[190.0]]), stats)
+    assert not find_out_of_range(np.array([[0.0]]), {"min": [0.01], "max": [0.04]})  # fingers that close
+
+
 def test_a_rotation_that_jumps_from_pi_to_minus_pi_is_ordinary():
     assert not find_out_of_range(np.array([[-np.pi]]), {"min": [3.0], "max": [np.pi]})
 

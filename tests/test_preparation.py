@@ -120,10 +120,11 @@ def test_inputs_made_by_hand_are_taken(model, processor, of_model, observation):
     assert np.array_equal(model.predict_action(**by_hand), model.predict_action(**inputs))
 
 
-def test_what_no_processor_returned_is_refused(model, of_model, observation):
+@pytest.mark.parametrize("preparation", ["yes", "[1]", '{"colour": 1}'])
+def test_what_no_processor_returned_is_refused(model, of_model, observation, preparation):
     inputs = of_model(**observation)
-    inputs["preparation"] = "yes"
-    with pytest.raises(ValueError, match="preparation must be what the processor returned, got 'yes'"):
+    inputs["preparation"] = preparation
+    with pytest.raises(ValueError, match="preparation must be what the processor returned, got"):
         model.predict_action(**inputs)
 
 
