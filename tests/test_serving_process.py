@@ -92,6 +92,17 @@ def test_a_client_refuses_a_server_that_came_back_with_another_policy(embedded_p
                 ask(client, observation)
 
 
+def test_a_client_has_the_names_of_joints_and_the_frame_rate_that_the_checkpoint_has(embedded_policy, monkeypatch):
+    names = [f"joint_{index}.pos" for index in range(7)]
+    monkeypatch.setattr(embedded_policy.config, "action_names", names)
+    monkeypatch.setattr(embedded_policy.config, "fps", 20)
+    with (
+        server_thread(embedded_policy, ServeSettings()) as running,
+        PolicyClient(f"ws://127.0.0.1:{running.port}") as client,
+    ):
+        assert (client.state_names, client.action_names, client.fps) == (None, names, 20)
+
+
 class RecordedArm:
     """A robot by LeRobot's methods that always sees the recorded observation."""
 

@@ -35,7 +35,7 @@ PATH = "/v1/realtime/robot/openpi"
 FIRST_WAIT, LONGEST_WAIT = 0.05, 5.0
 MAX_REPLY_BYTES = 16_000_000
 # What must be the same after a reconnection: a robot must not go on with another policy.
-FIXED = ("cameras", "state_dim", "action_dim", "action_horizon", "robot", "unnorm_key")
+FIXED = ("cameras", "state_dim", "action_dim", "state_names", "action_names", "action_horizon", "robot", "unnorm_key")
 
 
 class PolicyError(RuntimeError):
@@ -132,6 +132,21 @@ class PolicyClient:
     def action_dim(self) -> int:
         """Size of an action."""
         return int(self.metadata["action_dim"])
+
+    @property
+    def state_names(self) -> list[str] | None:
+        """Names of the state's values in the model's order, if the checkpoint has them."""
+        return self.metadata.get("state_names")
+
+    @property
+    def action_names(self) -> list[str] | None:
+        """Names of the action's values in the model's order, if the checkpoint has them."""
+        return self.metadata.get("action_names")
+
+    @property
+    def fps(self) -> float | None:
+        """Frames a second of the recordings that the model learnt from, if the checkpoint has it."""
+        return self.metadata.get("fps")
 
     def predict(
         self,
@@ -239,8 +254,7 @@ class PolicyClient:
             raise PolicyError(
                 "changed",
                 f"the server came back with another policy: {', '.join(changed)} changed. Make a new PolicyClient if "
-                "that is "
-                "what you want.",
+                "that is what you want.",
             )
         self.metadata = metadata
 

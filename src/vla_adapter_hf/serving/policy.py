@@ -202,9 +202,16 @@ class ServedPolicy:
             "cameras": list(config.cameras),
             "image_resolution": [config.image_size, config.image_size],
             "state_dim": config.proprio_dim,
+            "state_names": _listed(config.state_names),
+            "action_names": _listed(config.action_names),
+            "fps": config.fps,
             "unnorm_key": self.rules.unnorm_key,
             "clip": self.rules.limits is not None,
         }
+
+
+def _listed(names: Sequence[str] | None) -> list[str] | None:
+    return None if names is None else list(names)
 
 
 def make_reader(config: VLAAdapterConfig, settings: ServeSettings) -> ObservationReader:
