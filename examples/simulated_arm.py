@@ -1,6 +1,6 @@
 """A six-joint arm without hardware, with LeRobot's robot methods, and the loop that moves it.
 
-    python examples/simulated_arm.py                  # a scripted policy of 150 ms, asynchronous
+    python examples/simulated_arm.py                  # a scripted policy of 150 ms, async-rolled
     python examples/simulated_arm.py --strategy sync  # the same policy; the arm stands still while it thinks
 
 The arm follows position targets with the lag of a small servo and draws itself into two cameras.
