@@ -35,7 +35,7 @@ def check(
     cameras: Cameras = None,
     full: Annotated[bool, typer.Option(help="Read more frames: the first of every episode.")] = CheckSettings.full,
     chunk_size: Annotated[
-        int | None, typer.Option(help="Actions per chunk; by default half a second.")
+        int | None, typer.Option(help="Actions per chunk; by default 0.4 seconds of them.")
     ] = CheckSettings.chunk_size,
     fps: Annotated[
         float | None, typer.Option(help="Control steps per second; by default the dataset's.")

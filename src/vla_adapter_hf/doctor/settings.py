@@ -10,7 +10,7 @@ class CheckSettings:
     """How much is read, and where a finding begins.
 
     Args:
-        chunk_size: actions per chunk; None chooses half a second, at least 4 and at most 25.
+        chunk_size: actions per chunk; None chooses 0.4 s, at least 4 and at most 25.
         fps: control steps per second; None takes the dataset's.
         windows: episodes of which a run of frames is read.
         window_frames: frames of such a run.
@@ -43,7 +43,7 @@ class CheckSettings:
             raise ValueError(f"fps={self.fps} must be above 0")
 
     def chunk_for(self, fps: float | None) -> int:
-        """The chunk length to suggest: the one given, or half a second."""
+        """The chunk length to suggest: the one given, or 0.4 s, as the published models play."""
         if self.chunk_size is not None:
             return self.chunk_size
-        return 8 if fps is None else int(min(25, max(4, round(fps / 2))))
+        return 8 if fps is None else int(min(25, max(4, round(0.4 * fps))))
