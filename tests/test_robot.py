@@ -303,11 +303,20 @@ class TestInterface:
         assert policy.states[0].tolist() == [1.0, 0.5, 0.0]
         assert sent[1] == {"gripper.pos": 0.0, "b.pos": 1.0, "a.pos": 1.0}
 
-    def test_names_of_another_robot_and_another_frame_rate_are_warned_about(self, caplog):
+    def test_names_of_another_robot_are_refused_until_an_interface_says_which_is_which(self):
+        policy, robot = CountingPolicy(), RecordingRobot()
+        policy.state_names = ["x", "y", "z"]
+        with pytest.raises(ValueError, match="state_names are x, y, z, and the robot's are a.pos, b.pos, gripper.pos"):
+            run(policy, robot, "go")
+        assert robot.calls == []
+        interface = RobotInterface(robot, ["top"], state_names=["b.pos", "a.pos", "gripper.pos"])
+        run(policy, robot, "go", LoopSettings(fps=200, max_steps=2), interface)
+        assert robot.calls == ["connect", "disconnect"]
+
+    def test_another_frame_rate_is_warned_about(self, caplog):
         policy = CountingPolicy()
-        policy.state_names, policy.fps = ["x", "y", "z"], 20
+        policy.fps = 20
         run(policy, RecordingRobot(), "go", LoopSettings(fps=200, max_steps=2))
-        assert "state_names are x, y, z; the robot's are a.pos, b.pos, gripper.pos" in caplog.text
         assert "recordings of 20 frames a second" in caplog.text
 
     def test_a_state_that_is_not_finite_is_named(self):

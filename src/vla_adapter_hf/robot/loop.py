@@ -206,9 +206,9 @@ def _make_interface(robot: Robot, policy: ChunkPolicy) -> RobotInterface:
         if sorted(learnt) == sorted(found):
             setattr(interface, field_name, list(learnt))
         else:
-            logger.warning(
-                f"The policy's {field_name} are {', '.join(learnt)}; the robot's are {', '.join(found)}, and are "
-                "taken in this order. Give an interface= if it is wrong"
+            raise ValueError(
+                f"the policy's {field_name} are {', '.join(learnt)}, and the robot's are {', '.join(found)}. Say "
+                f"which is which: interface=RobotInterface(robot, cameras, {field_name}=[...]), in the policy's order"
             )
     return interface
 
