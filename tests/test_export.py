@@ -1,6 +1,7 @@
 """Exported checkpoints: OpenVINO and ONNX Runtime predict what torch predicts."""
 
 import json
+import logging
 import shutil
 import sys
 
@@ -104,6 +105,8 @@ def test_eight_bits_stay_within_the_allowed_error(checkpoint, tmp_path, engine):
     cameras = ("observation.images.image", "observation.images.wrist_image")
     settings = {"to": engine, "precision": "int8", "calibrate": RECORDED, "cameras": cameras, "samples": 6}
     folder = exported(checkpoint, tmp_path / "exported", **settings, error_ratio=6.0)
+    # NNCF must not silence the process.
+    assert all(handler.level < logging.ERROR for handler in logging.getLogger().handlers)
     record = json.loads((folder / "export.json").read_text())
     assert record["precision"] == "int8" and 0 < record["errors"]["mean"]
     assert len(record["kept"]) < len(layer_groups(open_checkpoint(checkpoint).load_model()))

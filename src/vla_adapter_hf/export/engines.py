@@ -177,5 +177,6 @@ def import_nncf() -> Any:
         import nncf
     except ImportError as error:
         raise ImportError(f"Eight bits need NNCF: {install_hint('openvino')}.") from error
-    nncf.set_log_level(logging.ERROR)
+    # Not nncf.set_log_level, which sets the level of all handlers of the process.
+    logging.getLogger("nncf").setLevel(logging.ERROR)
     return nncf
