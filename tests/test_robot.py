@@ -368,3 +368,9 @@ def test_a_policy_on_a_cpu_whose_threads_spin_says_what_to_set(published_pro, mo
     monkeypatch.delenv("OMP_WAIT_POLICY")
     LocalPolicy(published_pro, robot="libero")
     assert "OMP_WAIT_POLICY=passive" in caplog.text
+
+
+def test_a_gripper_whose_convention_is_not_known_is_refused(published_pro):
+    with pytest.raises(ValueError, match="a gripper that is learnt as 0...1, and robots take other values"):
+        LocalPolicy(published_pro)
+    assert LocalPolicy(published_pro, robot="none").robot is None

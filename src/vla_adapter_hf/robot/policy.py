@@ -11,7 +11,7 @@ import numpy as np
 
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
-from vla_adapter_hf.robots import RobotPreset, get_robot
+from vla_adapter_hf.robots import ROBOTS, RobotPreset, get_robot
 
 
 logger = logging.getLogger(__name__)
@@ -23,12 +23,14 @@ class LocalPolicy:
     Args:
         checkpoint: folder or Hub id.
         unnorm_key: which of the checkpoint's statistics to use; may be left out when there is one set.
-        robot: preset whose convention the actions are turned into (`RobotPreset.to_environment`); None leaves them in
-            the physical units in which they were learnt, which is right where the training data was taken as recorded.
+        robot: preset whose convention the actions are turned into (`RobotPreset.to_environment`). By default actions
+            stay in the physical units in which they were learnt, which is right where the training data was taken as
+            recorded. A gripper that was not normalised needs a preset, or `"none"` to leave it as it was learnt.
         device, dtype: where and in which precision the model computes.
 
     Raises:
-        ValueError: unknown statistics or robot, or a robot with actions of another size.
+        ValueError: unknown statistics or robot, a robot with actions of another size, or a gripper whose convention is
+            not known.
     """
 
     def __init__(
@@ -44,11 +46,16 @@ class LocalPolicy:
                 "OMP_WAIT_POLICY is not passive: predictions become very slow where other programs want the cores. "
                 "Set OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=0 before the program starts."
             )
-        self.robot = None if robot is None else get_robot(robot)
+        self.robot = None if robot in (None, "none") else get_robot(robot)
         opened = open_checkpoint(checkpoint)
         self.processor, self.model = opened.load_processor(), opened.load_model(dtype, device)
         config = self.model.config
-        self.unnorm_key, _ = select_norm_stats(config.norm_stats, unnorm_key)
+        self.unnorm_key, stats = select_norm_stats(config.norm_stats, unnorm_key)
+        if robot is None and not all(stats["action"].get("mask", [True])):
+            raise ValueError(
+                f"the statistics {self.unnorm_key!r} have a gripper that is learnt as 0...1, and robots take other "
+                f"values. Give robot={' or '.join(map(repr, ROBOTS))}, or robot='none' to send it as it was learnt"
+            )
         self.cameras, self.state_dim, self.action_dim = config.cameras, config.proprio_dim, config.action_dim
         self.state_names, self.action_names, self.fps = config.state_names, config.action_names, config.fps
         if self.robot is not None and self.robot.action_dim != self.action_dim:
