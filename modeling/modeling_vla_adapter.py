@@ -297,6 +297,7 @@ class VLAAdapterForActionPrediction(ActionPredictionMixin, VLAAdapterPreTrainedM
             output_hidden_states=True,
             output_attentions=output_attentions,
             return_dict=True,
+            **self._sequence_lengths(embeddings),
         )
 
         # 3. Act: block i of the policy reads layer i. The input embeddings are not used.
@@ -327,6 +328,18 @@ class VLAAdapterForActionPrediction(ActionPredictionMixin, VLAAdapterPreTrainedM
         return {
             layer_type: MASK_MAKERS[layer_type](config=config, inputs_embeds=embeddings) for layer_type in layer_types
         }
+
+    def _sequence_lengths(self, embeddings: torch.Tensor) -> dict[str, Any]:
+        """Where the sequences of a batch begin and end, for flash kernels; nothing for others.
+
+        Without these the language model would search the positions for packed sequences in every layer. That waits
+        for the device and cannot be compiled.
+        """
+        if "flash" not in (self.language_model.config._attn_implementation or ""):
+            return {}
+        batch_size, length = embeddings.shape[:2]
+        ends = torch.arange(batch_size + 1, dtype=torch.int32, device=embeddings.device) * length
+        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": length, "max_length_k": length}
 
     def _policy_inputs(
         self, hidden_states: tuple[torch.Tensor, ...], num_patches: int, first_query: torch.Tensor

@@ -1,4 +1,4 @@
-"""Compiled prediction: the same actions, one compilation, no graph breaks, no waiting for the device."""
+"""Compiled prediction: the same actions, one compilation, no graph breaks. On a GPU: `test_gpu_inference.py`."""
 
 import copy
 import inspect
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from model_fixtures import tiny_config, tiny_inputs, tiny_model
+from model_fixtures import tiny_inputs, tiny_model
 
 
 # As between the model and the original, see test_goldens.py.
@@ -150,11 +150,3 @@ def test_a_wrong_input_is_named_compiled_or_not(model, compiled, is_compiled, fi
 def test_a_multiple_that_is_none_is_refused(model, multiple):
     with pytest.raises(ValueError, match="prompt_multiple"):
         model.compile_for_inference(prompt_multiple=multiple)
-
-
-@pytest.mark.parametrize("variant", ["pro", "original"])
-def test_forward_never_waits_for_a_value_from_the_device(variant):
-    # On the meta device there are no values: whoever asks for one gets an error.
-    model = tiny_model(tiny_config(policy_variant=variant)).to("meta")
-    inputs = {name: value.to("meta") for name, value in tiny_inputs(model.config).items()}
-    assert model(**inputs).actions.shape == (2, model.config.chunk_size, model.config.action_dim)
