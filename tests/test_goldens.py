@@ -13,11 +13,13 @@ observation of `fixtures/libero_spatial_observation.npz`:
 * `rope/cos_4`, `sin_4`, `cos_112`, `sin_112`: bfloat16 rotary tables for two head sizes, as the upper 16 bits.
 
 Tolerances: random weights amplify rounding. The same code with one thread and with two differs by 1.1e-5 in the
-actions; 3e-4 is 30 times that, 3e-5 is four times what is seen before the policy, where hidden states reach 16.
+actions; 3e-4 is 30 times that, 3e-5 is four times what is seen before the policy, where hidden states reach 16. On a
+GPU, TF32 is switched off for float32.
 """
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from devices import DEVICES, exact_float32
 from model_fixtures import FIXTURES, UNNORM_KEY
 from transformers import AutoModel, AutoProcessor, Qwen2Tokenizer
 
@@ -52,6 +55,11 @@ def goldens() -> dict[str, np.ndarray]:
         return dict(arrays)
 
 
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request) -> str:
+    return request.param
+
+
 @dataclass
 class Run:
     """A model, its inputs for the recorded observation, and the goldens of both."""
@@ -64,15 +72,23 @@ class Run:
     output: Any = None
 
     def __post_init__(self) -> None:
-        proprio = torch.tensor(self.goldens["proprio"], dtype=torch.float32)[None]
-        inputs = {name: value for name, value in self.inputs.items() if name != "state"}
-        inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        inputs = {name: self.inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
-            self.output = self.model(**inputs, proprio=proprio.to(self.model.dtype), output_hidden_states=True)
+            self.output = self.model(
+                **inputs, pixel_values=self.pixel_values, proprio=self.proprio, output_hidden_states=True
+            )
+
+    @property
+    def proprio(self) -> torch.Tensor:
+        return torch.tensor(self.goldens["proprio"], dtype=torch.float32)[None].to(self.model.device, self.model.dtype)
+
+    @property
+    def pixel_values(self) -> torch.Tensor:
+        return self.inputs["pixel_values"].to(self.model.device, self.model.dtype)
 
     @property
     def frames(self) -> torch.Tensor:
-        return self.inputs["pixel_values"].unflatten(1, (-1, 6))[0].to(self.model.dtype)
+        return self.pixel_values.unflatten(1, (-1, 6))[0]
 
     def stage(self, name: str) -> np.ndarray:
         return self.goldens[f"{self.stages}/{name}"]
@@ -86,33 +102,34 @@ class Run:
         return torch.stack(self.output.hidden_states)[:, 0, positions]
 
 
-def make_run(policy, source, overrides, stages, observation, goldens, dtype=None) -> Run:
+def make_run(policy, source, overrides, stages, observation, goldens, device, dtype=None) -> Run:
     processor = AutoProcessor.from_pretrained(source, **{k: v for k, v in overrides.items() if k == "cameras"})
-    model = AutoModel.from_pretrained(source, dtype=dtype, **overrides)
+    model = AutoModel.from_pretrained(source, dtype=dtype, **overrides).to(device)
     images = observation["images"][: model.config.num_cameras]
     return Run(policy, stages, model, processor(**{**observation, "images": images}), goldens)
 
 
 @pytest.fixture(scope="module", params=RUNS)
-def run(request, published_pro, published_original, observation, goldens) -> Run:
+def run(request, published_pro, published_original, observation, goldens, device) -> Iterator[Run]:
     checkpoint, stages, overrides = RUNS[request.param]
     source = {"pro": published_pro, "original": published_original}[checkpoint]
-    return make_run(request.param, source, overrides, stages, observation, goldens)
+    with exact_float32():
+        yield make_run(request.param, source, overrides, stages, observation, goldens, device)
 
 
 @pytest.fixture(scope="module", params=["pro_bfloat16", "original_bfloat16"])
-def bfloat16_run(request, published_pro, published_original, observation, goldens) -> Run:
+def bfloat16_run(request, published_pro, published_original, observation, goldens, device) -> Run:
     source = {"pro": published_pro, "original": published_original}[request.param.removesuffix("_bfloat16")]
-    return make_run(request.param, source, {}, "bfloat16", observation, goldens, torch.bfloat16)
+    return make_run(request.param, source, {}, "bfloat16", observation, goldens, device, torch.bfloat16)
 
 
 def assert_close(actual: torch.Tensor | np.ndarray, expected: np.ndarray, tolerance: float) -> None:
-    actual = actual.detach().float().numpy() if isinstance(actual, torch.Tensor) else actual
+    actual = actual.detach().float().cpu().numpy() if isinstance(actual, torch.Tensor) else actual
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
 def relative_error(actual: torch.Tensor, expected: np.ndarray) -> float:
-    return np.linalg.norm(actual.detach().float().numpy() - expected) / np.linalg.norm(expected)
+    return np.linalg.norm(actual.detach().float().cpu().numpy() - expected) / np.linalg.norm(expected)
 
 
 class TestFloat32:
@@ -134,12 +151,13 @@ class TestFloat32:
         assert_close(features[:, ::32], run.stage("fused_featurizer"), STAGE_TOLERANCE)
 
     def test_projected_patches_of_all_cameras(self, run):
-        patches = run.model.get_image_features(run.inputs["pixel_values"]).pooler_output
+        patches = run.model.get_image_features(run.pixel_values).pooler_output
         assert_close(patches[0, ::32], run.stage("projector"), STAGE_TOLERANCE)
 
     def test_the_language_model_reads_prompt_patches_and_queries_in_this_order(self, run):
-        patches = run.model.get_image_features(run.inputs["pixel_values"]).pooler_output
-        embeddings, _ = run.model.embed_inputs(run.inputs["input_ids"], run.inputs["attention_mask"], patches)
+        patches = run.model.get_image_features(run.pixel_values).pooler_output
+        prompt = [run.inputs[name].to(run.model.device) for name in ("input_ids", "attention_mask")]
+        embeddings, _ = run.model.embed_inputs(*prompt, patches)
         # The last row of the golden is the original's useless token behind the queries.
         rows = [row for row in run.stage("inputs_embeds_rows") if row < embeddings.shape[1]]
         assert_close(embeddings[0, rows], run.stage("inputs_embeds")[: len(rows)], STAGE_TOLERANCE)
@@ -149,8 +167,7 @@ class TestFloat32:
         assert_close(run.hidden_states()[layer], run.stage("hidden_states")[layer], STAGE_TOLERANCE)
 
     def test_the_proprio_token(self, run):
-        proprio = torch.tensor(run.goldens["proprio"], dtype=torch.float32)[None]
-        assert_close(run.model.proprio_projector(proprio)[0, 0], run.stage("proprio_token"), STAGE_TOLERANCE)
+        assert_close(run.model.proprio_projector(run.proprio)[0, 0], run.stage("proprio_token"), STAGE_TOLERANCE)
 
     @pytest.mark.parametrize("block", [0, 1, 6, 12, 18, 24])
     def test_policy_blocks(self, run, block):
@@ -176,7 +193,7 @@ class TestBfloat16:
         assert relative_error(features[:, ::32], run.stage("featurizer")) < 0.02
         features = run.model.siglip(run.frames[:, 3:]).last_hidden_state
         assert relative_error(features[:, ::32], run.stage("fused_featurizer")) < 0.02
-        patches = run.model.get_image_features(run.inputs["pixel_values"].to(torch.bfloat16)).pooler_output
+        patches = run.model.get_image_features(run.pixel_values).pooler_output
         assert relative_error(patches[0, ::32], run.stage("projector")) < 0.02
 
     def test_hidden_states(self, bfloat16_run):
