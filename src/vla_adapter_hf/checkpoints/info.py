@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vla_adapter_hf.checkpoints.lerobot.checkpoint import LeRobotCheckpoint
 from vla_adapter_hf.checkpoints.model_card import describe, parameter_summary
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.own import OwnCheckpoint
@@ -17,7 +18,7 @@ def checkpoint_info(
     step: str | int | None = None,
     revision: str | None = None,
 ) -> dict[str, str]:
-    """Short texts about a checkpoint in either layout, by name.
+    """Short texts about a checkpoint in any layout, by name.
 
     The sizes and headers of the weights' files are checked.
 
@@ -39,6 +40,7 @@ def checkpoint_info(
     ]
     layouts = {
         OwnCheckpoint.layout: "vla-adapter-hf",
+        LeRobotCheckpoint.layout: "LeRobot's (`vla-adapter from-lerobot` writes it in transformers' own)",
         PublishedCheckpoint.layout: "published (`vla-adapter convert` writes it in transformers' own)",
     }
     return {

@@ -8,6 +8,7 @@ from typing import Any
 from vla_adapter_hf.checkpoints.checkpoint import Checkpoint
 from vla_adapter_hf.checkpoints.exported import ExportedCheckpoint
 from vla_adapter_hf.checkpoints.files import read_json
+from vla_adapter_hf.checkpoints.lerobot.checkpoint import LeRobotCheckpoint, is_lerobot
 from vla_adapter_hf.checkpoints.own import OwnCheckpoint
 from vla_adapter_hf.checkpoints.published.checkpoint import PublishedCheckpoint
 from vla_adapter_hf.checkpoints.published.files import MODEL_TYPE
@@ -34,11 +35,11 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Read the configuration of a checkpoint, and give access to its processor and weights of the same revision.
 
-    The layout follows from `model_type` in `config.json`. No code of the repository is run. Of a repository on the
-    Hub, only small files and the headers of large ones are fetched here.
+    The layout follows from `model_type` in `config.json`, or from LeRobot's `type`. No code of the repository is run.
+    Of a repository on the Hub, only small files and the headers of large ones are fetched here.
 
     Args:
-        source (`str` or `Path`): a folder or a Hub id, in our layout or in the published one.
+        source (`str` or `Path`): a folder or a Hub id, in our layout, in the published one or in LeRobot's.
         robot (`str` or [`RobotPreset`], *optional*): for the published layout, the preset that supplies what the
             weights do not show; LIBERO by default.
         step (`str` or `int`, *optional*): for the published layout, which of several saved steps to take.
@@ -62,12 +63,14 @@ def open_checkpoint(
     return layout_of(stored, files.source).open(files, stored, options)
 
 
-def layout_of(stored: dict[str, Any], source: str) -> type[OwnCheckpoint] | type[PublishedCheckpoint]:
+def layout_of(stored: dict[str, Any], source: str) -> type[Checkpoint]:
     """The class for checkpoints with this `config.json`.
 
     Raises:
         ValueError: when it is not a VLA-Adapter.
     """
+    if is_lerobot(stored):
+        return LeRobotCheckpoint
     model_type = stored.get("model_type")
     if not isinstance(model_type, str) or model_type not in LAYOUTS:
         raise ValueError(f"{source} has model_type {model_type!r}; it is not a VLA-Adapter.")

@@ -1,4 +1,4 @@
-"""`vla-adapter info`, `convert` and `init`."""
+"""`vla-adapter info`, `convert`, `to-lerobot`, `from-lerobot` and `init`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from vla_adapter_hf.checkpoints.convert import convert as convert_checkpoint
 from vla_adapter_hf.checkpoints.info import checkpoint_info
+from vla_adapter_hf.checkpoints.lerobot import convert as lerobot_conversion
 from vla_adapter_hf.cli.command import split_names
 from vla_adapter_hf.cli.options import Cameras, Robot, Step, parse_dtype
 from vla_adapter_hf.init.pretrained import PretrainedParts
@@ -39,6 +40,41 @@ def convert(
       vla-adapter convert VLA-Adapter/LIBERO-Object-Pro libero-object --dtype bfloat16
     """
     convert_checkpoint(source, destination, robot, step, parse_dtype(dtype), push_to_hub, report_progress=typer.echo)
+
+
+def to_lerobot(
+    source: str,
+    destination: Path,
+    robot: Annotated[
+        str | None,
+        typer.Option(
+            help="Robot preset whose gripper convention the robot takes, e.g. libero; none sends actions as they were "
+            "learnt."
+        ),
+    ] = None,
+    unnorm_key: Annotated[
+        str | None, typer.Option(help="Which of the checkpoint's statistics to use, where it has several.")
+    ] = None,
+) -> None:
+    """Rewrite a checkpoint as a policy of LeRobot, for --policy.path of its commands. The weights stay the same.
+
+    LeRobot finds the policy through the plugin lerobot_policy_vla_adapter.
+
+    \b
+    Example:
+      vla-adapter to-lerobot pick-and-place pick-and-place-lerobot
+    """
+    lerobot_conversion.to_lerobot(source, destination, robot, unnorm_key, report_progress=typer.echo)
+
+
+def from_lerobot(source: str, destination: Path) -> None:
+    """Rewrite a policy that LeRobot trained as a transformers model. The weights stay the same.
+
+    \b
+    Example:
+      vla-adapter from-lerobot outputs/train/run/checkpoints/last/pretrained_model pick-and-place
+    """
+    lerobot_conversion.from_lerobot(source, destination, report_progress=typer.echo)
 
 
 def init(
