@@ -1,0 +1,233 @@
+"""The policy: our model behind LeRobot's methods."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import torch
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.utils.constants import ACTION
+from torch import Tensor, nn
+
+from vla_adapter_hf.checkpoints.lerobot.checkpoint import LeRobotCheckpoint
+from vla_adapter_hf.checkpoints.lerobot.layout import POLICY_TYPE
+from vla_adapter_hf.checkpoints.model_card import fill_model_card
+from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction
+from vla_adapter_hf.training.presets import ADAPTER_NAME, merged_state_dict
+from vla_adapter_hf.utils.files import write_text
+
+from .configuration_vla_adapter import VLAAdapterConfig
+from .processor_vla_adapter import MODEL_INPUT
+from .starting import load_for_training, stored_config
+
+
+class VLAAdapterPolicy(PreTrainedPolicy):
+    """VLA-Adapter as a policy of LeRobot.
+
+    Batches are those of the policy's own preprocessor. Actions are in physical units; the postprocessor turns them
+    into the robot's convention.
+
+    Args:
+        config ([`VLAAdapterConfig`]): with the model's own configuration, as a checkpoint has it.
+        model (`nn.Module`, *optional*): the loaded model; with random weights by default.
+        dataset_stats, dataset_meta: accepted and not used; see [`from_pretrained`].
+
+    Raises:
+        ValueError: when the configuration has no model, or features that do not fit it.
+    """
+
+    config_class = VLAAdapterConfig
+    name = POLICY_TYPE
+
+    def __init__(
+        self,
+        config: VLAAdapterConfig,
+        dataset_stats: Any = None,
+        dataset_meta: Any = None,
+        model: nn.Module | None = None,
+    ) -> None:
+        super().__init__(config)
+        self.model = VLAAdapterForActionPrediction(config.model_config()) if model is None else model
+        if not config.input_features:
+            config.use_features_of_model()
+        config.validate_features()
+        self.reset()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_name_or_path: str | Path,
+        *,
+        config: PreTrainedConfig | None = None,
+        revision: str | None = None,
+        dataset_stats: Any = None,
+        dataset_meta: Any = None,
+        **options: Any,
+    ) -> VLAAdapterPolicy:
+        """A policy from a checkpoint of our own layout, a published one, or one that LeRobot wrote.
+
+        With `dataset_meta`, as `lerobot-train` gives it, the model gets the dataset's cameras, sizes and exact
+        statistics, and what `config.preset` says trains. `config.pretrained_path` is cleared then: LeRobot takes it
+        for a folder with processors, which belong to the former statistics.
+
+        Args:
+            pretrained_name_or_path: folder or Hub id.
+            config ([`VLAAdapterConfig`]): of the policy; by default that of the checkpoint, which LeRobot wrote then.
+            revision: on the Hub.
+            dataset_stats: not used; they are averages over episodes.
+            dataset_meta (`LeRobotDatasetMetadata`): of the dataset to train on.
+            options: as in `PreTrainedConfig.from_pretrained`; `token`, `cache_dir`, `local_files_only` and
+                `force_download` are used.
+
+        Raises:
+            ValueError: when checkpoint, dataset and options do not fit together.
+        """
+        source = str(pretrained_name_or_path)
+        hub = {name: value for name, value in options.items() if name != "strict"}
+        if config is None:
+            config = PreTrainedConfig.from_pretrained(source, revision=revision, **hub)
+        if dataset_meta is not None:
+            model, processor = load_for_training(source, config, dataset_meta, revision)
+            config.pretrained_path = config.pretrained_revision = None
+        else:
+            known = {name: hub[name] for name in ("token", "cache_dir", "local_files_only") if hub.get(name)}
+            start = config.open_start(source, revision, **known)
+            processor = start.load_processor()
+            model = start.load_model(config.dtype)
+            config.model = stored_config(model)
+            if not isinstance(start, LeRobotCheckpoint):
+                # LeRobot looks for processors there and finds none: it builds them from the configuration.
+                config.base_checkpoint, config.base_revision = source, start.commit
+                config.pretrained_path = config.pretrained_revision = None
+                config.use_features_of_model()
+        config._loaded_processor = processor
+        return cls(config, model=model).to(config.device).eval()
+
+    @property
+    def network(self) -> VLAAdapterForActionPrediction:
+        """The model without the wrapper of LoRA."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def _save_pretrained(self, save_directory: Path, state_dict: dict[str, Tensor] | None = None) -> None:
+        """Write weights under the names of our own layout; with LoRA the merged ones, and the adapter next to them."""
+        self.config._save_pretrained(save_directory)
+        has_adapter = self.network is not self.model
+        if state_dict is not None:
+            if has_adapter:
+                raise ValueError("preset=lora does not go with FSDP: no process has the merged weights; use full.")
+            state_dict = {name.removeprefix("model."): tensor for name, tensor in state_dict.items()}
+        elif has_adapter:
+            state_dict = merged_state_dict(self.model)
+            self.model.save_pretrained(save_directory, selected_adapters=[ADAPTER_NAME])
+        with tempfile.TemporaryDirectory(dir=save_directory, prefix=".weights-") as folder:
+            self.network.save_pretrained(folder, state_dict=state_dict)
+            for path in Path(folder).glob("model*.safetensors*"):
+                path.replace(save_directory / path.name)
+        # After PEFT, which writes a card that describes an adapter alone.
+        summary = f"Trained with LeRobot, preset `{self.config.preset}`, {self.config.trained_batches} batches."
+        base = [self.config.base_checkpoint] if self.config.base_checkpoint else []
+        card = fill_model_card(self.network.config, "VLA-Adapter", summary, base_model=base)
+        write_text(save_directory / "README.md", card)
+
+    def get_optim_params(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def wrap_with_peft(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the policy has its own LoRA.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("--peft wraps the whole policy, which cannot be merged; use --policy.preset=lora.")
+
+    def reset(self) -> None:
+        """Forget the chunk. LeRobot calls it at the beginning of every episode."""
+        self._queue: deque[Tensor] = deque()
+
+    def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict | None]:
+        """The loss of a batch: mean absolute error in normalised space. Steps past an episode's end do not count.
+
+        Raises:
+            ValueError: for losses per sample.
+        """
+        if reduction != "mean":
+            raise ValueError(f"the loss is a mean over the batch; reduction={reduction!r} (sample weights) is not.")
+        inputs = _model_inputs(batch)
+        loss = self.model(**inputs, actions=batch[ACTION], return_dict=True).loss
+        if self.training and torch.is_grad_enabled():
+            self.config.trained_batches += 1
+        return loss, None
+
+    def supports_rtc(self) -> bool:
+        """True: [`predict_action_chunk`] continues the chunk that is being executed."""
+        return True
+
+    @torch.no_grad()
+    def predict_action_chunk(
+        self,
+        batch: dict[str, Any],
+        inference_delay: int | None = None,
+        prev_chunk_left_over: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """A chunk of actions in physical units, float32 `(batch, chunk, values)`.
+
+        Args:
+            batch: from the preprocessor.
+            inference_delay: control steps that LeRobot expects to pass before the chunk is there. Their actions are
+                dropped then, so they are left as they were.
+            prev_chunk_left_over: actions `(steps, values)` of the chunk before that were not executed when the
+                observation was taken, in physical units; LeRobot fills them up with zeros. Actions about which both
+                chunks say something are blended.
+            kwargs: not used.
+        """
+        inputs = _model_inputs(batch)
+        actions = self.network.predict_action(**inputs, unnorm_key=self.config.unnorm_key)
+        chunk = torch.from_numpy(actions).to(self.network.device, torch.float32)
+        if prev_chunk_left_over is None:
+            return chunk
+        return blend_chunks(chunk, prev_chunk_left_over.to(chunk), inference_delay or 0, self.config.blend)
+
+    @torch.no_grad()
+    def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
+        """The next action `(batch, values)`. The model is asked when the actions of the last chunk are used up."""
+        if not self._queue:
+            chunk = self.predict_action_chunk(batch)
+            self._queue.extend(chunk.transpose(0, 1)[: self.config.n_action_steps])
+        return self._queue.popleft()
+
+
+def blend_chunks(chunk: Tensor, left_over: Tensor, delay: int, share: float) -> Tensor:
+    """A chunk that continues the one before.
+
+    Args:
+        chunk: the new one, `(batch, steps, values)`; its first action belongs to the step of the observation.
+        left_over: actions of the one before from that step on, `(steps, values)`; rows of zeros at its end are
+            LeRobot's filling.
+        delay: steps that go by until the chunk is there: the actions before are executed meanwhile.
+        share: of the new chunk after that, where both say something.
+    """
+    said = left_over.any(dim=-1).nonzero()
+    count = min(int(said[-1]) + 1 if len(said) else 0, chunk.shape[1])
+    weights = torch.full((count, 1), share, device=chunk.device, dtype=chunk.dtype)
+    weights[:delay] = 0
+    blended = chunk.clone()
+    blended[:, :count] = weights * chunk[:, :count] + (1 - weights) * left_over[:count]
+    return blended
+
+
+def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:
+    inputs = {name.removeprefix(MODEL_INPUT): batch[name] for name in batch if name.startswith(MODEL_INPUT)}
+    if not inputs:
+        raise ValueError(
+            "the batch has no inputs of the model; it must come from the policy's own preprocessor, see "
+            "make_vla_adapter_pre_post_processors."
+        )
+    return inputs
+
+
+__all__ = ["VLAAdapterPolicy"]

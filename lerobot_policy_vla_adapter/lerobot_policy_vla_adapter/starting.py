@@ -1,0 +1,141 @@
+"""From a checkpoint and a LeRobot dataset to a model that is ready to be trained, as `vla-adapter train` does it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vla_adapter_hf.checkpoints.checkpoint import Checkpoint
+from vla_adapter_hf.checkpoints.lerobot.checkpoint import LeRobotCheckpoint
+from vla_adapter_hf.checkpoints.published.checkpoint import PublishedCheckpoint
+from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction
+from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
+from vla_adapter_hf.training.arguments import DataArguments, ModelArguments
+from vla_adapter_hf.training.demonstrations import load_data
+from vla_adapter_hf.training.presets import ADAPTER_NAME, apply_preset
+from vla_adapter_hf.training.train import config_overrides, load_start
+
+from .configuration_vla_adapter import VLAAdapterConfig
+
+
+def load_for_training(
+    source: str, config: VLAAdapterConfig, dataset_meta: Any, revision: str | None = None
+) -> tuple[nn.Module, VLAAdapterProcessor]:
+    """The model with the dataset's sizes, cameras and statistics, and the preset applied.
+
+    A checkpoint that LeRobot wrote while it trained on the same dataset is gone on with: with LoRA, the adapter is
+    loaded, and the frozen weights come from where that training began. `config` gets the model's configuration and
+    the origin of the weights.
+
+    Args:
+        source: folder or Hub id of the checkpoint.
+        config ([`VLAAdapterConfig`]): of the policy; is changed.
+        dataset_meta (`LeRobotDatasetMetadata`): of the dataset.
+        revision: of the checkpoint on the Hub.
+
+    Returns:
+        the model, for LoRA a `PeftModel` around it, and its processor.
+
+    Raises:
+        ValueError: when checkpoint, dataset and options do not fit together, before weights are loaded.
+    """
+    start = config.open_start(source, revision)
+    model_arguments, data_arguments = arguments_of(source, config, start, dataset_meta)
+    demonstrations = load_data(data_arguments, start.config, config.augmentation_seed)
+    demonstrations.norm_stats = {dataset_name(dataset_meta): entry for entry in demonstrations.norm_stats.values()}
+    fields = json.loads(json.dumps(config_overrides(model_arguments, data_arguments, start.config, demonstrations)))
+    goes_on = isinstance(start, LeRobotCheckpoint) and goes_on_with(start, config, fields)
+    if not goes_on:
+        config.base_checkpoint, config.base_revision, config.trained_batches = source, start.commit, 0
+    adapter = None
+    if goes_on and config.preset == "lora":
+        adapter = adapter_folder(start)
+        start = config.open_start(str(config.base_checkpoint), config.base_revision)
+    model_arguments.checkpoint = start.source
+    model_arguments.start_robot = config.start_robot if isinstance(start, PublishedCheckpoint) else None
+    model, processor = load_start(start, model_arguments, fields)
+    config.model = stored_config(model)
+    config.use_features_of_model()
+    trained = apply_preset(model, config.preset, config.lora_rank)
+    if adapter is not None:
+        trained.load_adapter(str(adapter), ADAPTER_NAME, is_trainable=True)
+    return trained, processor
+
+
+def arguments_of(
+    source: str, config: VLAAdapterConfig, start: Checkpoint, dataset_meta: Any
+) -> tuple[ModelArguments, DataArguments]:
+    """The arguments of `vla-adapter train` that the policy's options stand for."""
+    robot = None if config.robot == "none" else config.robot
+    cameras = config.cameras
+    if cameras is None and robot is None:
+        cameras = list(start.config.cameras)
+    model = ModelArguments(
+        checkpoint=source,
+        preset=config.preset,
+        lora_rank=config.lora_rank,
+        norm_type=config.norm_type,
+    )
+    data = DataArguments(
+        dataset=[str(dataset_meta.root)],
+        format="lerobot",
+        robot=robot,
+        cameras=cameras,
+        chunk_size=config.chunk_size,
+        # LeRobot pads the chunks at an episode's end, and cuts them from consecutive rows.
+        pad_chunks=True,
+        chunk_column="none",
+        augment=config.augment,
+        jpeg_round_trip=config.jpeg_round_trip,
+    )
+    return model, data
+
+
+def dataset_name(dataset_meta: Any) -> str:
+    """The key of the dataset's statistics. The folder may be named after a commit."""
+    return str(dataset_meta.repo_id).rsplit("/", 1)[-1]
+
+
+def goes_on_with(start: LeRobotCheckpoint, config: VLAAdapterConfig, fields: dict[str, Any]) -> bool:
+    """Whether a training on the same dataset goes on from its own checkpoint.
+
+    Raises:
+        ValueError: the checkpoint was trained on a dataset of this name with other statistics.
+    """
+    stored = json.loads(json.dumps(start.policy["model"]))
+    before, now = stored.get("norm_stats") or {}, fields["norm_stats"]
+    if not set(before) & set(now) or config.base_checkpoint is None:
+        return False
+    differing = [name for name, value in fields.items() if stored.get(name) != value]
+    if differing:
+        raise ValueError(
+            f"{start.source} was trained on {', '.join(now)} with other values of {', '.join(differing)}: the dataset "
+            "or the options have changed. A training cannot go on like this. To begin a new one with these weights: "
+            f"vla-adapter from-lerobot {start.source} START, and --policy.type=vla_adapter "
+            "--policy.pretrained_path=START."
+        )
+    return True
+
+
+def adapter_folder(start: LeRobotCheckpoint) -> Path:
+    """Where a checkpoint has its LoRA adapter.
+
+    Raises:
+        ValueError: it has none.
+    """
+    files = start.files.subfolder(ADAPTER_NAME)
+    names = [name for name in files.names if name.startswith("adapter_")]
+    if "adapter_config.json" not in names:
+        raise ValueError(f"{start.source} has no {ADAPTER_NAME}/ to go on with; policy.preset was not lora then.")
+    return files.paths(names)[0].parent
+
+
+def stored_config(model: VLAAdapterForActionPrediction) -> dict[str, Any]:
+    """The content of the `config.json` that `save_pretrained` of the model writes."""
+    return json.loads(model.config.to_json_string())
+
+
+__all__ = ["load_for_training"]
