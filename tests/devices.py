@@ -9,7 +9,14 @@ import torch
 
 
 NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
-CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])
+
+
+def on_gpu(*values: Any) -> Any:
+    """Values of a test's parameters that need a GPU."""
+    return pytest.param(*values, marks=[pytest.mark.gpu, NO_GPU])
+
+
+CUDA = on_gpu("cuda")
 DEVICES = ["cpu", CUDA]
 
 

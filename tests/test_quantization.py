@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from devices import DEVICES
 from model_fixtures import learner_config, tiny_inputs, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
@@ -39,19 +40,29 @@ def kind(request) -> str:
     return request.param
 
 
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def model(checkpoint, kind):
-    return AutoModel.from_pretrained(checkpoint, dtype=torch.bfloat16, quantization_config=quantization_config(kind))
+def model(checkpoint, kind, device):
+    options = {"dtype": torch.bfloat16, "device_map": device}
+    return AutoModel.from_pretrained(checkpoint, **options, quantization_config=quantization_config(kind, device))
+
+
+@pytest.fixture
+def whole(checkpoint, device):
+    """The same model, not quantised."""
+    return AutoModel.from_pretrained(checkpoint, dtype=torch.bfloat16).to(device)
 
 
 class TestLoaded:
-    def test_the_actions_stay_near_but_are_not_the_same(self, model, kind, checkpoint, inputs):
-        expected = AutoModel.from_pretrained(checkpoint, dtype=torch.bfloat16).predict_action(**inputs)
-        error = np.abs(model.predict_action(**inputs) - expected)
+    def test_the_actions_stay_near_but_are_not_the_same(self, model, kind, whole, inputs):
+        error = np.abs(model.predict_action(**inputs) - whole.predict_action(**inputs))
         assert 0 < error.mean() < TOLERANCE[kind]
 
-    def test_every_layer_gives_nearly_what_it_gave(self, model, kind, checkpoint):
-        whole = AutoModel.from_pretrained(checkpoint, dtype=torch.bfloat16)
+    def test_every_layer_gives_nearly_what_it_gave(self, model, kind, whole, device):
         layers = {
             name: layer
             for name, layer in model.named_modules()
@@ -59,7 +70,8 @@ class TestLoaded:
         }
         assert layers
         for name, layer in layers.items():
-            rows = torch.randn(64, layer.in_features, generator=torch.Generator().manual_seed(0)).bfloat16()
+            rows = torch.randn(64, layer.in_features, generator=torch.Generator().manual_seed(0))
+            rows = rows.to(device, torch.bfloat16)
             with torch.no_grad():
                 expected = whole.get_submodule(name)(rows).float()
                 error = (layer(rows).float() - expected).norm() / expected.norm()
@@ -71,14 +83,17 @@ class TestLoaded:
         for name in ("policy.fc_in", "policy.fc_out", "proprio_projector.fc1", "vision_projector.fc2"):
             assert type(model.get_submodule(name).weight.data) is torch.Tensor
 
-    def test_it_takes_less_memory(self, model, kind, checkpoint):
-        whole = weight_bytes(AutoModel.from_pretrained(checkpoint, dtype=torch.bfloat16))
-        assert weight_bytes(model) < {"int8": 0.75, "int4": 0.65}[kind] * whole
+    def test_it_takes_less_memory(self, model, kind, whole, device):
+        if (kind, device) == ("int4", "cuda"):
+            pytest.skip("this layout pads rows to 1024 numbers, and those of the small model are shorter")
+        assert weight_bytes(model) < {"int8": 0.75, "int4": 0.65}[kind] * weight_bytes(whole)
 
-    def test_it_compiles_without_graph_breaks(self, model, inputs):
+    def test_it_compiles_without_graph_breaks(self, model, inputs, device):
+        """On a CPU with the kernels of eager, which takes less than the compiler's."""
         torch.compiler.reset()
         expected = model.predict_action(**inputs)
-        compiled = model.compile_for_inference(prompt_multiple=9, backend="eager").predict_action(**inputs)
+        model.compile_for_inference(prompt_multiple=9, **({"backend": "eager"} if device == "cpu" else {}))
+        compiled = model.predict_action(**inputs)
         np.testing.assert_allclose(compiled, expected, rtol=0, atol=1e-2)
 
 
