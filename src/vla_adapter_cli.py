@@ -47,6 +47,7 @@ COMMANDS = {
     "plot": Entry("data", "plot", "Draw predicted next to recorded actions [plot]"),
     "eval": Entry("simulation", "evaluate", "Run a policy in the LIBERO or CALVIN simulator [libero]"),
     "calvin-check": Entry("simulation", "calvin_check", "Say whether CALVIN's simulator works here"),
+    "convert-dataset": Entry("simulation", "convert_dataset", "Rewrite CALVIN's recordings as a LeRobot dataset"),
     "scores": Entry("simulation", "scores", "Join finished evaluations into one table"),
     "demonstrate": Entry("simulation", "demonstrate", "Record a scripted expert in LIBERO [libero]"),
     "serve": Entry("serve", "serve", "Answer robots over the network [serve]"),

@@ -1,4 +1,4 @@
-"""`vla-adapter eval`, `scores` and `demonstrate`."""
+"""The commands of the simulators: `vla-adapter eval`, `scores`, `demonstrate`, `calvin-check`, `convert-dataset`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from vla_adapter_hf.cli.options import format_numbers, parse_numbers
 from vla_adapter_hf.cli.settings import Text, takes_settings
+from vla_adapter_hf.recording.convert_calvin import ConversionSettings, convert_calvin
 from vla_adapter_hf.recording.demonstrate import demonstrate as record
 from vla_adapter_hf.recording.settings import RecordingSettings
 from vla_adapter_hf.simulation.calvin.check import check_calvin
@@ -102,6 +103,31 @@ def calvin_check(
     """
     if not check_calvin(report=typer.echo, renderers=RENDERERS if renderer is None else (renderer,)):
         raise typer.Exit(1)
+
+
+@takes_settings(ConversionSettings)
+def convert_dataset(
+    format: Annotated[str, typer.Argument(help="What the recordings are: calvin.")],
+    source: Annotated[Path, typer.Argument(help="Folder with episode_*.npz, such as task_ABC_D/training.")],
+    output: Annotated[
+        Path, typer.Argument(help="Folder of the LeRobot dataset; an interrupted conversion goes on there.")
+    ],
+    *,
+    settings: ConversionSettings,
+) -> None:
+    """Rewrite CALVIN's own recordings as a LeRobot v3.0 dataset: every annotated span becomes an episode.
+
+    \b
+    Example:
+      vla-adapter convert-dataset calvin task_ABC_D/training calvin_abc_rlds --workers 4
+    """
+    if format != "calvin":
+        raise ValueError(f"format={format!r} cannot be converted; calvin can. LeRobot and RLDS are read as they are.")
+    summary = convert_calvin(source, output, settings, report=typer.echo)
+    typer.echo(
+        f"{output}: {summary['episodes']} episodes, {summary['rows']} rows; {summary['converted_now']} converted now. "
+        f"Train with --robot calvin."
+    )
 
 
 def scores(

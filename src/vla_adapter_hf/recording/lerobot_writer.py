@@ -39,7 +39,7 @@ class LeRobotLayout:
 
     Args:
         cameras: camera names; the columns are `observation.images.<camera>`.
-        image_size: height and width of the frames.
+        image_size: height and width of the frames, pixels; a tuple has one size for each camera.
         state_names, action_names: one name per dimension.
         fps: rows per second of an episode, a whole number.
         chunk_size: actions in the extra column `action_chunk`; 0 leaves the column out.
@@ -47,7 +47,7 @@ class LeRobotLayout:
     """
 
     cameras: tuple[str, ...]
-    image_size: int
+    image_size: int | tuple[int, ...]
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
     fps: int
@@ -56,14 +56,14 @@ class LeRobotLayout:
 
     def features(self) -> dict[str, Any]:
         """The `features` entry of `meta/info.json`."""
-        size = self.image_size
+        sizes = self.image_size if isinstance(self.image_size, tuple) else (self.image_size,) * len(self.cameras)
         features: dict[str, Any] = {
             f"observation.images.{camera}": {
                 "dtype": "image",
                 "shape": [size, size, 3],
                 "names": ["height", "width", "channel"],
             }
-            for camera in self.cameras
+            for camera, size in zip(self.cameras, sizes, strict=True)
         }
         features["observation.state"] = _vector("float32", len(self.state_names), list(self.state_names))
         features["action"] = _vector("float32", len(self.action_names), list(self.action_names))
@@ -233,7 +233,7 @@ class _Builder:
         self.tasks: dict[str, int] = {}
         self.episodes: list[dict[str, Any]] = []
         self.extras: list[dict[str, Any]] = []
-        self.statistics: list[dict[str, Any]] = []
+        self.statistics: dict[str, list[np.ndarray]] = {}
         self.pending: list[pa.Table] = []
         self.file_index = 0
         self.rows = 0
@@ -261,7 +261,12 @@ class _Builder:
             table = table.append_column(name, pa.array(values))
         table = table.select(self.schema.names).cast(self.schema)
         moments = {name: _measure(table.column(name), feature) for name, feature in self.features.items()}
-        self.statistics.append(moments)
+        for name, measured in moments.items():
+            before = self.statistics.setdefault(name, [])
+            if before and self.features[name]["dtype"] == "image":
+                before[0] += measured  # histograms add up: memory does not grow with the episodes
+            else:
+                before.append(measured)
         if self.pending and sum(part.num_rows for part in self.pending) + rows > self.rows_per_file:
             self._flush()
         self.pending.append(table)
@@ -296,10 +301,7 @@ class _Builder:
         episodes = self.root / EPISODES_PATH
         episodes.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.Table.from_pylist(self.episodes), episodes)
-        statistics = {
-            name: _summarise([episode[name] for episode in self.statistics], feature)
-            for name, feature in self.features.items()
-        }
+        statistics = {name: _summarise(self.statistics[name], feature) for name, feature in self.features.items()}
         write_json(self.root / "meta/stats.json", statistics, indent=4)
         lines = "".join(json.dumps(extra) + "\n" for extra in self.extras)
         write_text(self.root / "meta/demonstrations.jsonl", lines)
