@@ -77,6 +77,12 @@ class TestBothLayouts:
         with pytest.raises(ValueError, match="robot='calvin' goes with checkpoints in the published layout"):
             open_checkpoint(own, robot="calvin")
 
+    def test_a_default_robot_serves_the_published_layout_and_changes_no_other(self, own, published_pro):
+        assert open_checkpoint(published_pro, default_robot="calvin").config.cameras == ["rgb_static", "rgb_gripper"]
+        chosen = open_checkpoint(published_pro, robot="libero", default_robot="calvin")
+        assert chosen.config.cameras == ["image", "wrist_image"]
+        assert open_checkpoint(own, default_robot="calvin").config.cameras == open_checkpoint(own).config.cameras
+
     @pytest.mark.parametrize("option", ["camera", "speed"])
     def test_an_unknown_option_is_refused(self, own, option):
         with pytest.raises(TypeError, match=option):

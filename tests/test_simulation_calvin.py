@@ -6,12 +6,15 @@ import os
 import sys
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 
+import model_fixtures
 import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from vla_adapter_cli import app
+from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.robot.strategies import ChunkStrategy
 from vla_adapter_hf.simulation.calvin import install
 from vla_adapter_hf.simulation.calvin.check import OPEN_SCENE, SLIDER_TRAVEL, check_calvin
@@ -21,6 +24,7 @@ from vla_adapter_hf.simulation.calvin.simulation import CalvinSimulation, calvin
 from vla_adapter_hf.simulation.calvin.suite import CalvinSequence, CalvinSuite, SequenceEnvironment
 from vla_adapter_hf.simulation.environment import Environment, Observation
 from vla_adapter_hf.simulation.evaluate import evaluate
+from vla_adapter_hf.simulation.policies import Request, make_policy
 from vla_adapter_hf.simulation.results import joined_table
 from vla_adapter_hf.simulation.settings import EvaluationSettings
 
@@ -315,6 +319,42 @@ def test_a_renderer_that_ends_the_process_is_named(tmp_path):
     with pytest.raises(ChildProcessError) as error:
         evaluate("noop", CrashingSuite(sequences, {}, renderer="cpu"), tmp_path / "cpu", chosen, report=print)
     assert "renderer" not in str(error.value)
+
+
+def published_calvin(folder: Path) -> Path:
+    """A small checkpoint as CALVIN-ABC-Pro is published: its statistics have CALVIN's name and gripper."""
+    model_fixtures.write_published(folder, "pro")
+    stats = model_fixtures.norm_stats(key="calvin_abc_rlds")["calvin_abc_rlds"]
+    for part, low, high in (("action", 0.0, 1.0), ("proprio", -1.0, 1.0)):
+        for name, value in {"min": low, "q01": low, "max": high, "q99": high}.items():
+            stats[part][name][-1] = value
+    content = {"calvin_abc_rlds": {**stats, "num_transitions": 1_000_000, "num_trajectories": 17_870}}
+    (folder / "dataset_statistics.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_published_checkpoint_plays_without_further_options(tmp_path, caplog):
+    """Robot, cameras, statistics, state and gripper follow from the suite."""
+    folder = published_calvin(tmp_path / "CALVIN-ABC-Pro")
+    suite = scripted({"a": 2, "b": None, "c": 1, "d": 1, "e": 1})
+    _, [line] = play(str(folder), suite, tmp_path / "out", step_limit=12)
+    assert line["info"]["completed"] == 1
+    assert {action[6] for action in suite.simulations[0].actions} <= {-1.0, 1.0}
+    settings = json.loads((tmp_path / "out" / "settings.json").read_text())
+    assert (settings["policy"], settings["unnorm_key"]) == ("CALVIN-ABC-Pro", "calvin_abc_rlds")
+    assert "taken as a calvin model" in caplog.text and "No camera has the name" not in caplog.text
+
+
+def test_a_published_checkpoint_gives_the_models_own_actions(tmp_path):
+    folder = published_calvin(tmp_path / "published")
+    policy = make_policy(str(folder), "calvin", suite="calvin_abc_rlds")
+    observation = calvin_observation(raw_observation())
+    [chunk] = policy.predict([Request(observation, "open the drawer", 0, 0, 0)])
+    opened = open_checkpoint(folder, robot="calvin")
+    model, processor = opened.load_model(dtype="float32"), opened.load_processor()
+    inputs = processor(images=list(observation.images), text="open the drawer", state=observation.state)
+    np.testing.assert_array_equal(chunk, model.predict_action(**inputs, unnorm_key="calvin_abc_rlds")[0])
+    assert chunk.shape == (8, 7) and model.config.cameras == ["rgb_static", "rgb_gripper"]
 
 
 class PressesOn:

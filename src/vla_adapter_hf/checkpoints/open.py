@@ -30,6 +30,7 @@ def open_checkpoint(
     source: str | Path,
     *,
     robot: str | RobotPreset | None = None,
+    default_robot: str | RobotPreset | None = None,
     step: str | int | None = None,
     **options: Any,
 ) -> Checkpoint:
@@ -41,7 +42,9 @@ def open_checkpoint(
     Args:
         source (`str` or `Path`): a folder or a Hub id, in our layout, in the published one or in LeRobot's.
         robot (`str` or [`RobotPreset`], *optional*): for the published layout, the preset that supplies what the
-            weights do not show; LIBERO by default.
+            weights do not show; LIBERO by default. Refused for other layouts.
+        default_robot (`str` or [`RobotPreset`], *optional*): the same if `robot` is not given. Other layouts ignore
+            it, because they say it themselves.
         step (`str` or `int`, *optional*): for the published layout, which of several saved steps to take.
         options: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only` and `force_download`, and fields of
             [`VLAAdapterConfig`] that replace what the checkpoint says.
@@ -55,12 +58,15 @@ def open_checkpoint(
     refuse_misspelt(options)
     if unknown := sorted(set(options) - CONFIG_FIELDS):
         raise TypeError(f"{', '.join(unknown)}: neither an option of open_checkpoint nor a field of VLAAdapterConfig.")
+    files = open_files(source, **hub)
+    stored = read_json(files.path("config.json"), files.source)
+    layout = layout_of(stored, files.source)
+    if robot is None and layout is PublishedCheckpoint:
+        robot = default_robot
     for name, value in (("robot", robot), ("step", step)):
         if value is not None:
             options[name] = value
-    files = open_files(source, **hub)
-    stored = read_json(files.path("config.json"), files.source)
-    return layout_of(stored, files.source).open(files, stored, options)
+    return layout.open(files, stored, options)
 
 
 def layout_of(stored: dict[str, Any], source: str) -> type[Checkpoint]:

@@ -157,7 +157,8 @@ class CheckpointPolicy:
 
     Args:
         checkpoint: folder or Hub id, in transformers' layout or as published.
-        robot: preset of the suite, which names the cameras of the environment's frames.
+        robot: preset of the suite, which names the cameras of the environment's frames. A checkpoint in the published
+            layout does not show its robot and is taken as one of this preset.
         unnorm_key: statistics to use; by default those of the suite's name.
         suite: name of the suite that is played; without one, a checkpoint's only statistics are taken.
         device: such as `cuda`; None is the CPU.
@@ -185,7 +186,7 @@ class CheckpointPolicy:
         dtype = check_dtype(dtype or ("float32" if device == "cpu" else "auto"))
         check_device(device)
         self.name = name or Path(checkpoint).name
-        opened = open_checkpoint(checkpoint)
+        opened = open_checkpoint(checkpoint, default_robot=robot)
         # Checked before the weights are loaded: other statistics give actions of another size, without an error.
         self.unnorm_key, stats = select_norm_stats(opened.config.norm_stats, unnorm_key or suite)
         check_gripper(stats["action"], robot)
