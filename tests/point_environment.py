@@ -5,6 +5,7 @@ It is deterministic and its frames show the goal, so it serves to try out and to
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,3 +109,34 @@ class PointEnvironment:
             image[np.hypot(x - centre[0], y - centre[1]) < 0.05] = colour
         image[np.hypot(x - self._position[0], y - self._position[1]) < 0.03] = 20
         return image
+
+
+class SeeingPolicy:
+    """Finds the disc of the instruction's colour in the frame and moves there: it needs its eyes and its ears."""
+
+    name = "seeing"
+    needs_observation = True
+
+    def __init__(self, pause: float = 0.0) -> None:
+        self.batches: list[int] = []
+        self.pause = pause
+
+    def predict(self, requests):
+        self.batches.append(len(requests))
+        # While a policy thinks, the other environments get ready: the next query holds them all.
+        time.sleep(self.pause if len(self.batches) < 10 else 0)
+        return [self._chunk(request) for request in requests]
+
+    def _chunk(self, request):
+        image = request.observation.images[0].astype(int)
+        colour = next(value for name, value in COLOURS.items() if name in request.instruction)
+        rows, columns = np.nonzero(np.abs(image - np.array(colour)).sum(axis=2) == 0)
+        chunk = np.zeros((8, 7))
+        chunk[:, 6] = 1.0
+        if len(rows):
+            goal = (np.array([columns.mean(), rows.mean()]) + 0.5) / image.shape[0]
+            position = request.observation.state[:2].copy()
+            for step in range(8):
+                chunk[step, :2] = np.clip((goal - position) / 0.05, -1, 1)
+                position += 0.05 * chunk[step, :2]
+        return chunk

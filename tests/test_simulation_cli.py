@@ -1,14 +1,12 @@
 """The commands `eval` and `demonstrate`: what they take, and what they refuse before anything is built."""
 
 import dataclasses
-import inspect
 
 import pytest
 from transformers import GPT2Config
 from typer.testing import CliRunner
 
-from vla_adapter_cli import app
-from vla_adapter_hf.cli import simulation as commands
+from vla_adapter_cli import app, load_command
 from vla_adapter_hf.cli.options import parse_numbers
 from vla_adapter_hf.recording.demonstrate import Driver
 from vla_adapter_hf.recording.episodes import plan_episode
@@ -45,6 +43,10 @@ def test_what_is_no_range_is_refused(text):
         (["eval", "--policy", "noop", "--suite", "libero_10", "--instruction", "other"], "--instruction other needs"),
         (["eval", "--policy", "noop", "--placement", "jitter", "--seed", "-1"], "seed must be 0 or more, got -1"),
         (["eval", "--policy", "noop", "--execute", "0"], "execute must be at least 1"),
+        (["eval", "--policy", "noop", "--delay", "soon"], "--delay must hold numbers and ranges"),
+        (["eval", "--policy", "noop", "--delay", "0,4", "--strategy", "late"], "strategy must be one of sync,"),
+        (["eval", "--policy", "noop", "--strategy", "sync,async", "--execute", "4"], "--execute 4 is for sync"),
+        (["scores", "nowhere", "--output", "x"], "--output x is for evaluations with several delays"),
         (["eval", "--policy", "embedded", "--dtype", "float8"], "dtype must be one of float32"),
         (["eval", "--policy", "embedded", "--device", "gpu"], "device must be cpu, cuda or the like, got 'gpu'"),
         (["eval", "--policy", "embedded", "--device", "cuda:99"], "torch finds"),
@@ -67,11 +69,10 @@ def test_commands_name_what_is_wrong(tmp_path, monkeypatch, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("command", "settings"), [(commands.evaluate, EvaluationSettings), (commands.demonstrate, RecordingSettings)]
-)
+@pytest.mark.parametrize(("command", "settings"), [("eval", EvaluationSettings), ("demonstrate", RecordingSettings)])
 def test_every_setting_is_an_option(command, settings):
-    assert {field.name for field in dataclasses.fields(settings)} <= set(inspect.signature(command).parameters)
+    options = {word for option in load_command(command).params for word in option.opts}
+    assert {"--" + field.name.replace("_", "-") for field in dataclasses.fields(settings)} <= options
 
 
 def test_a_checkpoint_that_cannot_drive_is_refused(tmp_path):

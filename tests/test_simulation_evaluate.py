@@ -16,7 +16,7 @@ import psutil
 import pytest
 from filelock import Timeout
 from PIL import Image, ImageSequence
-from point_environment import COLOURS, PointEnvironment, PointSuite
+from point_environment import PointEnvironment, PointSuite, SeeingPolicy
 
 from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.recording.jobs import run_jobs
@@ -39,37 +39,6 @@ def silent(line: str) -> None:
 
 def play(policy, suite, output, report=silent, **settings) -> dict:
     return evaluate(policy, suite, output, EvaluationSettings(**settings), report)
-
-
-class SeeingPolicy:
-    """Finds the disc of the instruction's colour in the frame and moves there: it needs its eyes and its ears."""
-
-    name = "seeing"
-    needs_observation = True
-
-    def __init__(self, pause: float = 0.0) -> None:
-        self.batches: list[int] = []
-        self.pause = pause
-
-    def predict(self, requests):
-        self.batches.append(len(requests))
-        # While a policy thinks, the other environments get ready: the next query holds them all.
-        time.sleep(self.pause if len(self.batches) < 10 else 0)
-        return [self._chunk(request) for request in requests]
-
-    def _chunk(self, request):
-        image = request.observation.images[0].astype(int)
-        colour = next(value for name, value in COLOURS.items() if name in request.instruction)
-        rows, columns = np.nonzero(np.abs(image - np.array(colour)).sum(axis=2) == 0)
-        chunk = np.zeros((8, 7))
-        chunk[:, 6] = 1.0
-        if len(rows):
-            goal = (np.array([columns.mean(), rows.mean()]) + 0.5) / image.shape[0]
-            position = request.observation.state[:2].copy()
-            for step in range(8):
-                chunk[step, :2] = np.clip((goal - position) / 0.05, -1, 1)
-                position += 0.05 * chunk[step, :2]
-        return chunk
 
 
 @dataclass(frozen=True)

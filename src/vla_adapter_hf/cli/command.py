@@ -28,7 +28,8 @@ class Command(TyperCommand):
         return super().parse_args(context, spread_lists(arguments, lists))
 
     def invoke(self, context: Any) -> Any:
-        names = [option.name for option in self.params if option.param_type_name == "option"]
+        options = [option for option in self.params if option.param_type_name == "option"]
+        names = [word.removeprefix("--").replace("-", "_") for option in options for word in option.opts]
         with readable_errors(names, debug=bool(context.find_root().params.get("debug"))):
             return super().invoke(context)
 

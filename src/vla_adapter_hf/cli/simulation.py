@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vla_adapter_hf.cli.command import split_names
 from vla_adapter_hf.cli.options import format_numbers, parse_numbers
 from vla_adapter_hf.cli.settings import Text, takes_settings
 from vla_adapter_hf.recording.convert_calvin import ConversionSettings, convert_calvin
@@ -14,10 +15,11 @@ from vla_adapter_hf.recording.demonstrate import demonstrate as record
 from vla_adapter_hf.recording.settings import RecordingSettings
 from vla_adapter_hf.simulation.calvin.check import check_calvin
 from vla_adapter_hf.simulation.calvin.install import RENDERERS
+from vla_adapter_hf.simulation.delays import delay_table, evaluate_delays, is_delay_grid, read_cells, write_delays
 from vla_adapter_hf.simulation.evaluate import evaluate as run_evaluation
 from vla_adapter_hf.simulation.grid import evaluate_grid
 from vla_adapter_hf.simulation.results import joined_table
-from vla_adapter_hf.simulation.settings import EvaluationSettings
+from vla_adapter_hf.simulation.settings import DelaySettings
 
 
 TASKS = Text(lambda text: parse_numbers(text, "--tasks"))
@@ -28,7 +30,17 @@ def parse_episodes(text: str) -> int | list[int]:
     return int(text) if text.isdecimal() else parse_numbers(text, "--episodes")
 
 
-@takes_settings(EvaluationSettings, texts={"tasks": TASKS, "episodes": Text(parse_episodes)})
+@takes_settings(
+    DelaySettings,
+    without=("delay", "strategy"),
+    texts={
+        "tasks": TASKS,
+        "episodes": Text(parse_episodes),
+        "delays": Text(lambda text: parse_numbers(text, "--delay"), "0"),
+        "strategies": Text(lambda text: split_names([text]), "sync"),
+    },
+    names={"delays": "--delay", "strategies": "--strategy"},
+)
 def evaluate(
     checkpoint: Annotated[str | None, typer.Option(help="Folder or Hub id of the policy.")] = None,
     policy: Annotated[str | None, typer.Option(help="Instead of a checkpoint: embedded, oracle or noop.")] = None,
@@ -41,24 +53,33 @@ def evaluate(
     ] = "libero_object",
     output: Annotated[Path, typer.Option(help="Folder for results; an interrupted run goes on there.")] = Path("eval"),
     *,
-    settings: EvaluationSettings,
+    settings: DelaySettings,
 ) -> None:
     """Run a policy in closed loop in LIBERO or CALVIN, by default as published. LIBERO needs the extra libero.
+
+    Several delays or strategies make a table and a plot of what a slow answer costs.
 
     \b
     Examples:
       vla-adapter eval --policy embedded --episodes 40-49 --output results
       vla-adapter eval --checkpoint pick-and-place --suite libero_goal --processes 4 --output results
+      vla-adapter eval --policy embedded --delay 0,4,8 --strategy sync,async --step-limit 600 --output delays
     """
     if (checkpoint is None) == (policy is None):
         raise ValueError("give either --checkpoint or --policy.")
     if policy not in (None, "embedded", "oracle", "noop"):
         raise ValueError(f"--policy must be embedded, oracle or noop, got {policy!r}; a checkpoint is --checkpoint.")
-    if suite.endswith("_pro"):
-        evaluate_grid(checkpoint or policy, suite.removesuffix("_pro"), output, settings, report=typer.echo)
+    table = "summary.md"
+    if len(settings.delays) > 1 or len(settings.strategies) > 1:
+        evaluate_delays(checkpoint or policy, suite, output, settings, report=typer.echo)
+        table = "delays.md"
     else:
-        run_evaluation(checkpoint or policy, suite, output, settings, report=typer.echo)
-    typer.echo(f"\n{(output / 'summary.md').read_text(encoding='utf-8')}\nwritten to {output}")
+        [cell] = settings.cells().values()
+        if suite.endswith("_pro"):
+            evaluate_grid(checkpoint or policy, suite.removesuffix("_pro"), output, cell, report=typer.echo)
+        else:
+            run_evaluation(checkpoint or policy, suite, output, cell, report=typer.echo)
+    typer.echo(f"\n{(output / table).read_text(encoding='utf-8')}\nwritten to {output}")
 
 
 @takes_settings(
@@ -131,15 +152,32 @@ def convert_dataset(
 
 
 def scores(
-    folders: Annotated[list[Path], typer.Argument(help="Outputs of vla-adapter eval, one per suite.")],
+    folders: Annotated[
+        list[Path],
+        typer.Argument(help="Outputs of vla-adapter eval: one per suite, or one per placement with several delays."),
+    ],
     name: Annotated[
         str | None, typer.Option(help="One name for all, if there is a checkpoint for each suite.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="With several delays: folder for the table, its numbers and a plot.")
     ] = None,
 ) -> None:
     """Join finished evaluations into one table of the published form, ready for a model card.
 
+    Outputs with several delays become one table of delays and strategies.
+
     \b
-    Example:
+    Examples:
       vla-adapter scores results/object results/goal --name my-policy
+      vla-adapter scores delays/official delays/jitter --output delays
     """
-    typer.echo(joined_table(folders, name), nl=False)
+    if not all(map(is_delay_grid, folders)):
+        if output is not None:
+            raise ValueError(f"output={str(output)!r} is for evaluations with several delays.")
+        typer.echo(joined_table(folders, name), nl=False)
+        return
+    if name is not None:
+        raise ValueError(f"name={name!r} is for evaluations without a delay.")
+    cells = read_cells(folders) if output is None else write_delays(folders, output, report=typer.echo)
+    typer.echo(delay_table(cells), nl=False)

@@ -8,6 +8,7 @@ import numpy as np
 
 from vla_adapter_hf.demo.predictions import LOOK, OTHER_OBJECT, ArmResponse, Predictions, mean_errors
 from vla_adapter_hf.recording.played_episode import PlayedEpisode
+from vla_adapter_hf.simulation.settings import CONTROL_RATE
 from vla_adapter_hf.utils.attention import overlay_attention
 from vla_adapter_hf.utils.plotting import new_figure
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-CONTROL_RATE = 20  # steps per second
 STRIP = 6  # frames
 EXECUTED, PREDICTED, OTHER, BLACK = "white", "#ff8c1a", "#ffd84d", "#8fb8ff"
 GRAY = "#555555"

@@ -11,13 +11,14 @@ import numpy as np
 from PIL import Image
 
 from vla_adapter_hf.recording.lerobot_writer import LeRobotLayout, encode_image
-from vla_adapter_hf.recording.settings import CONTROL_RATE, EpisodeSettings
+from vla_adapter_hf.recording.settings import EpisodeSettings
 from vla_adapter_hf.robots import get_robot
 from vla_adapter_hf.simulation.environment import Observation
 from vla_adapter_hf.simulation.libero.expert import LiberoObjectExpert
 from vla_adapter_hf.simulation.libero.suite import LiberoEnvironment, LiberoSuite, object_instruction
 from vla_adapter_hf.simulation.placement import PLACEMENTS, STREAMS
 from vla_adapter_hf.simulation.policies import Request, make_policy
+from vla_adapter_hf.simulation.settings import CONTROL_RATE
 
 
 CAMERA_COLUMNS = ("image", "wrist_image")

@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from vla_adapter_hf.simulation.placement import PLACEMENTS
+from vla_adapter_hf.simulation.settings import CONTROL_RATE
 
 
-CONTROL_RATE = 20  # steps per second in LIBERO
 TRAINING_STATES = tuple(range(40))  # of 50 official initial states; the evaluation holds out the others
 
 

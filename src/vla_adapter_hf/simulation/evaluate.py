@@ -79,7 +79,7 @@ def evaluate(
     _chunk_strategy(suite, settings)
     if isinstance(policy, str):
         policy = load_policy(policy, suite, settings)
-    _check_controls(policy, suite, settings)
+    check_controls(policy, suite, settings)
     if getattr(suite, "renderer", None) == "cpu":
         report(
             "renderer=cpu draws no shadows and other colours than egl: do not compare its scores with published ones"
@@ -133,7 +133,12 @@ def make_suite(name: str, settings: EvaluationSettings) -> Suite:
     return LiberoSuite(name, placement=settings.placement, seed=settings.seed, hard_reset=settings.hard_reset)
 
 
-def _check_controls(policy: Policy | ResidentPolicy, suite: Suite, settings: EvaluationSettings) -> None:
+def check_controls(policy: Policy | ResidentPolicy, suite: Suite, settings: EvaluationSettings) -> None:
+    """Refuses settings that the suite or the policy cannot play, before anything is built.
+
+    Raises:
+        ValueError: the message names the setting.
+    """
     is_libero = isinstance(suite, LiberoSuite)
     if isinstance(policy, OraclePolicy) and (suite.name == CALVIN or is_libero and suite.base != "libero_object"):
         raise ValueError(f"policy='oracle' solves suite='libero_object' only, got {suite.name!r}")

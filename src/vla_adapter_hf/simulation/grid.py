@@ -1,4 +1,4 @@
-"""LIBERO-PRO's table: a suite and its four perturbations in one call."""
+"""Several evaluations of a policy in one call: LIBERO-PRO's table, a suite and its four perturbations."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vla_adapter_hf.simulation.environment import Suite
 from vla_adapter_hf.simulation.evaluate import evaluate, load_policy
 from vla_adapter_hf.simulation.libero.pro import BASES, PERTURBATIONS, PRO_PUBLISHED, grid
 from vla_adapter_hf.simulation.libero.suite import LiberoSuite
@@ -45,11 +46,32 @@ def evaluate_grid(
     if isinstance(policy, str):
         policy = load_policy(policy, LiberoSuite(base), settings)
     output = Path(output)
-    summaries = {}
-    for suite in grid(base):
-        report(f"{suite}:")
-        summaries[suite] = evaluate(policy, suite, output / suite, settings, report)
+    summaries = evaluate_cells(policy, {suite: (suite, settings) for suite in grid(base)}, output, report)
     write_text(output / "summary.md", grid_table(policy.name, base, summaries))
+    return summaries
+
+
+def evaluate_cells(
+    policy: Policy | ResidentPolicy,
+    cells: Mapping[str, tuple[str | Suite, EvaluationSettings]],
+    output: Path,
+    report: Callable[[str], None],
+) -> dict[str, dict[str, Any]]:
+    """Plays every cell of a grid in a folder of its own, and resumes such a run.
+
+    Args:
+        policy: plays all cells.
+        cells: suite and settings, by the name of the cell's folder.
+        output: holds these folders.
+        report: receives lines of progress.
+
+    Returns:
+        The summary of every cell.
+    """
+    summaries = {}
+    for name, (suite, settings) in cells.items():
+        report(f"{name}:")
+        summaries[name] = evaluate(policy, suite, output / name, settings, report)
     return summaries
 
 

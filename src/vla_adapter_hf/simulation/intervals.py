@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 
 def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -22,3 +23,17 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -
     low = 0.0 if successes == 0 else centre - half
     high = 1.0 if successes == trials else centre + half
     return low, high
+
+
+def mean_interval(values: Sequence[float], z: float = 1.959963984540054) -> tuple[float, float]:
+    """The interval of a mean, 95 % by default, by the normal approximation.
+
+    Raises:
+        ValueError: fewer than two values, whose spread is not known.
+    """
+    count = len(values)
+    if count < 2:
+        raise ValueError(f"an interval of a mean needs two values or more, got {count}")
+    mean = sum(values) / count
+    half = z * math.sqrt(sum((value - mean) ** 2 for value in values) / (count - 1) / count)
+    return mean - half, mean + half

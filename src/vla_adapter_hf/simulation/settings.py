@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from vla_adapter_hf.robot.strategies import ChunkStrategy, StrategySettings
 
 
 DEFAULT_EPISODES = 50  # per task, where a suite does not say otherwise
+CONTROL_RATE = 20  # steps per second in LIBERO
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,46 @@ class EvaluationSettings:
         if self.strategy not in ("sync", "ensemble"):
             raise ValueError(f"ensemble={self.ensemble:g} does not go with strategy={self.strategy!r}")
         return ChunkStrategy(StrategySettings("ensemble", self.execute, self.ensemble))
+
+
+@dataclass(frozen=True)
+class DelaySettings(EvaluationSettings):
+    """Settings of [`~vla_adapter_hf.simulation.delays.evaluate_delays`]: [`EvaluationSettings`], and which cells.
+
+    Args:
+        delays: control steps that the world goes on while the policy thinks; 0 stops the world, as published. Several,
+            as in 0,4,8, are played one after the other and make a table.
+        strategies: `sync`, `async` or `async-rolled`: what the robot does during a delay. Several, as in sync,async,
+            are played for each delay.
+
+    Raises:
+        ValueError: no delay, no strategy, or one that cannot be played.
+    """
+
+    delays: Sequence[int] = (0,)
+    strategies: Sequence[str] = ("sync",)
+
+    def __post_init__(self) -> None:
+        if not self.delays or not self.strategies:
+            raise ValueError(f"delays={self.delays!r} and strategies={self.strategies!r} must name at least one each")
+        if self.delay or self.strategy != "sync":
+            raise ValueError(f"give delays and strategies, not delay={self.delay} and strategy={self.strategy!r}")
+        for strategy in self.strategies:
+            self._cell(0, strategy)
+        self.cells()
+
+    def _cell(self, delay: int, strategy: str) -> EvaluationSettings:
+        shared = {field.name: getattr(self, field.name) for field in fields(EvaluationSettings)}
+        return EvaluationSettings(**{**shared, "delay": delay, "strategy": strategy})
+
+    def cells(self) -> dict[str, EvaluationSettings]:
+        """The settings of each cell, by the name of its folder. Without a delay all strategies are `sync`."""
+        chosen = [
+            (delay, strategy)
+            for delay in dict.fromkeys(self.delays)
+            for strategy in (dict.fromkeys(self.strategies) if delay else ("sync",))
+        ]
+        return {f"{strategy}_delay{delay}": self._cell(delay, strategy) for delay, strategy in chosen}
 
 
 def choose_tasks(tasks: Sequence[int] | None, count: int) -> list[int]:
