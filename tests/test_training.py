@@ -496,23 +496,6 @@ def test_another_robot_starts_from_the_same_checkpoint(start, dataset):
     assert model.policy.fc_out.out_features == 5 and model.proprio_projector.fc1.in_features == 3
 
 
-def test_two_processes_have_the_losses_of_one(start, tmp_path):
-    """Gradients of two halves of a batch, averaged over gloo, are those of the whole batch."""
-    for processes, batch in ((1, 4), (2, 2)):
-        more = ("--preset", "frozen", "--per_device_train_batch_size", batch, "--augment", "false", "--max_steps", 3)
-        words = command(start, tmp_path / str(processes), *more, "--save_steps", 3)
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if processes == 2 else []
-        done = subprocess.run(
-            [sys.executable, *launcher, "-m", "vla_adapter_hf.cli", "train", *words],
-            check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert done.stdout.count("Reading ") == done.stdout.count("Saving") == 1  # the other process is quiet
-    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), abs=2e-3)
-
-
 def test_every_buffer_can_be_sent_to_other_processes():
     """DDP does so at its start.
 
@@ -521,42 +504,6 @@ def test_every_buffer_can_be_sent_to_other_processes():
     model = model_fixtures.tiny_model(policy_rope_dtype="bfloat16")
     kinds = {buffer.dtype for buffer in model.buffers()}
     assert kinds <= {torch.float32, torch.int32, torch.int64}
-
-
-FULLY_SHARDED = """
-import sys
-import torch
-from torch import distributed
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-sys.path.insert(0, {tests!r})
-import model_fixtures
-
-distributed.init_process_group("gloo")
-model = model_fixtures.tiny_model(policy_noise_std=0.0).train()
-batch = model_fixtures.tiny_inputs(model.config, batch_size=4)
-batch["actions"] = torch.rand(4, model.config.chunk_size, 7, generator=torch.Generator().manual_seed(1))
-whole = model(**batch).loss
-mesh = init_device_mesh("cpu", (2,))
-for block in [*model.policy.blocks, *model.language_model.layers, model]:
-    fully_shard(block, mesh=mesh)
-half = slice(2 * distributed.get_rank(), 2 * distributed.get_rank() + 2)
-loss = model(**{{name: value[half] for name, value in batch.items()}}).loss
-loss.backward()
-total = loss.detach().clone()
-distributed.all_reduce(total)
-assert torch.allclose(total / 2, whole, atol=1e-5), (total / 2, whole)
-assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
-"""
-
-
-def test_a_fully_sharded_model_has_the_loss_of_a_whole_one(tmp_path):
-    """FSDP2 over gloo, by torch itself: accelerate, and so the Trainer, shards on accelerators only."""
-    script = tmp_path / "sharded.py"
-    script.write_text(FULLY_SHARDED.format(tests=str(Path(__file__).parent)))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(script)]
-    result = subprocess.run(launch, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
 
 
 def test_lora_with_fsdp_is_refused(start, tmp_path):
