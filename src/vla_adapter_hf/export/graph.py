@@ -14,6 +14,10 @@ from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction
 
 
+# What linear layers and convolutions become; the last one where the padding is a word, as in SigLIP.
+LAYER_OPERATIONS = ("aten.linear.default", "aten.convolution.default", "aten.conv2d.default", "aten.conv2d.padding")
+
+
 class ConstantTables(nn.Module):
     """The policy's rotary tables as plain numbers. The model keeps their bits, which no converter reads."""
 
@@ -90,11 +94,7 @@ def layer_names(program: torch.export.ExportedProgram) -> dict[str, str]:
     """Names of the graph's linear layers and convolutions, by the names of the model's modules."""
     names = {}
     for node in program.graph.nodes:
-        if node.op == "call_function" and str(node.target) in (
-            "aten.linear.default",
-            "aten.convolution.default",
-            "aten.conv2d.default",
-        ):
+        if node.op == "call_function" and str(node.target) in LAYER_OPERATIONS:
             path = list(node.meta["nn_module_stack"].values())[-1][0]
             names[path.removeprefix("model.")] = node.name
     return names
