@@ -8,13 +8,10 @@ prediction. The predictions of both layouts must be the same.
 """
 
 import argparse
-import json
 import multiprocessing
-import re
 import statistics
 import tempfile
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -23,20 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from vla_adapter_hf.bench.measures import memory_in_use, peak_memory, seconds_to_read, weight_bytes
 from vla_adapter_hf.bench.random_weights import SIZES, random_checkpoint
-from vla_adapter_hf.checkpoints.published import names as published_names
-from vla_adapter_hf.checkpoints.published.config import TIMM_HEADS
+from vla_adapter_hf.checkpoints.published import writing as published_writing
 from vla_adapter_hf.checkpoints.saving import synthetic_observation
-
-
-TOWERS = {
-    "dinov2": (published_names.DINOV2_PREFIX, published_names.DINOV2_NAMES, published_names.DINOV2_QKV),
-    "siglip": (published_names.SIGLIP_PREFIX, published_names.SIGLIP_NAMES, published_names.SIGLIP_QKV),
-}
 
 
 def main() -> None:
@@ -90,66 +79,18 @@ def measure(folder: Path, own: Path) -> tuple[tuple[float, float, float, float],
 
 
 def write_published(drawn: Path, folder: Path) -> None:
-    """The weights of a checkpoint in our layout as the published layout stores them.
-
-    Ours leaves out the last block of the vision towers, which is not used. Here it is a copy of the first.
-    """
-    folder.mkdir()
-    config = AutoConfig.from_pretrained(drawn)
-    tensors: dict[str, dict[str, torch.Tensor]] = {"model": {}, "action_head": {}, "proprio_projector": {}}
+    """The weights of a checkpoint in our layout as the published layout stores them."""
+    config, tokenizer = AutoConfig.from_pretrained(drawn), AutoProcessor.from_pretrained(drawn).tokenizer
     with safe_open(drawn / "model.safetensors", "pt") as stored:
         state_dict = {name: stored.get_tensor(name) for name in stored.keys()}
-    for tower in TOWERS:
-        part = {name.removeprefix(f"{tower}."): state_dict.pop(name) for name in [*state_dict] if tower in name}
-        tensors["model"] |= published_tower(tower, part)
-    for name, tensor in state_dict.items():
-        part, _, rest = name.partition(".")
-        if part == "policy":
-            names = {own_name: name for name, own_name in published_names.POLICY_NAMES.items()}
-            tensors["action_head"][f"module.model.{published_names.renamed(rest, names)}"] = tensor
-        elif part == "proprio_projector":
-            tensors["proprio_projector"][f"module.{rest}"] = tensor
-        else:
-            prefixes = {"vision_projector": "projector", "language_model": "language_model.model"}
-            tensors["model"][f"{prefixes.get(part, part)}.{rest}"] = tensor
-    save_file(tensors.pop("model"), folder / "model.safetensors", metadata={"format": "pt"})
-    for kind, part in tensors.items():
-        torch.save(OrderedDict(part), folder / f"{kind}--checkpoint.pt")
-    entries = {
-        "model_type": "openvla",
-        "llm_backbone_id": "qwen25-0_5b-extra",
-        "timm_model_ids": list(TIMM_HEADS),
-        "text_config": {**config.text_config.to_dict(), "model_type": "qwen2"},
-        "torch_dtype": str(config.dtype).removeprefix("torch."),
-    }
-    (folder / "config.json").write_text(json.dumps(entries, default=str), encoding="utf-8")
-    (folder / "dataset_statistics.json").write_text(json.dumps(config.norm_stats), encoding="utf-8")
+    published_writing.write_published(
+        folder, config, published_writing.published_tensors(state_dict, config.policy_variant), tokenizer
+    )
 
 
 def write_own(drawn: Path, published: Path, own: Path) -> None:
     AutoModel.from_pretrained(published).save_pretrained(own)
     AutoProcessor.from_pretrained(drawn).save_pretrained(own)
-
-
-def published_tower(tower: str, part: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    prefix, names, qkv = TOWERS[tower]
-    names = {own_name: name for name, own_name in names.items()}
-    part = dict(part)
-    part.pop("embeddings.mask_token", None)
-    blocks = 1 + max(int(number) for name in part for number in re.findall(r"\.layers?\.(\d+)\.", name))
-    result = {}
-    for block in range(blocks):
-        for kind in ("weight", "bias"):
-            rows = [part.pop(f"{qkv.format(block, one)}.{kind}") for one in "qkv"]
-            result[f"{prefix}blocks.{block}.attn.qkv.{kind}"] = torch.cat(rows)
-    for name, tensor in part.items():
-        published = published_names.renamed(name, names)
-        if published == "pos_embed":
-            tensor = tensor[:, 1:].contiguous() if tower == "dinov2" else tensor[None]
-        result[f"{prefix}{published}"] = tensor
-    first = f"{prefix}blocks.0."
-    last = {name.replace(first, f"{prefix}blocks.{blocks}."): one for name, one in result.items() if first in name}
-    return result | {name: tensor.clone() for name, tensor in last.items()}
 
 
 if __name__ == "__main__":

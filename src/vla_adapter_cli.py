@@ -36,7 +36,7 @@ class Entry(NamedTuple):
 COMMANDS = {
     "demo": Entry("demo", "demo", "Draw a prediction, or an episode in the simulator [plot]"),
     "info": Entry("checkpoints", "info", "Describe a checkpoint without loading its weights"),
-    "convert": Entry("checkpoints", "convert", "Rewrite a published checkpoint as a transformers model"),
+    "convert": Entry("checkpoints", "convert", "Rewrite a published checkpoint as a transformers model, or back"),
     "to-lerobot": Entry("checkpoints", "to_lerobot", "Rewrite a checkpoint for LeRobot's commands"),
     "from-lerobot": Entry("checkpoints", "from_lerobot", "Rewrite what LeRobot trained as a transformers model"),
     "export": Entry("export", "export", "Write a checkpoint for OpenVINO or ONNX Runtime [openvino,onnx]"),

@@ -1,15 +1,22 @@
 """`vla-adapter convert`: what the model card says of a checkpoint, and that writing it is verified."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from model_fixtures import tiny_config, tiny_model
+from model_fixtures import norm_stats, tiny_config, tiny_model
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
-from vla_adapter_hf import VLAAdapterProcessor, open_checkpoint
-from vla_adapter_hf.checkpoints.convert import convert
+from vla_adapter_cli import app
+from vla_adapter_hf import VLAAdapterConfig, VLAAdapterProcessor, open_checkpoint
+from vla_adapter_hf.checkpoints.convert import convert, convert_to_published
 from vla_adapter_hf.checkpoints.model_card import NOT_EVALUATED, fill_model_card, published_results
+from vla_adapter_hf.checkpoints.published.names import has_effect
+from vla_adapter_hf.checkpoints.published.writing import published_config
 from vla_adapter_hf.checkpoints.saving import verify, write_checkpoint
 
 
@@ -92,3 +99,128 @@ def test_a_written_checkpoint_knows_its_tokenizer(processor, tmp_path):
     write_checkpoint(tmp_path / "written", model, processor, "", lambda line: None)
     config = open_checkpoint(tmp_path / "written").config
     assert config.tokenizer_fingerprint == processor.tokenizer_fingerprint
+
+
+def published_folder(source, folder, **options):
+    return convert_to_published(str(source), folder, report_progress=lambda line: None, **options)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    pickles = [torch.load(folder / f"{kind}--checkpoint.pt") for kind in ("action_head", "proprio_projector")]
+    return load_file(folder / "model.safetensors") | pickles[0] | pickles[1]
+
+
+@pytest.fixture(scope="module")
+def own(published_pro, tmp_path_factory) -> Path:
+    """A checkpoint in our layout, of which the published layout can say everything."""
+    folder = tmp_path_factory.mktemp("own") / "own"
+    return convert(str(published_pro), folder, report_progress=lambda line: None)
+
+
+class TestToPublished:
+    @pytest.mark.parametrize("variant", ["pro", "original"])
+    def test_from_published_to_ours_and_back_is_exact(self, variant, request, tmp_path):
+        published = request.getfixturevalue(f"published_{variant}")
+        own = convert(str(published), tmp_path / "own", report_progress=lambda line: None)
+        written = published_folder(own, tmp_path / "written")
+        before, after = tensors_of(published), tensors_of(written)
+        assert set(after) == set(before)
+        for name, tensor in after.items():
+            assert tensor.dtype == before[name].dtype and tensor.shape == before[name].shape, name
+            if has_effect(name.removeprefix("module."), before):
+                assert torch.equal(tensor, before[name]), name
+            else:
+                assert not tensor.any(), name
+        statistics = [json.loads((folder / "dataset_statistics.json").read_text()) for folder in (published, written)]
+        assert statistics[0] == statistics[1]
+        # The original's code comes with the original's tools; everything else is there.
+        assert {path.name for path in written.iterdir()} == {path.name for path in published.iterdir()}
+        for name in ("preprocessor_config.json", "processor_config.json", "added_tokens.json", "vocab.json"):
+            contents = [json.loads((folder / name).read_text()) for folder in (published, written)]
+            assert contents[0] == contents[1], name
+
+    def test_from_ours_to_published_and_back_is_exact(self, own, tmp_path):
+        written = published_folder(own, tmp_path / "written")
+        again = convert(str(written), tmp_path / "again", report_progress=lambda line: None)
+        before, after = load_file(own / "model.safetensors"), load_file(again / "model.safetensors")
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        configs = [open_checkpoint(folder).config.to_diff_dict() for folder in (own, again)]
+        assert configs[0] == configs[1]
+        prompts = [
+            open_checkpoint(folder).load_processor().tokenizer("put the cup on the plate") for folder in (own, again)
+        ]
+        assert prompts[0] == prompts[1]
+
+    def test_the_class_tokens_position_is_folded_into_the_token(self, own, tmp_path):
+        model, processor = open_checkpoint(own).load_model(), open_checkpoint(own).load_processor()
+        with torch.no_grad():  # as training leaves it
+            model.dinov2.embeddings.position_embeddings[:, 0] = 0.5
+        model.save_pretrained(tmp_path / "trained")
+        processor.save_pretrained(tmp_path / "trained")
+        written = open_checkpoint(published_folder(tmp_path / "trained", tmp_path / "written")).load_model()
+        embeddings, ours = written.dinov2.embeddings, model.dinov2.embeddings
+        assert (
+            torch.equal(embeddings.cls_token, ours.cls_token + 0.5) and not embeddings.position_embeddings[:, 0].any()
+        )
+
+    @pytest.mark.parametrize(
+        "fields, message",
+        [
+            ({"chunk_size": 4}, r"chunk_size=4 \(read as 8\)"),
+            ({"cameras": ["image"]}, "1 cameras .*does not say how many"),
+            ({"policy_rope_dtype": "float32"}, r"policy_rope_dtype='float32' \(read as 'bfloat16'\)"),
+            ({"image_center_crop": None}, "image_center_crop"),
+            ({"image_jpeg_round_trip": False}, "image_jpeg_round_trip"),
+            ({"norm_type": "bounds"}, "norm_type='bounds'"),
+            ({"prompt_style": "in_out"}, "prompt_style='in_out'"),
+            ({"policy_num_heads": 4}, "policy_num_heads=4"),
+            ({"siglip_config": {"layer_norm_eps": 1e-5}}, "siglip_config.layer_norm_eps=1e-05"),
+            ({"norm_stats": None}, "no norm stats"),
+        ],
+    )
+    def test_what_the_layout_cannot_say_is_refused_and_nothing_is_written(self, own, tmp_path, fields, message):
+        config = open_checkpoint(own).config.to_dict()
+        fields = {
+            **fields,
+            **(
+                {"siglip_config": {**config["siglip_config"], **fields["siglip_config"]}}
+                if "siglip_config" in fields
+                else {}
+            ),
+        }
+        shutil.copytree(own, tmp_path / "own")
+        (tmp_path / "own" / "config.json").write_text(json.dumps({**config, **fields}))
+        with pytest.raises(ValueError, match=message):
+            published_folder(tmp_path / "own", tmp_path / "written")
+        assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+    def test_names_and_rate_are_lost_and_that_is_reported(self, own, tmp_path):
+        checkpoint = open_checkpoint(own, fps=10, cameras=["front", "hand"])
+        model = checkpoint.load_model()
+        model.save_pretrained(tmp_path / "own")
+        tokenizer = checkpoint.load_processor().tokenizer
+        VLAAdapterProcessor.from_model_config(model.config, tokenizer).save_pretrained(tmp_path / "own")
+        lines = []
+        convert_to_published(str(tmp_path / "own"), tmp_path / "written", report_progress=lines.append)
+        assert "  not in the published layout: fps, the cameras' names" in lines
+
+    def test_only_our_own_layout_is_rewritten(self, published_pro, tmp_path):
+        with pytest.raises(ValueError, match="no checkpoint in this package's own layout"):
+            published_folder(published_pro, tmp_path / "written")
+
+    def test_the_command(self, own, tmp_path):
+        result = CliRunner().invoke(app, ["convert", str(own), str(tmp_path / "written"), "--to", "published"])
+        assert result.exit_code == 0 and "only this package reads the result" in result.output
+        assert open_checkpoint(tmp_path / "written").layout == "published"
+        for words, message in (
+            (["--to", "gguf"], "--to must be own or published"),
+            (["--to", "published", "--step", "1"], "--step"),
+        ):
+            refused = CliRunner().invoke(app, ["convert", str(own), str(tmp_path / "other"), *words])
+            assert refused.exit_code == 1 and message in refused.output
+
+    def test_towers_of_the_published_size_have_the_published_ids(self):
+        config = VLAAdapterConfig(norm_stats=norm_stats())
+        stored = published_config(config, pad_token_id=0)
+        assert stored["timm_model_ids"] == ["vit_large_patch14_reg4_dinov2.lvd142m", "vit_so400m_patch14_siglip_224"]
+        assert "timm_model_args" not in stored and stored["text_config"]["rope_theta"] == 1e6

@@ -77,13 +77,24 @@ def verify(folder: Path, model: torch.nn.Module, processor: object) -> float:
     for (name, expected), (_, found) in zip(model.state_dict().items(), written.state_dict().items(), strict=True):
         if not torch.equal(expected.cpu(), found):
             raise RuntimeError(f"verification failed: {name} is not what was saved.")
+    return compare_actions(model, processor, written, checkpoint.load_processor())
+
+
+def compare_actions(
+    model: torch.nn.Module, processor: object, written: torch.nn.Module, written_processor: object
+) -> float:
+    """The largest difference of an action between the model in memory and the one that was read back.
+
+    Raises:
+        RuntimeError: when it is more than the order of additions explains.
+    """
     observation = synthetic_observation(model.config)
     keys = list(model.config.norm_stats or {})
     if not keys:
         return 0.0
     actions = [
         one.predict_action(**of(**observation), unnorm_key=keys[0])
-        for one, of in ((model, processor), (written, checkpoint.load_processor()))
+        for one, of in ((model, processor), (written, written_processor))
     ]
     difference = float(np.abs(actions[0] - actions[1]).max())
     if not difference <= TOLERANCE[model.dtype]:

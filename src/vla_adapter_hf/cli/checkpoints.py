@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from vla_adapter_hf.checkpoints.convert import convert as convert_checkpoint
+from vla_adapter_hf.checkpoints.convert import convert_to_published
 from vla_adapter_hf.checkpoints.info import checkpoint_info
 from vla_adapter_hf.checkpoints.lerobot import convert as lerobot_conversion
 from vla_adapter_hf.cli.command import split_names
@@ -32,13 +33,23 @@ def convert(
     step: Step = None,
     dtype: Annotated[str | None, typer.Option(help="Precision to store: float32, bfloat16 or float16.")] = None,
     push_to_hub: Annotated[str | None, typer.Option(help="Hub id to upload the result to.")] = None,
+    to: Annotated[str, typer.Option(help="Layout to write: own, or published for the original's tools.")] = "own",
 ) -> None:
-    """Rewrite a published checkpoint as a transformers model, and check the result by reading it back.
+    """Rewrite a published checkpoint as a transformers model, or the other way, and check it by reading it back.
 
     \b
-    Example:
+    Examples:
       vla-adapter convert VLA-Adapter/LIBERO-Object-Pro libero-object --dtype bfloat16
+      vla-adapter convert outputs/trained outputs/published --to published
     """
+    if to not in ("own", "published"):
+        raise ValueError(f"--to must be own or published, got {to!r}.")
+    if to == "published":
+        if step is not None:
+            raise ValueError("--step chooses one of a published checkpoint's steps; leave it out with --to published.")
+        precision = parse_dtype(dtype)
+        convert_to_published(source, destination, robot, precision, push_to_hub, report_progress=typer.echo)
+        return
     convert_checkpoint(source, destination, robot, step, parse_dtype(dtype), push_to_hub, report_progress=typer.echo)
 
 
