@@ -81,7 +81,7 @@ class ActionPredictionMixin:
             raise ValueError("attention_mask has a row without a single real token; every row needs an instruction.")
         check_tokens(config, input_ids)
         state = check_state(state, input_ids.shape[0], config.proprio_dim)
-        self._report_out_of_range(state, stats["proprio"], key, out_of_range)
+        self.check_state_range(state, key, out_of_range)
 
         # 1. Physical units to normalised space.
         proprio = normalize(state, stats["proprio"], config.norm_type, config.constant_dims)
@@ -108,11 +108,18 @@ class ActionPredictionMixin:
         # 4. Normalised space to physical units.
         return unnormalize(normalized, stats["action"], config.norm_type, config.constant_dims)
 
-    def _report_out_of_range(self, state: np.ndarray, stats: dict[str, Any], key: str, action: str) -> None:
-        if action not in OUT_OF_RANGE:
-            raise ValueError(f"out_of_range must be one of {', '.join(OUT_OF_RANGE)}, got {action!r}.")
-        found = [] if action == "ignore" else find_out_of_range(state, stats)
-        if action == "warn":
+    def check_state_range(self, state: np.ndarray, unnorm_key: str | None = None, out_of_range: str = "error") -> None:
+        """
+        Report a state `(batch, proprio_dim)` far outside the range of the training data, as [`predict_action`] does.
+
+        Raises:
+            ValueError: the state is far out of range, with `out_of_range="error"`.
+        """
+        if out_of_range not in OUT_OF_RANGE:
+            raise ValueError(f"out_of_range must be one of {', '.join(OUT_OF_RANGE)}, got {out_of_range!r}.")
+        key, stats = select_norm_stats(self.config.norm_stats, unnorm_key)
+        found = [] if out_of_range == "ignore" else find_out_of_range(state, stats["proprio"])
+        if out_of_range == "warn":
             found = [entry for entry in found if (key, entry[0]) not in self._warned_out_of_range]
         if not found:
             return
@@ -125,7 +132,7 @@ class ActionPredictionMixin:
             f"state is far outside the range of the training data ({key}): {values}. Check the units and the order of "
             "its dimensions; such a state makes the actions wrong."
         )
-        if action == "error":
+        if out_of_range == "error":
             raise ValueError(message)
         self._warned_out_of_range |= {(key, index) for index, *_ in found}
         logger.warning(message)

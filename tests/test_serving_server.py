@@ -335,12 +335,30 @@ def test_a_gripper_whose_convention_is_not_known_needs_a_robot(embedded_policy):
     assert ActionRules.of(config, ServeSettings(robot="none")).robot is None
 
 
-def test_a_state_in_other_units_is_an_error_on_request(embedded_policy, observation):
+def test_a_state_in_other_units_is_the_clients_error_in_every_protocol_on_request(embedded_policy, observation):
     millimetres = {**observation, "state": 1000 * observation["state"]}
     mean = embedded_policy.config.norm_stats["libero_object"]["proprio"]["mean"]
     with server_thread(embedded_policy, ServeSettings(out_of_range="error")) as running:
         error = ask_once(running, millimetres)
-        assert error["kind"] == PredictionFailed.kind and "units" in error["message"]
+        assert error["kind"] == "out_of_range" and "units" in error["message"] and not error["may_retry"]
+        with running.websocket() as openpi:
+            receive(openpi)
+            openpi.send(pack(millimetres))
+            assert receive(openpi).startswith("out_of_range: state is far outside")
+        with running.websocket("/vla-eval") as harness:
+            frames = {"agentview": observation["image"], "wrist": observation["wrist_image"]}
+            payload = {"images": frames, "states": millimetres["state"], "task_description": observation["prompt"]}
+            message = {"type": "observation", "payload": payload, "seq": 3, "timestamp": 0.0}
+            harness.send(pack(message, keys_as_bytes=False))
+            answer = receive(harness)
+            assert (answer["type"], answer["payload"]["kind"], answer["seq"]) == ("error", "out_of_range", 3)
+        body = {"full_image": observation["image"], "wrist_image": observation["wrist_image"]}
+        body |= {"state": millimetres["state"], "instruction": observation["prompt"]}
+        answer = request(f"{running.url}/act", json_numpy.dumps(body), {"Content-Type": "application/json"})
+        assert answer.status == 422 and json.loads(answer.body)["kind"] == "out_of_range"
+        metrics = request(f"{running.url}/metrics").body.decode()
+        for protocol in ("vllm-omni", "openpi", "vla-eval", "act"):
+            assert f'vla_adapter_errors_total{{kind="out_of_range",protocol="{protocol}"}} 1.0' in metrics
         assert "actions" in ask_once(running, {**observation, "state": mean})
 
 

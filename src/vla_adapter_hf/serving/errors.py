@@ -44,6 +44,13 @@ class ObservationTooOld(ServingError):
     status = 422
 
 
+class StateOutOfRange(ServingError):
+    """The state is far outside the range of the training data, and the settings make that an error."""
+
+    kind = "out_of_range"
+    status = 422
+
+
 class SessionTaken(ServingError):
     """Another connection controls the session."""
 

@@ -15,7 +15,7 @@ from vla_adapter_hf.checkpoints.quantization import quantization_config
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
 from vla_adapter_hf.robots import ROBOTS, RobotPreset, get_robot
-from vla_adapter_hf.serving.errors import InvalidRequest
+from vla_adapter_hf.serving.errors import InvalidRequest, StateOutOfRange
 from vla_adapter_hf.serving.example import example_observation
 from vla_adapter_hf.serving.observations import Observation, ObservationReader, decode_image, pad_to_square
 from vla_adapter_hf.serving.settings import PHYSICAL, ServeSettings
@@ -127,6 +127,7 @@ class ServedPolicy:
 
         Raises:
             InvalidRequest: the observation does not fit the model; the message names the field.
+            StateOutOfRange: with `out_of_range="error"`, a state far outside the training data.
         """
         try:
             frames = [
@@ -140,6 +141,11 @@ class ServedPolicy:
             inputs = self.processor(images=[frames], text=[observation.instruction], state=state)
         except (ValueError, TypeError) as error:
             raise InvalidRequest(str(error)) from error
+        if self.settings.out_of_range == "error":
+            try:
+                self.model.check_state_range(state, self.rules.unnorm_key)
+            except ValueError as error:
+                raise StateOutOfRange(str(error)) from error
         return PreparedObservation(observation, dict(inputs))
 
     def predict(self, batch: Sequence[PreparedObservation]) -> list[Chunk]:

@@ -225,11 +225,12 @@ def plot_delays(cells: Sequence[DelayCell]) -> Figure:
     """
     scenes = list(dict.fromkeys(cell.scenes for cell in cells))
     strategies = [name for name in STRATEGIES if any(cell.strategy == name and cell.delay for cell in cells)]
+    strategies = strategies or ["sync"]
     figure = new_figure(figsize=(1 + 4 * len(scenes), 6), layout="constrained")
     grid = figure.subplots(2, len(scenes), sharex=True, sharey="row", squeeze=False)
     for name, (above, below) in zip(scenes, grid.T, strict=True):
         above.set_title(f"{name} scenes")
-        for place, strategy in enumerate(strategies or ["sync"]):
+        for place, strategy in enumerate(strategies):
             # All strategies begin at the cell without a delay. A shift keeps the intervals apart.
             shown = [cell for cell in cells if cell.scenes == name and (cell.strategy == strategy or not cell.delay)]
             shift = 0.12 * (place - (len(strategies) - 1) / 2)
@@ -241,9 +242,11 @@ def plot_delays(cells: Sequence[DelayCell]) -> Figure:
                 if points:
                     _draw_line(axis, points, shift, strategy)
         below.set_xlabel("delay, control steps")
+        below.set_xticks(sorted({cell.delay for cell in cells}))
         for axis in (above, below):
             axis.grid(alpha=0.3)
     grid[0, 0].set_ylabel("success, %")
+    grid[0, 0].set_ylim(0, 103)
     grid[1, 0].set_ylabel("seconds, when solved")
     grid[0, 0].legend(loc="lower left")
     return figure
