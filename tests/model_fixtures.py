@@ -47,6 +47,18 @@ def write_published(folder: Path, variant: str) -> Path:
     return folder
 
 
+def write_published_calvin(folder: Path) -> Path:
+    """Write the small Pro checkpoint as CALVIN-ABC-Pro is published: its statistics have CALVIN's name and gripper."""
+    write_published(folder, "pro")
+    stats = norm_stats(key="calvin_abc_rlds")["calvin_abc_rlds"]
+    for part, low, high in (("action", 0.0, 1.0), ("proprio", -1.0, 1.0)):
+        for name, value in {"min": low, "q01": low, "max": high, "q99": high}.items():
+            stats[part][name][-1] = value
+    content = {"calvin_abc_rlds": {**stats, "num_transitions": 1_000_000, "num_trajectories": 17_870}}
+    (folder / "dataset_statistics.json").write_text(json.dumps(content))
+    return folder
+
+
 def _tensors(stored: np.ndarray, listing: list, rows: np.ndarray) -> dict[str, torch.Tensor]:
     values = np.ascontiguousarray(stored.T).view("<f4")[:, 0]
     generator = np.random.default_rng(0)

@@ -9,9 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import calvin_scripted
 import calvin_writer
+import model_fixtures
 import numpy as np
 import pytest
+from training_fixtures import run_training
 from typer.testing import CliRunner
 
 from vla_adapter_cli import app
@@ -19,13 +22,18 @@ from vla_adapter_hf import VLAAdapterDataset
 from vla_adapter_hf.data.statistics import compute_norm_stats
 from vla_adapter_hf.recording.calvin_recordings import CalvinRecordings, read_step
 from vla_adapter_hf.recording.convert_calvin import ConversionSettings, convert_calvin
+from vla_adapter_hf.robots import get_robot
+from vla_adapter_hf.simulation.calvin.check import OPEN_SCENE
+from vla_adapter_hf.simulation.calvin.install import is_importable
+from vla_adapter_hf.simulation.calvin.simulation import CalvinSimulation
+from vla_adapter_hf.simulation.policies import Request, make_policy
 
 
-RECORDED = [(10, 27), (100, 107)]
+RECORDED = [(10, 27), (100, 110)]
 SPANS = [
-    (12, 19, "pull the handle to open the drawer", "open_drawer"),
-    (100, 105, "push the button", "turn_on_led"),
-    (15, 22, "open the drawer", "open_drawer"),  # overlaps with the first
+    (12, 20, "pull the handle to open the drawer", "open_drawer"),
+    (100, 108, "push the button", "turn_on_led"),
+    (15, 23, "open the drawer", "open_drawer"),  # overlaps with the first
 ]
 
 
@@ -79,7 +87,7 @@ def quietly(source: Path, output: Path, **settings) -> dict:
 def test_every_span_is_an_episode_bit_for_bit(original, converted):
     _, steps = original
     output, summary = converted
-    assert (summary["episodes"], summary["rows"], summary["converted_now"]) == (3, 8 + 6 + 8, 3)
+    assert (summary["episodes"], summary["rows"], summary["converted_now"]) == (3, 9 + 9 + 9, 3)
     dataset = VLAAdapterDataset.from_lerobot(output, robot="calvin", chunk_size=1)
     assert dataset.fps == 30 and dataset.camera_names == ["rgb_static", "rgb_gripper"]
     index = 0
@@ -100,14 +108,14 @@ def test_every_span_is_an_episode_bit_for_bit(original, converted):
 
 def test_actions_are_stored_as_recorded(original, converted):
     raw = VLAAdapterDataset.from_lerobot(converted[0], cameras=["rgb_static", "rgb_gripper"], chunk_size=1)
-    recorded = np.array([original[1][step]["rel_actions"] for step in range(12, 20)], np.float32)
-    read = np.stack([raw.get(row, load_images=False)["actions"][0] for row in range(8)])
+    recorded = np.array([original[1][step]["rel_actions"] for step in range(12, 21)], np.float32)
+    read = np.stack([raw.get(row, load_images=False)["actions"][0] for row in range(9)])
     np.testing.assert_array_equal(read, recorded)
     assert set(read[:, 6]) == {-1.0, 1.0}
 
 
 def test_statistics_are_those_of_what_a_model_learns(original, converted):
-    steps, dataset = original[1], VLAAdapterDataset.from_lerobot(converted[0], robot="calvin", chunk_size=1)
+    steps, dataset = original[1], VLAAdapterDataset.from_lerobot(converted[0], robot="calvin")
     stats = compute_norm_stats(dataset)["calvin_abc_rlds"]  # the published name, so evaluation finds it
     order = [step for first, last, *_ in SPANS for step in range(first, last + 1)]
     actions = np.array([steps[step]["rel_actions"] for step in order], np.float32)
@@ -124,7 +132,7 @@ def test_each_episode_says_where_it_is_from(converted):
         "key": "0000001",
         "subtask": "turn_on_led",
         "first_step": 100,
-        "last_step": 105,
+        "last_step": 108,
     }
     features = json.loads((converted[0] / "meta" / "info.json").read_text())["features"]
     assert features["observation.images.rgb_static"]["shape"] == [200, 200, 3]
@@ -192,6 +200,22 @@ def test_other_annotations_or_formats_need_another_folder(recordings, tmp_path):
         quietly(recordings, tmp_path / "out")
 
 
+def test_a_published_calvin_checkpoint_fine_tunes_on_it(converted, tmp_path):
+    """What is trained plays in CALVIN without further options: cameras and statistics are those of the suite."""
+    start = model_fixtures.write_published_calvin(tmp_path / "start")
+    cameras = ["--cameras", "rgb_static", "rgb_gripper"]
+    words = ["--dataset", converted[0], "--robot", "calvin", "--start_robot", "calvin", *cameras, "--max_steps", 2]
+    metrics = run_training(start, tmp_path / "trained", *words)
+    assert np.isfinite(metrics["train_loss"])
+    policy = make_policy(str(tmp_path / "trained"), "calvin", suite="calvin_abc_rlds")
+    config = policy.model.config
+    assert (config.cameras, config.chunk_size, config.fps) == (["rgb_static", "rgb_gripper"], 8, 30)
+    assert policy.unnorm_key == "calvin_abc_rlds" and policy.camera_order == [0, 1]
+    assert config.state_names[-1] == "gripper_command" and config.action_names[-1] == "gripper"
+    before = json.loads((start / "dataset_statistics.json").read_text())["calvin_abc_rlds"]
+    assert config.norm_stats["calvin_abc_rlds"]["action"]["q99"] != before["action"]["q99"]
+
+
 # -- what is refused, before anything is written ----------------------------------------------------------------------
 
 
@@ -232,7 +256,7 @@ def test_missing_files_are_named(recordings, tmp_path):
         quietly(tmp_path / "absent", tmp_path / "out")
     (recordings / "episode_0000018.npz").unlink()
     with pytest.raises(
-        FileNotFoundError, match=r"episode_0000018.npz does not exist, nor do 0 others of the span 12...19"
+        FileNotFoundError, match=r"episode_0000018.npz does not exist, nor do 0 others of the span 12...20"
     ):
         quietly(recordings, tmp_path / "out")
     (recordings / "lang_annotations" / "auto_lang_ann.npy").unlink()
@@ -321,6 +345,41 @@ def test_the_command_converts_and_says_how_to_train(recordings, tmp_path):
     words = ["convert-dataset", "calvin", str(recordings), str(tmp_path / "out")]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
-    assert "3 of 3 episodes" in result.stdout and "3 episodes, 22 rows; 3 converted now" in result.stdout
+    assert "3 of 3 episodes" in result.stdout and "3 episodes, 27 rows; 3 converted now" in result.stdout
     result = CliRunner().invoke(app, ["convert-dataset", "libero", *words[2:]])
     assert result.exit_code == 1 and "format='libero' cannot be converted; calvin can" in result.stderr
+
+
+# -- the real simulator -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.calvin
+def test_a_recording_of_the_real_simulator_is_exact_and_solves_again(tmp_path):
+    """Scripted motions, recorded in CALVIN's format and converted: frames, states and actions are the simulator's."""
+    if not all(is_importable(module) for module in ("pybullet", "calvin_env")):
+        pytest.skip("CALVIN's simulator is not installed; vla-adapter calvin-check says what is missing")
+    simulation = CalvinSimulation("cpu")
+    texts = {"turn_on_led": "press the button", "open_drawer": "pull the handle"}
+    scenes = [(subtask, OPEN_SCENE) for subtask in texts]
+    assert calvin_scripted.record(simulation, tmp_path / "training", scenes, texts, tail=0) == [True, True]
+    quietly(tmp_path / "training", tmp_path / "calvin_abc_rlds")
+    dataset = VLAAdapterDataset.from_lerobot(tmp_path / "calvin_abc_rlds", robot="calvin", chunk_size=1)
+    rows = [dataset.get(index, load_images=True) for index in range(len(dataset))]
+    for subtask, text in texts.items():
+        simulation.reset(OPEN_SCENE)
+        simulation.begin_subtask(subtask)
+        own = [row for row in rows if row["text"] == text]
+        for number, row in enumerate(own):
+            observed = simulation.observe()
+            np.testing.assert_array_equal(row["state"], observed.state.astype(np.float32))
+            for image, seen in zip(row["images"], observed.images, strict=True):
+                np.testing.assert_array_equal(np.asarray(image), seen)
+            solved = simulation.step(get_robot("calvin").to_environment(row["actions"])[0])
+            assert solved == (number == len(own) - 1)
+    simulation.close()
+    start = model_fixtures.write_published_calvin(tmp_path / "start")
+    words = ["--dataset", tmp_path / "calvin_abc_rlds", "--robot", "calvin", "--start_robot", "calvin"]
+    run_training(start, tmp_path / "trained", *words, "--cameras", "rgb_static", "rgb_gripper", "--max_steps", 2)
+    policy = make_policy(str(tmp_path / "trained"), "calvin", suite="calvin_abc_rlds")
+    [chunk] = policy.predict([Request(observed, text, 0, 0, 0)])
+    assert chunk.shape == (8, 7)

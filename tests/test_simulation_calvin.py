@@ -6,7 +6,6 @@ import os
 import sys
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
 
 import model_fixtures
 import numpy as np
@@ -321,21 +320,9 @@ def test_a_renderer_that_ends_the_process_is_named(tmp_path):
     assert "renderer" not in str(error.value)
 
 
-def published_calvin(folder: Path) -> Path:
-    """A small checkpoint as CALVIN-ABC-Pro is published: its statistics have CALVIN's name and gripper."""
-    model_fixtures.write_published(folder, "pro")
-    stats = model_fixtures.norm_stats(key="calvin_abc_rlds")["calvin_abc_rlds"]
-    for part, low, high in (("action", 0.0, 1.0), ("proprio", -1.0, 1.0)):
-        for name, value in {"min": low, "q01": low, "max": high, "q99": high}.items():
-            stats[part][name][-1] = value
-    content = {"calvin_abc_rlds": {**stats, "num_transitions": 1_000_000, "num_trajectories": 17_870}}
-    (folder / "dataset_statistics.json").write_text(json.dumps(content))
-    return folder
-
-
 def test_a_published_checkpoint_plays_without_further_options(tmp_path, caplog):
     """Robot, cameras, statistics, state and gripper follow from the suite."""
-    folder = published_calvin(tmp_path / "CALVIN-ABC-Pro")
+    folder = model_fixtures.write_published_calvin(tmp_path / "CALVIN-ABC-Pro")
     suite = scripted({"a": 2, "b": None, "c": 1, "d": 1, "e": 1})
     _, [line] = play(str(folder), suite, tmp_path / "out", step_limit=12)
     assert line["info"]["completed"] == 1
@@ -346,7 +333,7 @@ def test_a_published_checkpoint_plays_without_further_options(tmp_path, caplog):
 
 
 def test_a_published_checkpoint_gives_the_models_own_actions(tmp_path):
-    folder = published_calvin(tmp_path / "published")
+    folder = model_fixtures.write_published_calvin(tmp_path / "published")
     policy = make_policy(str(folder), "calvin", suite="calvin_abc_rlds")
     observation = calvin_observation(raw_observation())
     [chunk] = policy.predict([Request(observation, "open the drawer", 0, 0, 0)])
