@@ -2,6 +2,7 @@
 
     python examples/simulated_arm.py                  # a scripted policy of 150 ms, async-rolled
     python examples/simulated_arm.py --strategy sync  # the same policy; the arm stands still while it thinks
+    python examples/simulated_arm.py --record wave    # keeps the run as an episode of a LeRobot dataset
 
 The arm follows position targets with the lag of a small servo and draws itself into two cameras.
 """
@@ -10,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import time
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from vla_adapter_hf.recording.robot_episodes import EpisodeRecorder
 from vla_adapter_hf.robot import LoopSettings, StateModel, StrategySettings, run
 
 
@@ -83,6 +86,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--strategy", default="async-rolled", choices=("sync", "async", "async-rolled"))
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--record", help="folder of the dataset")
     arguments = parser.parse_args()
     settings = LoopSettings(
         fps=30.0,
@@ -90,7 +94,8 @@ def main() -> None:
         max_steps=arguments.steps,
         state_model=StateModel(tuple((joint, joint) for joint in range(len(JOINTS)))),
     )
-    print(run(WavePolicy(), SimulatedArm(), "wave", settings).summary())
+    with EpisodeRecorder(arguments.record) if arguments.record else nullcontext() as recorder:
+        print(run(WavePolicy(), SimulatedArm(), "wave", settings, record=recorder).summary())
 
 
 if __name__ == "__main__":

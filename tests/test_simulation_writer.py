@@ -26,7 +26,7 @@ def record(output: Path, key: str, rows: int, instruction: str, seed: int = 0) -
         "states": generator.normal(size=(rows, 8)).astype(np.float32),
         "actions": generator.normal(size=(rows, 7)).astype(np.float32),
         "chunks": generator.normal(size=(rows, 8, 7)).astype(np.float32),
-        "steps": np.arange(rows) * 4,
+        "numbers": {"step": np.arange(rows) * 4},
     }
     encoded = {name: [encode_image(frame) for frame in part] for name, part in frames.items()}
     save_episode(output, key, LAYOUT, instruction, encoded, extra={"task": 0}, **given)
@@ -176,11 +176,21 @@ def test_shapes_that_do_not_fit_are_refused_by_name(tmp_path):
     frames = {name: [encode_image(np.zeros((16, 16, 3), np.uint8))] for name in LAYOUT.cameras}
     states, actions = np.zeros((1, 8)), np.zeros((1, 7))
     with pytest.raises(ValueError, match=r"chunks of episode 'x' must have shape \(1, 8, 7\)"):
-        save_episode(tmp_path, "x", LAYOUT, "go", frames, states, actions, np.zeros((1, 4, 7)), np.zeros(1))
+        save_episode(tmp_path, "x", LAYOUT, "go", frames, states, actions, np.zeros((1, 4, 7)), {"step": np.zeros(1)})
     with pytest.raises(ValueError, match=r"images\['wrist_image'\] of episode 'x' must hold 1 frames, got 0"):
         save_episode(
-            tmp_path, "x", LAYOUT, "go", {"image": frames["image"]}, states, actions, np.zeros((1, 8, 7)), np.zeros(1)
+            tmp_path,
+            "x",
+            LAYOUT,
+            "go",
+            {"image": frames["image"]},
+            states,
+            actions,
+            np.zeros((1, 8, 7)),
+            {"step": [0]},
         )
+    with pytest.raises(ValueError, match=r"step of episode 'x' must have shape \(1,\)"):
+        save_episode(tmp_path, "x", LAYOUT, "go", frames, states, actions, np.zeros((1, 8, 7)), {"step": np.zeros(2)})
     with pytest.raises(ValueError, match="holds no saved episode"):
         assemble(tmp_path)
 

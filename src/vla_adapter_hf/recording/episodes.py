@@ -286,7 +286,7 @@ class _RowEncoder:
             "states": np.stack([self.states[step] for step in chunks]).astype(np.float32),
             "actions": np.stack([chunk[0] for chunk in chunks.values()]),
             "chunks": np.stack(list(chunks.values())),
-            "steps": np.array(list(chunks)),
+            "numbers": {"step": np.array(list(chunks))},
             "extra": {**self.common, "target": target, "instruction": instruction},
         }
 

@@ -39,20 +39,28 @@ class LeRobotLayout:
 
     Args:
         cameras: camera names; the columns are `observation.images.<camera>`.
-        image_size: height and width of the frames, pixels; a tuple has one size for each camera.
+        image_size: height and width of the frames, pixels, one number if they are equal; a tuple has one size for each
+            camera, a number or (height, width).
         state_names, action_names: one name per dimension.
         fps: rows per second of an episode, a whole number.
         chunk_size: actions in the extra column `action_chunk`; 0 leaves the column out.
         robot_type: LeRobot's `robot_type`.
+        numbers: names of further columns, which hold one whole number per row.
     """
 
     cameras: tuple[str, ...]
-    image_size: int | tuple[int, ...]
+    image_size: int | tuple[int | tuple[int, int], ...]
     state_names: tuple[str, ...]
     action_names: tuple[str, ...]
     fps: int
     chunk_size: int = 0
     robot_type: str = "panda"
+    numbers: tuple[str, ...] = ()
+
+    @property
+    def number_columns(self) -> tuple[str, ...]:
+        """The columns of whole numbers: `step` where rows hold chunks, and `numbers`."""
+        return (*(("step",) if self.chunk_size else ()), *self.numbers)
 
     def features(self) -> dict[str, Any]:
         """The `features` entry of `meta/info.json`."""
@@ -60,7 +68,7 @@ class LeRobotLayout:
         features: dict[str, Any] = {
             f"observation.images.{camera}": {
                 "dtype": "image",
-                "shape": [size, size, 3],
+                "shape": [*((size, size) if isinstance(size, int) else size), 3],
                 "names": ["height", "width", "channel"],
             }
             for camera, size in zip(self.cameras, sizes, strict=True)
@@ -73,7 +81,8 @@ class LeRobotLayout:
                 "shape": [self.chunk_size, len(self.action_names)],
                 "names": ["time", "action"],
             }
-            features["step"] = _vector("int64", 1, None)
+        for column in self.number_columns:
+            features[column] = _vector("int64", 1, None)
         features["timestamp"] = _vector("float32", 1, None)
         for column in _INDEX_COLUMNS[1:]:
             features[column] = _vector("int64", 1, None)
@@ -129,7 +138,7 @@ def save_episode(
     states: np.ndarray,
     actions: np.ndarray,
     chunks: np.ndarray | None = None,
-    steps: np.ndarray | None = None,
+    numbers: Mapping[str, np.ndarray] | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> Path:
     """Saves one episode of T rows in `output`, to be assembled later. The file appears whole or not at all.
@@ -140,7 +149,8 @@ def save_episode(
         states: (T, S) float32.
         actions: (T, A) float32, raw.
         chunks: (T, chunk_size, A) float32: the actions executed at every control step from the row on.
-        steps: (T,) control step of each row; rows need not be consecutive steps.
+        numbers: (T,) per column of whole numbers. With chunks, `step` is the control step of each row; rows need not
+            be consecutive steps.
         extra: JSON values about the episode, for `meta/demonstrations.jsonl`.
 
     Raises:
@@ -150,8 +160,9 @@ def save_episode(
     expected = {"states": (rows, len(layout.state_names)), "actions": (rows, len(layout.action_names))}
     given = {"states": np.shape(states), "actions": np.shape(actions)}
     if layout.chunk_size:
-        expected |= {"chunks": (rows, layout.chunk_size, len(layout.action_names)), "steps": (rows,)}
-        given |= {"chunks": np.shape(chunks), "steps": np.shape(steps)}
+        expected["chunks"], given["chunks"] = (rows, layout.chunk_size, len(layout.action_names)), np.shape(chunks)
+    for column in layout.number_columns:
+        expected[column], given[column] = (rows,), np.shape((numbers or {}).get(column))
     for name, shape in expected.items():
         if given[name] != shape or not rows:
             raise ValueError(
@@ -171,11 +182,12 @@ def save_episode(
     columns["action"] = _fixed(actions, schema.field("action").type)
     if layout.chunk_size:
         columns["action_chunk"] = pa.array(np.asarray(chunks, np.float32).tolist(), schema.field("action_chunk").type)
-        columns["step"] = pa.array(np.asarray(steps, np.int64))
+    for column in layout.number_columns:
+        columns[column] = pa.array(np.asarray(numbers[column], np.int64))
     # LeRobot derives a row's time from its index; where rows were left out, `step` has the true time.
     columns["timestamp"] = pa.array(np.arange(rows, dtype=np.float32) / np.float32(layout.fps))
     columns["frame_index"] = pa.array(np.arange(rows, dtype=np.int64))
-    metadata = {"instruction": instruction, "extra": dict(extra or {}), "layout": _layout_record(layout)}
+    metadata = {"instruction": instruction, "extra": dict(extra or {}), "layout": layout_record(layout)}
     table = pa.table(columns).replace_schema_metadata({"episode": json.dumps(metadata)})
     path = Path(output) / PARTS / f"{key}.parquet"
     with atomic_path(path) as temporary:
@@ -387,5 +399,6 @@ def _summarise_levels(counts: np.ndarray) -> dict[str, Any]:
     return shaped | {"count": [frames]}
 
 
-def _layout_record(layout: LeRobotLayout) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(layout).items()}
+def layout_record(layout: LeRobotLayout) -> dict[str, Any]:
+    """The layout as JSON values, without `numbers` if there are none."""
+    return json.loads(json.dumps({name: value for name, value in vars(layout).items() if value != ()}))

@@ -1,7 +1,7 @@
 """From chunks to a moving arm: `run` a policy on a robot with LeRobot's methods."""
 
 from vla_adapter_hf.robot.interface import Robot, RobotInterface
-from vla_adapter_hf.robot.loop import LoopReport, LoopSettings, Step, run
+from vla_adapter_hf.robot.loop import LoopReport, LoopSettings, Recorder, Step, run
 from vla_adapter_hf.robot.policy import LocalPolicy
 from vla_adapter_hf.robot.state_model import StateModel
 from vla_adapter_hf.robot.strategies import STRATEGIES, ChunkStrategy, StrategySettings
@@ -13,6 +13,7 @@ __all__ = [
     "LocalPolicy",
     "LoopReport",
     "LoopSettings",
+    "Recorder",
     "Robot",
     "RobotInterface",
     "StateModel",

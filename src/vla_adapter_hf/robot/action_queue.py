@@ -42,7 +42,10 @@ class ActionChunkQueue:
 
     def reset(self) -> None:
         """Forgets all chunks. To be called at the beginning of every episode: old actions belong to another scene."""
-        self._chunks: deque[tuple[int, np.ndarray]] = deque()  # (step of the first action, actions), oldest first
+        # (number, step of the first action, actions), oldest first
+        self._chunks: deque[tuple[int, int, np.ndarray]] = deque()
+        self._added = 0
+        self._origin: tuple[int, int] | None = None
         self._step = 0
         self._query_at = 0
 
@@ -50,6 +53,12 @@ class ActionChunkQueue:
     def step(self) -> int:
         """Actions handed out since the last reset."""
         return self._step
+
+    @property
+    def origin(self) -> tuple[int, int] | None:
+        """Where the last action that was handed out came from: the number of its chunk since the last reset, from 0,
+        and its index in it. Of chunks that were blended it is the newest."""
+        return self._origin
 
     @property
     def needs_chunk(self) -> bool:
@@ -86,7 +95,8 @@ class ActionChunkQueue:
             raise ValueError(f"ensemble needs chunks of more than execute={self.execute} actions, got {len(chunk)}")
         if not np.isfinite(chunk).all():
             raise ValueError("chunk holds values that are not finite; the policy's output cannot be executed")
-        self._chunks.append((begins, chunk))
+        self._chunks.append((self._added, begins, chunk))
+        self._added += 1
         self._query_at = begins + (self.execute or len(chunk))
 
     def pop(self) -> np.ndarray:
@@ -97,14 +107,20 @@ class ActionChunkQueue:
         """
         if self.needs_chunk:
             raise RuntimeError("no action left: add a chunk first (see needs_chunk)")
-        while self._chunks[0][0] + len(self._chunks[0][1]) <= self._step:
+        while self._chunks[0][1] + len(self._chunks[0][2]) <= self._step:
             self._chunks.popleft()
         action = self._action_at(self._step)
+        number, begins, _ = self._about(self._step)[-1]
+        self._origin = number, self._step - begins
         self._step += 1
         return action
 
+    def _about(self, step: int) -> list[tuple[int, int, np.ndarray]]:
+        """The chunks that say something about a step, oldest first."""
+        return [entry for entry in self._chunks if entry[1] <= step < entry[1] + len(entry[2])]
+
     def _action_at(self, step: int) -> np.ndarray:
-        candidates = [chunk[step - start] for start, chunk in self._chunks if start <= step < start + len(chunk)]
+        candidates = [chunk[step - start] for _, start, chunk in self._about(step)]
         if self.ensemble is not None:
             weights = np.exp(-self.ensemble * np.arange(len(candidates)))
             return (weights[:, None] * np.stack(candidates)).sum(axis=0) / weights.sum()

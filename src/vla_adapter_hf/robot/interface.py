@@ -100,9 +100,11 @@ class RobotInterface:
             raise ValueError(f"the robot's state is not finite: {', '.join(wrong)}")
         return frames, state
 
-    def write(self, action: np.ndarray) -> None:
-        """Send an action (A,)."""
-        self.robot.send_action({name: float(value) for name, value in zip(self.action_names, action, strict=True)})
+    def write(self, action: np.ndarray) -> np.ndarray:
+        """Send an action (A,). Returns what the robot says was sent, or the action if it says nothing."""
+        named = {name: float(value) for name, value in zip(self.action_names, action, strict=True)}
+        sent = {**named, **(self.robot.send_action(named) or {})}
+        return np.array([float(sent[name]) for name in self.action_names])
 
 
 def _find(what: str, name: str, names: Sequence[str]) -> str:

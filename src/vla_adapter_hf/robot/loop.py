@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -95,18 +96,35 @@ class Step:
 
     Attributes:
         number: counts from 0.
-        action: (A,) what was sent, or None if nothing was.
+        action: (A,) what was sent, as the robot says, or None if nothing was.
         source: `chunk`, or the watchdog's `hold` or `last`, or `nothing` before the first action.
-        query: number of the newest chunk, from 0; -1 before the first.
-        images, state: the observation, at steps at which the policy was asked; else None.
+        query: number of the chunk that the action came from, from 0; -1 without one. Of chunks that were blended it is
+            the newest.
+        position: index of the action in that chunk; -1 without one.
+        images, state: the observation before the action, at every step that is recorded, else at steps at which the
+            policy was asked; else None.
     """
 
     number: int
     action: np.ndarray | None
     source: str
     query: int
+    position: int
     images: dict[str, np.ndarray] | None = None
     state: np.ndarray | None = None
+
+
+class Recorder(Protocol):
+    """Keeps what happens, such as `recording.robot_episodes.EpisodeRecorder`."""
+
+    def begin(self, interface: RobotInterface, instruction: str, fps: float) -> None:
+        """A run begins; the robot is not connected yet. An error ends the run."""
+
+    def add(self, step: Step) -> None:
+        """A control step, with its observation. It must return at once."""
+
+    def end(self, report: LoopReport) -> None:
+        """The run is over, in whatever way; the robot is disconnected."""
 
 
 @dataclass
@@ -120,7 +138,7 @@ class LoopReport:
         queries, failures: chunks that came, and queries that failed or answered what cannot be executed.
         latency: seconds of each query.
         jitter: seconds by which each step began after its time.
-        ended_by: `max_steps`, `on_step`, `interrupt` or `watchdog`.
+        ended_by: `max_steps`, `on_step`, `interrupt`, `watchdog` or `error`.
     """
 
     steps: int = 0
@@ -150,6 +168,7 @@ def run(
     settings: LoopSettings | None = None,
     interface: RobotInterface | None = None,
     on_step: Callable[[Step], bool | None] | None = None,
+    record: Recorder | None = None,
 ) -> LoopReport:
     """Let a policy move a robot.
 
@@ -164,6 +183,8 @@ def run(
         interface: which names of the robot are the model's cameras, state and action; by default the policy's cameras,
             and all numbers: in the policy's order if it knows the same names as the robot, else in the robot's.
         on_step: called after each step; returning True ends the loop.
+        record: an `EpisodeRecorder`, which keeps the run as an episode of a LeRobot dataset. The robot is then
+            observed at every step.
 
     Returns:
         [`LoopReport`].
@@ -183,17 +204,21 @@ def run(
             f"The loop runs at fps={settings.fps:g}, the policy learnt from recordings of {recorded_fps:g} frames a "
             f"second: its movements take {recorded_fps / settings.fps:.2g} times as long"
         )
-    loop = _Loop(policy, interface, instruction, settings)
-    robot.connect()
-    try:
-        loop.run(on_step)
-    except KeyboardInterrupt:
-        loop.report.ended_by = "interrupt"
-    finally:
+    loop = _Loop(policy, interface, instruction, settings, record)
+    with ExitStack() as ending:  # from the last to the first, each even if the one before fails
+        if record is not None:
+            record.begin(interface, instruction, settings.fps)
+            ending.callback(record.end, loop.report)
+        robot.connect()
+        ending.callback(robot.disconnect)
+        ending.callback(loop.come_to_rest)
         try:
-            loop.come_to_rest()
-        finally:
-            robot.disconnect()
+            loop.run(on_step)
+        except KeyboardInterrupt:
+            loop.report.ended_by = "interrupt"
+        except BaseException:
+            loop.report.ended_by = "error"
+            raise
     return loop.report
 
 
@@ -215,9 +240,15 @@ def _make_interface(robot: Robot, policy: ChunkPolicy) -> RobotInterface:
 
 class _Loop:
     def __init__(
-        self, policy: ChunkPolicy, interface: RobotInterface, instruction: str, settings: LoopSettings
+        self,
+        policy: ChunkPolicy,
+        interface: RobotInterface,
+        instruction: str,
+        settings: LoopSettings,
+        record: Recorder | None,
     ) -> None:
         self.policy, self.interface, self.instruction, self.settings = policy, interface, instruction, settings
+        self.record = record
         self.report = LoopReport()
         self.strategy = ChunkStrategy(settings.strategy)
         self.last_action: np.ndarray | None = None
@@ -233,6 +264,8 @@ class _Loop:
         while settings.max_steps is None or report.steps < settings.max_steps:
             report.jitter.append(time.monotonic() - due)
             step = self._step()
+            if self.record is not None:
+                self.record.add(step)
             if on_step is not None and on_step(step):
                 report.ended_by = "on_step"
                 return
@@ -252,8 +285,10 @@ class _Loop:
     def _step(self) -> Step:
         self._take_answer()
         images = state = None
-        if self.strategy.wants_chunk(self._delay()):
+        wants_chunk = self.strategy.wants_chunk(self._delay())
+        if wants_chunk or self.record is not None:
             images, state = self.interface.read()
+        if wants_chunk:
             self._ask(images, state)
         action, source = self.strategy.next_action(), "chunk"
         if action is not None:
@@ -268,10 +303,11 @@ class _Loop:
         if action is not None:
             if self.settings.limits is not None:
                 action = np.clip(action, *self.settings.limits)
-            self.interface.write(action)
             self.last_action = action
+            action = self.interface.write(action)
         self.report.steps += 1
-        return Step(self.report.steps - 1, action, source, self.report.queries - 1, images, state)
+        query, position = self.strategy.origin if source == "chunk" else (-1, -1)
+        return Step(self.report.steps - 1, action, source, query, position, images, state)
 
     def _ask(self, images: dict[str, np.ndarray], state: np.ndarray) -> None:
         upcoming = self.strategy.ask(self._delay())

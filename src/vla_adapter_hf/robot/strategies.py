@@ -86,6 +86,11 @@ class ChunkStrategy:
         """Whether the policy has been asked and has not answered."""
         return self._begins is not None
 
+    @property
+    def origin(self) -> tuple[int, int] | None:
+        """Chunk and position of the last action, see `ActionChunkQueue.origin`."""
+        return self._queue.origin
+
     def wants_chunk(self, delay: int) -> bool:
         """Whether to ask now, if the answer takes `delay` control steps."""
         if self.is_waiting:
