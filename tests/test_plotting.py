@@ -23,6 +23,15 @@ def test_the_loss_picture_has_a_line_for_training_and_one_for_held_out_episodes(
     assert lines == {"training": [[1, 0.5], [2, 0.4]], "held-out episodes": [[2, 0.45]]}
 
 
+def test_the_errors_of_a_checked_training_are_drawn_below_its_loss():
+    names = ("as_it_is", "other_frames", "other_instruction", "mean_action")
+    checked = [{"step": step, **{f"check_{name}": 0.1 * step for name in names}} for step in (0, 2)]
+    loss, errors = plot_training([*HISTORY, *checked]).axes
+    assert [line.get_label() for line in loss.lines] == ["training", "held-out episodes"]
+    assert [line.get_label() for line in errors.lines] == [name.replace("_", " ") for name in names]
+    assert all(line.get_xdata().tolist() == [0, 2] for line in errors.lines)
+
+
 def test_a_figure_is_saved_into_a_folder_that_is_made_for_it(tmp_path):
     path = save_figure(plot_training(HISTORY), tmp_path / "new" / "loss.png")
     assert path.read_bytes().startswith(b"\x89PNG")

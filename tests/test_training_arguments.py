@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from vla_adapter_hf.cli.train import check_processes, parse_arguments
+from vla_adapter_hf.training.arguments import DataArguments
 from vla_adapter_hf.training.demonstrations import load_data
 
 
@@ -30,6 +31,14 @@ def parse(tmp_path):
 def test_a_bare_yes_or_no_for_the_jpeg_round_trip_is_yes_or_no(parse, text, meaning):
     _, data, _ = parse(f"jpeg_round_trip: {text}")
     assert data.jpeg_round_trip == meaning
+
+
+def test_an_action_mask_is_a_list_of_true_and_false(parse):
+    _, data, _ = parse("action_mask: [true, false]")
+    assert data.mask_of_actions() == [True, False]
+    assert DataArguments(["data"], action_mask=["True", "false"]).mask_of_actions() == [True, False]
+    with pytest.raises(ValueError, match="action_mask must be one of true, false, got '1'"):
+        DataArguments(["data"], action_mask=["1"])
 
 
 def test_a_name_without_a_value_leaves_the_default(parse):

@@ -1,5 +1,6 @@
 """Resuming: from which checkpoint, only as the same run; and what must stop a training before any work."""
 
+import json
 import shutil
 import sys
 from contextlib import nullcontext
@@ -236,3 +237,31 @@ def test_the_readmes_precision_trains_on_a_machine_without_an_accelerator(start,
     assert result.exit_code == 0, result.output
     assert result.stdout.startswith("No accelerator found: training on the CPU.\n")
     assert "Done: " in result.stdout
+
+
+# Looking and listening on the way
+
+
+def checks(output: Path) -> dict[int, dict[str, float]]:
+    """What `check_every` logged, by step."""
+    history = json.loads((last_finished_checkpoint(output) / "trainer_state.json").read_text())["log_history"]
+    return {
+        entry["step"]: {name: value for name, value in entry.items() if name.startswith("check_")}
+        for entry in history
+        if "check_as_it_is" in entry
+    }
+
+
+def test_a_checked_training_logs_its_errors_keeps_them_when_it_resumes_and_learns_the_same(start, finished, tmp_path):
+    words = (*FROZEN, "--learning_rate", "1e-3", "--check_every", "2", "--check_samples", "8")
+    run_training(start, tmp_path / "out", *words, "--max_steps", "2", "--lr_scheduler_type", "constant")
+    first = checks(tmp_path / "out")
+    assert list(first) == [0, 2]
+    # One instruction in these two episodes: no error with another one.
+    assert set(first[0]) == {"check_as_it_is", "check_other_frames", "check_mean_action"}
+    assert first[2]["check_as_it_is"] < first[0]["check_as_it_is"]
+    assert first[2]["check_mean_action"] == first[0]["check_mean_action"]
+    run_training(start, tmp_path / "out", *words, *RESUME)
+    resumed = checks(tmp_path / "out")
+    assert list(resumed) == [0, 2, 4] and {step: resumed[step] for step in first} == first
+    assert losses(tmp_path / "out") == losses(finished)

@@ -36,6 +36,11 @@ def matching_preset(recording: Recording, gripper: Gripper | None) -> str | None
     return found[0] if len(found) == 1 else None
 
 
+def _fits_unnormalised(gripper: Gripper) -> bool:
+    """Whether a gripper may be learnt as it is: two values of about the size of normalised actions."""
+    return gripper.binary and max(abs(gripper.low), abs(gripper.high)) <= 1.05
+
+
 def suggest(
     recording: Recording,
     gripper: Gripper | None,
@@ -44,7 +49,7 @@ def suggest(
     wide_bounds: bool,
     blocky: bool,
 ) -> dict[str, Any]:
-    """Arguments by name; `action_mask` is the one that a robot preset carries, false for a binary gripper.
+    """Arguments by name; `action_mask` is the robot preset's, else false for a gripper with two values.
 
     Args:
         robot: the preset that the user chose, if any.
@@ -61,7 +66,9 @@ def suggest(
         "norm_type": "bounds" if wide_bounds else "bounds_q99",
         "action_dim": size,
         "state_dim": recording.all_states.shape[1],
-        "action_mask": [not (gripper is not None and gripper.binary and dim == gripper.dim) for dim in range(size)],
+        "action_mask": list(ROBOTS[chosen].action_mask)
+        if chosen
+        else [not (dim == (gripper.dim if gripper else None) and _fits_unnormalised(gripper)) for dim in range(size)],
     }
     if blocky:
         suggestion["jpeg_round_trip"] = "yes"
@@ -78,6 +85,8 @@ def train_command(dataset: str, suggestion: dict[str, Any], columns: dict[str, s
     for name in ("chunk_size", "norm_type", "jpeg_round_trip"):
         if name in suggestion:
             words += [f"--{name}", str(suggestion[name])]
+    if not suggestion["robot"] and not all(suggestion["action_mask"]):
+        words += ["--action_mask", *("true" if normalised else "false" for normalised in suggestion["action_mask"])]
     for name, value in columns.items():
         words += [f"--{name}", value]
     return shlex.join([*words, "--validation", "0.1", "--output_dir", "outputs/policy"])

@@ -113,7 +113,22 @@ class DataArguments:
         default="auto",
         metadata={"help": "Whether frames go through JPEG at inference: yes, no, or auto (yes if recorded as JPEG)."},
     )
+    action_mask: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "For each action dimension whether it is normalised: true or false; by default the robot's, else "
+            "all are. A gripper with two values need not be."
+        },
+    )
     picture_episodes: int = field(default=3, metadata={"help": "Held-out episodes to draw at the end."})
+    check_every: int | None = field(
+        default=None,
+        metadata={
+            "help": "Every so many steps compare the error on held-out samples with that for other frames and for "
+            "another instruction: whether the policy begins to look and to listen. Drawn into training.png."
+        },
+    )
+    check_samples: int = field(default=32, metadata={"help": "Held-out samples of --check_every."})
 
     def __post_init__(self) -> None:
         # In YAML a bare yes or no is a boolean.
@@ -121,10 +136,27 @@ class DataArguments:
         _check_choice("jpeg_round_trip", self.jpeg_round_trip, ("auto", "yes", "no"))
         if self.robot is not None:
             get_robot(self.robot)
-        for name, least in (("chunk_size", 1), ("validation", 0), ("picture_episodes", 1)):
+        self.mask_of_actions()
+        least_values = {"chunk_size": 1, "validation": 0, "picture_episodes": 1, "check_every": 1, "check_samples": 4}
+        for name, least in least_values.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}; expected a number of at least {least}.")
+
+    def mask_of_actions(self) -> list[bool] | None:
+        """`action_mask` as booleans.
+
+        Raises:
+            ValueError: an entry that is neither true nor false.
+        """
+        if self.action_mask is None:
+            return None
+        known = {"true": True, "false": False}
+        # In YAML the entries are booleans already.
+        entries = [str(entry).lower() for entry in self.action_mask]
+        for entry in entries:
+            _check_choice("action_mask", entry, known)
+        return [known[entry] for entry in entries]
 
     def reader_options(self) -> dict[str, Any]:
         """The given arguments of the datasets' constructors. A reader refuses those that it does not know."""

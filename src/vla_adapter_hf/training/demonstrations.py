@@ -58,6 +58,7 @@ def load_data(
         "robot": arguments.robot,
         "pad_chunks": arguments.pad_chunks,
         "on_bad_episode": arguments.on_bad_episode,
+        "action_mask": arguments.mask_of_actions(),
         "image_transform": transform,
         "progress": progress,
         **arguments.reader_options(),

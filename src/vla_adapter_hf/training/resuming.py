@@ -22,7 +22,7 @@ from vla_adapter_hf.utils.files import write_json
 # Names with this first letter are not uploaded: the file holds paths of this machine.
 ARGUMENTS = "_arguments.json"
 # A resumed run may have other values of these. A dataset may have moved: its statistics are compared instead.
-MAY_CHANGE = {"dataset", "picture_episodes", "attn_implementation", "revision"}
+MAY_CHANGE = {"dataset", "picture_episodes", "attn_implementation", "revision", "check_every", "check_samples"}
 
 
 def find_checkpoint(arguments: VLAAdapterTrainingArguments, report_progress: Callable[[str], None]) -> Path | None:

@@ -30,8 +30,10 @@ from vla_adapter_hf.training.demonstrations import (
     load_data,
     wants_round_trip,
 )
+from vla_adapter_hf.training.looking import LookingCallback
 from vla_adapter_hf.training.metrics import make_compute_metrics
 from vla_adapter_hf.training.presets import apply_preset, check_preset, merge_lora
+from vla_adapter_hf.training.probing import choose_samples
 from vla_adapter_hf.training.resuming import check_same_run, find_checkpoint, keep_arguments, run_arguments
 from vla_adapter_hf.training.trainer import VLAAdapterTrainer, VLAAdapterTrainingArguments
 from vla_adapter_hf.utils.files import write_json, write_text
@@ -90,6 +92,9 @@ def train(
         compute_metrics=make_compute_metrics(model.config),
         describe=lambda step: describe_run(model_arguments, data_arguments, demonstrations, output, step),
     )
+    if data_arguments.check_every is not None:
+        probe = choose_samples(demonstrations.parts, data_arguments.check_samples, training_arguments.seed)
+        trainer.add_callback(LookingCallback(trainer, probe, model.config, data_arguments.check_every))
     if training_arguments.fsdp and trainer.accelerator.distributed_type != DistributedType.FSDP:
         raise ValueError("fsdp was asked for, but accelerate shards on accelerators only and would ignore it here.")
     result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)

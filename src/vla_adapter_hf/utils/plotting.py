@@ -77,20 +77,44 @@ def plot_prediction(
 
 
 def plot_training(log_history: list[dict[str, float]]) -> Figure:
-    """Loss of training and evaluation over the steps, as a Trainer logs them."""
-    figure = new_figure(figsize=(8, 4.5), layout="constrained")
-    axis = figure.subplots()
-    for key, label in (("loss", "training"), ("eval_loss", "held-out episodes")):
+    """Loss of training and evaluation over the steps, as a Trainer logs them.
+
+    If the training was checked (`check_every`), a second plot shows the errors on held-out samples as they are, with
+    other frames and with another instruction, and that of predicting the mean.
+    """
+    is_checked = any("check_as_it_is" in entry for entry in log_history)
+    figure = new_figure(figsize=(8, 8 if is_checked else 4.5), layout="constrained")
+    axes = figure.subplots(2 if is_checked else 1, squeeze=False)[:, 0]
+    _plot_logged(axes[0], log_history, {"loss": ("training", None), "eval_loss": ("held-out episodes", None)})
+    if is_checked:
+        _plot_logged(axes[1], log_history, CHECKED)
+        axes[1].set_title("The policy looks and listens where the lines are apart", fontsize=10)
+    return figure
+
+
+# What a training's check logs: the label and the line.
+CHECKED: dict[str, tuple[str, dict[str, Any] | None]] = {
+    "check_as_it_is": ("as it is", {"color": "black"}),
+    "check_other_frames": ("other frames", {"color": "tab:orange"}),
+    "check_other_instruction": ("other instruction", {"color": "tab:green"}),
+    "check_mean_action": ("mean action", {"color": "tab:gray", "linestyle": "--"}),
+}
+
+
+def _plot_logged(
+    axis: Any, log_history: list[dict[str, float]], lines: dict[str, tuple[str, dict[str, Any] | None]]
+) -> None:
+    """Draw entries of a log over the steps: by name their label and how the line looks."""
+    for key, (label, style) in lines.items():
         points = [(entry["step"], entry[key]) for entry in log_history if key in entry]
         if points:
-            axis.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else "", label=label)
+            axis.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else "", label=label, **(style or {}))
     axis.set_xlabel("step")
     axis.set_ylabel("mean absolute error, normalised actions")
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     if axis.lines:
         axis.legend()
-    return figure
 
 
 def plot_chunks(model: Any, processor: Any, datasets: list[Any], episodes: int = 3) -> Figure:
