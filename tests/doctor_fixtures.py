@@ -5,13 +5,24 @@ from dataclasses import replace
 import numpy as np
 
 from vla_adapter_hf.doctor.recording import Recording
-from vla_adapter_hf.doctor.rotations import from_euler, to_axis_angle
+from vla_adapter_hf.doctor.rotations import from_axis_angle, from_euler, from_intrinsic_euler, to_axis_angle
 
 
 SIDE = 32  # pixels of a drawn frame
 FPS = 20.0
 TASKS = ("push the red cube", "push the blue cube")
 KINDS = ("delta", "tool", "joints", "degrees", "velocity")
+# Further ways to write an orientation in the state: by kind how three angles become it, and its name in the report.
+# The kinds "target ..." have absolute poses as actions, written in the same way; the others have deltas.
+ENCODED = {
+    "xyz": (lambda angles: angles, "Euler angles, extrinsic xyz (roll, pitch, yaw)"),
+    "intrinsic xyz": (lambda angles: angles, "Euler angles, intrinsic xyz"),
+    "zyx": (lambda angles: angles, "Euler angles, intrinsic zyx (yaw, pitch, roll)"),
+    "xyz degrees": (np.degrees, "Euler angles in degrees, extrinsic xyz (roll, pitch, yaw)"),
+    "xyzw": (lambda angles: to_quaternion(from_euler(angles, "xyz")), "quaternion x, y, z, w"),
+    "wxyz": (lambda angles: np.roll(to_quaternion(from_euler(angles, "xyz")), 1, axis=1), "quaternion w, x, y, z"),
+}
+ORIENTATIONS = (*ENCODED, "target xyz", "target zyx", "target xyz degrees", "target xyzw")
 ROWS, COLUMNS = np.mgrid[:SIDE, :SIDE] / SIDE
 
 
@@ -106,7 +117,9 @@ def pose_episode(rng, steps, kind, cube):
     points[1, :2] = cube - 0.5
     position = smooth_path(rng, steps, points, rng.uniform(-0.3, 0.3, 3))
     angles = smooth_path(rng, steps, rng.uniform(-0.9, 0.9, (3, 3)), rng.uniform(-0.9, 0.9, 3))
-    rotation = from_euler(angles, "xyz")
+    written = kind.removeprefix("target ")
+    intrinsic = {"intrinsic xyz": "xyz", "zyx": "zyx"}.get(written)
+    rotation = from_intrinsic_euler(angles, intrinsic) if intrinsic else from_euler(angles, "xyz")
     turn = to_axis_angle(rotation[1:] @ np.swapaxes(rotation[:-1], 1, 2))
     move = np.diff(position, axis=0)
     if kind == "tool":
@@ -116,9 +129,23 @@ def pose_episode(rng, steps, kind, cube):
     command, aperture = gripper_of(rng, steps)
     actions = np.column_stack([move * scale, turn * scale, command])
     actions[:, :6] += rng.normal(0, 0.02 * actions[:, :6].std(0), (steps, 6))
-    orientation = to_axis_angle(rotation[:-1])
+    encode = ENCODED[written][0] if written in ENCODED else lambda angles: to_axis_angle(from_euler(angles, "xyz"))
+    orientation = encode(angles)
+    if kind.startswith("target"):
+        pose = np.column_stack([position, orientation])[1:]
+        actions = np.column_stack([pose + rng.normal(0, 0.003 * pose.std(0), pose.shape), command])
+    orientation = orientation[:-1]
     states = np.column_stack([position[:-1], orientation, aperture, -aperture])
     return states, actions, position[:-1] + 0.5
+
+
+def to_quaternion(rotations):
+    """Rotation matrices (n, 3, 3) -> quaternions (n, 4) as x, y, z, w, each with the sign of the one before it."""
+    turns = to_axis_angle(rotations)
+    angle = np.linalg.norm(turns, axis=1, keepdims=True)
+    quaternions = np.concatenate([np.sin(angle / 2) * turns / np.maximum(angle, 1e-12), np.cos(angle / 2)], axis=1)
+    signs = np.where((quaternions[1:] * quaternions[:-1]).sum(1) < 0, -1.0, 1.0)
+    return quaternions * np.cumprod([1.0, *signs])[:, None]
 
 
 def joint_episode(rng, steps, unit):
@@ -348,6 +375,48 @@ def half_rate_frames(recording, rng):
     return replace(recording, read_images=lambda position, step: read(position, step - step % 2))
 
 
+def wrapped(dims, unit=1.0):
+    """Angles that are moved next to pi, so that they jump to minus pi on the way."""
+
+    def fault(recording, rng):
+        def change(values):
+            turned = values[:, dims] / unit + np.pi - np.median(values[:, dims]) / unit
+            values[:, dims] = ((turned + np.pi) % (2 * np.pi) - np.pi) * unit
+            return values
+
+        return edit(recording, "states", change)
+
+    return fault
+
+
+def around_pi(recording, rng):
+    """Rotation vectors of a tool that points down: a half turn, and a little more or less than that."""
+
+    def change(values):
+        half = np.broadcast_to(from_axis_angle(np.array([[2.2, 2.2, 0.0]])), (len(values), 3, 3))
+        values[:, 3:6] = to_axis_angle(from_axis_angle(values[:, 3:6]) @ half)
+        return values
+
+    return edit(recording, "states", change)
+
+
+def negated(recording, rng):
+    """Quaternions whose sign follows from another rule than the step before: x is never below 0."""
+
+    def change(values):
+        values[:, 3:7] *= np.where(values[:, 3:4] < 0, -1.0, 1.0)
+        return values
+
+    return edit(recording, "states", change)
+
+
+def across_splits(recording, rng):
+    """Copies of some episodes at the end, which are the validation split."""
+    both = duplicated(recording, rng)
+    count = len(recording.actions)
+    return replace(both, splits=["train"] * count + ["validation"] * (len(both.actions) - count))
+
+
 # By name: the fault, the finding that must name it, and the robots it is for ("all" or some of KINDS).
 POSES = ("delta", "velocity")
 JOINTS = ("joints", "degrees")
@@ -410,6 +479,26 @@ FAULTS = {
     "wrong fps": (lambda r, g: replace(r, fps=10.0), "timestamps disagree with fps", ALL),
     "waiting": (waiting, "many idle steps", ALL),
     "duplicates": (duplicated, "duplicate episodes", ALL),
+    "duplicates in the validation split": (across_splits, "the same episodes in several splits", ALL),
+    "Euler order swapped in some episodes": (
+        lambda r, g: edit(r, "actions", lambda a: a[:, [0, 1, 2, 5, 4, 3, 6]], some(r, g)),
+        "the order of the dimensions differs between episodes", ("target xyz", "target zyx", "target xyz degrees")),
+    "Euler order swapped": (
+        lambda r, g: edit(r, "actions", lambda a: a[:, [0, 1, 2, 5, 4, 3, 6]]),
+        "actions are in another order than the states", ("target xyz", "target zyx", "target xyz degrees")),
+    "Euler angles in degrees in the actions only": (
+        lambda r, g: edit(r, "actions", times(180 / np.pi, slice(3, 6))),
+        "actions and states are in different units", ("target xyz", "target zyx")),
+    "yaw jumps at pi": (wrapped([5]), "angles in the state jump by a full turn", ("xyz", "intrinsic xyz")),
+    "yaw in degrees jumps at 180": (
+        wrapped([5], 180 / np.pi), "angles in the state jump by a full turn", ("xyz degrees",)),
+    "rotation vectors turn round at pi": (
+        around_pi, "rotation vectors in the state turn round at pi", ("delta", "velocity")),
+    "quaternions change their sign": (
+        negated, "quaternions in the state change their sign", ("xyzw", "target xyzw")),
+    "two quaternion orders mixed": (
+        lambda r, g: edit(r, "states", lambda s: s[:, [0, 1, 2, 6, 3, 4, 5, *range(7, s.shape[1])]], some(r, g)),
+        "two orders of the quaternion are mixed", ("xyzw", "target xyzw")),
     "short episodes": (
         lambda r, g: replace(r, **{
             name: [part[:5] if place < 4 else part for place, part in enumerate(getattr(r, name))]
@@ -429,6 +518,13 @@ FAULTS = {
     "cameras swapped in some episodes": (
         lambda r, g: edit_frames(r, lambda frames, *_: frames[::-1], some(r, g)),
         "cameras are swapped in some episodes", ALL),
+    "one picture at all starts": (
+        lambda r, g: replace(r, read_images=lambda position, step: r.read_images(position if step else 0, step)),
+        "objects are in the same places in all episodes", ALL),
+    "one scene for each instruction": (
+        lambda r, g: edit_frames(r, lambda frames, position, step: [
+            frame if position % 2 else (frame // 2 + 100).astype(np.uint8) for frame in frames]),
+        "the picture alone tells the instruction", ALL),
     "upside down in some episodes": (
         through(lambda f: f[::-1, ::-1]), "frames are upside down in some episodes", ALL),
     "mirrored in some episodes": (through(lambda f: f[:, ::-1]), "frames are mirrored in some episodes", ALL),

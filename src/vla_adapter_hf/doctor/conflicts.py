@@ -14,6 +14,7 @@ LEAST_NEIGHBOURS = 3  # other episodes that pass close by
 LEAST_SHARE = 0.25  # of them that must move differently
 DIFFERENT = 0.3  # cosine between two motions below which they differ
 MOST_STEPS = 1500
+SHOWN_PAIRS = 3
 
 
 def check_conflicts(recording: Recording, sample: FrameSample, semantics: Semantics, chunk_size: int) -> list[Finding]:
@@ -45,9 +46,11 @@ def check_conflicts(recording: Recording, sample: FrameSample, semantics: Semant
     split = several & (differs.sum(1) >= LEAST_SHARE * close.sum(1))
     if split.sum() < max(LEAST_OBSERVATIONS, 0.05 * several.sum()):
         return []
-    example, partner = np.unravel_index(np.where(differs & split[:, None], cosine, np.inf).argmin(), cosine.shape)
-    pair = [*frames[example], *frames[nearest[example, partner]]]
-    picture = np.concatenate(pair, axis=1).clip(0, 255).astype(np.uint8)
+    pairs = _clearest_pairs(np.where(differs & split[:, None], cosine, np.inf), owners)
+    rows = [
+        np.concatenate([*frames[example], *frames[nearest[example, partner]]], axis=1) for example, partner in pairs
+    ]
+    picture = np.concatenate(rows).clip(0, 255).astype(np.uint8)
     numbers = [recording.numbers[position] for position in np.unique(owners[split])]
     return [
         Finding(
@@ -56,7 +59,7 @@ def check_conflicts(recording: Recording, sample: FrameSample, semantics: Semant
             {
                 "observations with close ones in other episodes": int(several.sum()),
                 "of those with different motion": int(split.sum()),
-                "cosine of the pair in the picture": cosine[example, partner],
+                "cosines of the pairs in the picture": [cosine[pair] for pair in pairs],
             },
             "A policy trained with an L1 loss takes a middle way that nobody showed.",
             "Show one way, or give the two ways two instructions.",
@@ -64,6 +67,17 @@ def check_conflicts(recording: Recording, sample: FrameSample, semantics: Semant
             picture.repeat(4, axis=0).repeat(4, axis=1),
         )
     ]
+
+
+def _clearest_pairs(cosine: np.ndarray, owners: np.ndarray) -> list[tuple[int, int]]:
+    """Up to `SHOWN_PAIRS` places in (n, episodes) with the smallest cosine, of different episodes."""
+    pairs: list[tuple[int, int]] = []
+    left = cosine.copy()
+    while len(pairs) < SHOWN_PAIRS and np.isfinite(left).any():
+        example, partner = np.unravel_index(left.argmin(), left.shape)
+        pairs.append((int(example), int(partner)))
+        left[owners == owners[example]] = np.inf
+    return pairs
 
 
 def _observations(recording: Recording, sample: FrameSample, chunk_size: int) -> tuple | None:

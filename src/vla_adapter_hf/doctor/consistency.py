@@ -33,7 +33,9 @@ def check_consistency(recording: Recording, semantics: Semantics, settings: Chec
     known = np.isfinite(ratio) & (here > GOOD)
     scaled = known & ~mixed & ~shifted & ((np.abs(ratio) > 3) | (np.abs(ratio) < 1 / 3))
     flipped = known & ~mixed & ~shifted & ~scaled & (ratio < 0)
+    swapped = ~mixed & ~shifted & _is_in_other_order(fits.r2[:, now], strong, sources)
     return [
+        *_swapped(numbers[swapped], len(numbers)),
         *_mixed(numbers[mixed], elsewhere[mixed], best[mixed], len(numbers)),
         *_shifted(numbers[shifted], fits.lags[np.nan_to_num(curves[shifted]).argmax(1)], semantics.lag, len(numbers)),
         *_scaled(numbers[scaled], ratio[scaled], len(numbers)),
@@ -46,6 +48,35 @@ def check_consistency(recording: Recording, semantics: Semantics, settings: Chec
             numbers,
             strong,
         ),
+    ]
+
+
+def _is_in_other_order(r2: np.ndarray, strong: list[int], sources: np.ndarray) -> np.ndarray:
+    """Episodes in which at least two dimensions follow each other's state instead of their own.
+
+    Args:
+        r2: (episodes, A, S) at the usual lag.
+        strong: action dimensions that are explained well over all episodes.
+        sources: their state dimensions.
+    """
+    among = np.nan_to_num(r2[:, strong][:, :, sources])  # (episodes, strong, strong)
+    own = np.diagonal(among, axis1=1, axis2=2)
+    others = among * (1 - np.eye(len(strong)))
+    return ((others.max(2) > own + 0.3) & (others.max(2) > 0.7)).sum(1) >= 2
+
+
+def _swapped(numbers: np.ndarray, total: int) -> list[Finding]:
+    if len(numbers) == 0:
+        return []
+    return [
+        Finding(
+            "the order of the dimensions differs between episodes",
+            "high",
+            {"episodes": len(numbers), "of": total},
+            "Roll is yaw, or x is y, in some episodes: the policy averages two axes.",
+            "Bring the dimensions of these episodes into the order of the others.",
+            numbers.tolist(),
+        )
     ]
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections import Counter
 
 import numpy as np
 
 from vla_adapter_hf.doctor.findings import Finding
 from vla_adapter_hf.doctor.recording import FrameSample, Recording
+from vla_adapter_hf.training.probing import plain_text
 
 
 def check_episodes(recording: Recording, chunk_size: int) -> list[Finding]:
@@ -84,27 +84,41 @@ def _lengths(recording: Recording, chunk_size: int) -> list[Finding]:
 
 def _duplicates(recording: Recording) -> list[Finding]:
     seen: dict[bytes, int] = {}
-    copies = []
+    copies, across = [], []
     for position, states, actions in recording.episodes(2):
         content = (
             np.ascontiguousarray(states, np.float32).tobytes() + np.ascontiguousarray(actions, np.float32).tobytes()
         )
         digest = hashlib.blake2b(content, digest_size=16).digest()
-        if digest in seen:
-            copies.append(recording.numbers[position])
-        seen.setdefault(digest, position)
-    if not copies:
-        return []
-    return [
-        Finding(
-            "duplicate episodes",
-            "high" if len(copies) > 0.2 * len(recording.actions) else "medium",
-            {"copies": len(copies), "of": len(recording.actions)},
-            "They count twice, and a copy among the held-out episodes makes the evaluation too good.",
-            "Remove the copies.",
-            copies,
+        first = seen.setdefault(digest, position)
+        if first == position:
+            continue
+        is_across = recording.splits is not None and recording.splits[first] != recording.splits[position]
+        (across if is_across else copies).append(recording.numbers[position])
+    findings = []
+    if across:
+        findings.append(
+            Finding(
+                "the same episodes in several splits",
+                "high",
+                {"copies": len(across), "splits": sorted(set(recording.splits or []))},
+                "What is held out was trained on: the evaluation says nothing about new episodes.",
+                "Remove the copies from one of the splits.",
+                across,
+            )
         )
-    ]
+    if copies:
+        findings.append(
+            Finding(
+                "duplicate episodes",
+                "high" if len(copies) > 0.2 * len(recording.actions) else "medium",
+                {"copies": len(copies), "of": len(recording.actions)},
+                "They count twice, and a copy among the held-out episodes makes the evaluation too good.",
+                "Remove the copies.",
+                copies,
+            )
+        )
+    return findings
 
 
 def _starts(recording: Recording) -> list[Finding]:
@@ -125,11 +139,6 @@ def _starts(recording: Recording) -> list[Finding]:
             "Vary the start of the arm while recording.",
         )
     ]
-
-
-def plain_text(text: str) -> str:
-    """An instruction without what should not matter: case, punctuation, spaces."""
-    return " ".join(re.sub(r"[^\w\s]", " ", text.lower()).split())
 
 
 def _words(recording: Recording) -> list[Finding]:

@@ -12,6 +12,8 @@ from vla_adapter_hf.doctor.recording import FrameSample, Recording
 from vla_adapter_hf.doctor.timing import frame_changes, motion, state_spread
 
 
+SAME_PICTURE = 4.0  # levels by which a thumbnail changes although nothing was moved
+
 # What may have been done to a frame (..., height, width, 3) in some episodes.
 CHANGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "upside down": lambda frame: frame[..., ::-1, ::-1, :],
@@ -42,6 +44,7 @@ def check_frames(recording: Recording, sample: FrameSample) -> list[Finding]:
     for camera, name in enumerate(recording.cameras):
         findings += _exposure(name, first[:, camera], numbers)
         findings += _frozen(recording, sample, camera, name)
+    findings += _same_places(recording, first)
     findings += _turned(recording, first, numbers)
     findings += _sizes(sample)
     findings += _compressed(recording, sample)
@@ -118,6 +121,24 @@ def _frozen(recording: Recording, sample: FrameSample, camera: int, name: str) -
             )
         )
     return findings
+
+
+def _same_places(recording: Recording, first: np.ndarray) -> list[Finding]:
+    """First frames (episodes, cameras, height, width, 3) that are the same in all episodes."""
+    if len(first) < 8:
+        return []
+    change = first.std(0).mean(-1).max((1, 2))  # by camera, where it is largest
+    if change.max() > SAME_PICTURE:
+        return []
+    return [
+        Finding(
+            "objects are in the same places in all episodes",
+            "low",
+            {"largest change of a first frame": dict(zip(recording.cameras, change, strict=True)), "of": 255},
+            "A policy can do this without looking, and fails as soon as an object is moved.",
+            "Move the objects between episodes.",
+        )
+    ]
 
 
 def _distance(first: np.ndarray, usual: np.ndarray) -> np.ndarray:

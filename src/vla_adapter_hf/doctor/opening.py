@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from vla_adapter_hf.data.dataset import VLAAdapterDataset
 from vla_adapter_hf.data.lerobot.reader import LeRobotReader
 from vla_adapter_hf.data.opening import chosen_format, open_reader, random_access, rows_of_folder
+from vla_adapter_hf.data.rlds.reader import RLDSReader
 from vla_adapter_hf.data.source import DemonstrationSource
 from vla_adapter_hf.data.table import PlainReader
 from vla_adapter_hf.doctor.recording import Recording
@@ -72,7 +73,24 @@ def recording_of(source: DemonstrationSource) -> Recording:
         or all((np.diff(control_steps[steps]) == 1).all() for steps in ranges if steps.stop > steps.start),
         frames_are_jpeg=has_steps and source.frames_are_jpeg(),
         read_images=source.read_images,
+        splits=_splits(source),
     )
+
+
+def _splits(source: DemonstrationSource) -> list[str] | None:
+    """The declared split of each episode; None if there are not two."""
+    reader = source.reader
+    if isinstance(reader, LeRobotReader):
+        names = list(reader.metadata.splits)
+    else:
+        names = list(dict.fromkeys(shard.split for shard in reader.shards)) if isinstance(reader, RLDSReader) else []
+    if len(names) < 2:
+        return None
+    splits = [""] * len(source.table.lengths)
+    for name in names:
+        for position in source.positions_of_split(name):
+            splits[position] = name
+    return splits
 
 
 def _timestamps(source: DemonstrationSource) -> list[np.ndarray] | None:

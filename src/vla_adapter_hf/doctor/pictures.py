@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from vla_adapter_hf.doctor.frames import SAME_PICTURE
 from vla_adapter_hf.doctor.recording import FrameSample, Recording
 from vla_adapter_hf.doctor.semantics import Semantics
+from vla_adapter_hf.utils.attention import overlay_attention
 from vla_adapter_hf.utils.plotting import new_figure
 
 
@@ -26,6 +28,9 @@ def report_pictures(recording: Recording, sample: FrameSample, semantics: Semant
     if sample.windows:
         pictures[f"First frames: a row for each camera ({', '.join(recording.cameras)})"] = camera_sheet(sample)
     try:
+        if len(sample.first) > 1:
+            caption = "Places of objects and arm at the start: bright where first frames differ between episodes"
+            pictures[f"{caption} ({', '.join(recording.cameras)})"] = places_sheet(sample)
         pictures["Actions (black) and what explains them (orange), one episode"] = pixels(
             plot_explanation(recording, semantics)
         )
@@ -51,6 +56,18 @@ def camera_sheet(sample: FrameSample) -> np.ndarray:
         rows.append(np.concatenate(frames, axis=1))
     width = max(row.shape[1] for row in rows)
     return np.concatenate([np.pad(row, ((0, 4), (0, width - row.shape[1]), (0, 0))) for row in rows])
+
+
+def places_sheet(sample: FrameSample) -> np.ndarray:
+    """The mean first frame of each camera, with a glow where first frames differ between episodes."""
+    first = np.stack(list(sample.first.values()))  # (episodes, cameras, height, width, 3)
+    sheets = []
+    for camera in range(first.shape[1]):
+        change = first[:, camera].std(0).mean(-1)
+        mean = Image.fromarray(first[:, camera].mean(0).astype(np.uint8))
+        frame = np.asarray(mean.resize((FRAME_HEIGHT, FRAME_HEIGHT), Image.Resampling.BICUBIC))
+        sheets.append(overlay_attention(frame, change, max(float(change.max()), SAME_PICTURE)))
+    return np.concatenate(sheets, axis=1)
 
 
 def pixels(figure: Figure) -> np.ndarray:

@@ -14,6 +14,15 @@ def ranges(values: np.ndarray) -> dict[str, np.ndarray]:
     return {"min": values.min(0), "q01": q01, "median": median, "q99": q99, "max": values.max(0)}
 
 
+def unit_guess(scale: float) -> str:
+    """The pair of units whose ratio a factor is, in words."""
+    known = {180 / np.pi: "degrees and radians", 1000.0: "millimetres and metres", 100.0: "centimetres and metres"}
+    for factor, name in known.items():
+        if 0.8 < max(scale, 1 / scale) / factor < 1.25:
+            return name
+    return "no usual pair of units"
+
+
 def check_ranges(recording: Recording, grippers: list[int]) -> list[Finding]:
     """Findings about the numbers of actions and states."""
     actions, states = recording.all_actions, recording.all_states
@@ -24,7 +33,6 @@ def check_ranges(recording: Recording, grippers: list[int]) -> list[Finding]:
         *_clipping(recording, actions, grippers),
         *_tiny(recording, actions, grippers),
         *_state_units(recording, states),
-        *_jumps(recording),
         *_state_scale(recording),
     ]
     return found
@@ -154,34 +162,6 @@ def _state_units(recording: Recording, states: np.ndarray) -> list[Finding]:
             {"99th percentile": {recording.state_name(dim): high[dim] for dim in large}},
             "Nothing, if the robot gives the same numbers: degrees, millimetres and encoder ticks are normalised too.",
             "Make sure that the robot's driver gives the same units.",
-        )
-    ]
-
-
-def _jumps(recording: Recording) -> list[Finding]:
-    """Angles that jump by a full turn within an episode."""
-    counts = np.zeros(recording.all_states.shape[1], int)
-    numbers = []
-    states = recording.all_states
-    turn = np.where(np.quantile(np.abs(states), 0.99, axis=0) > 7.0, 360.0, 2 * np.pi)
-    for position, values, _ in recording.episodes(2):
-        steps = np.abs(np.diff(values, axis=0))
-        jumps = (np.abs(steps - turn) < 0.15 * turn).sum(0)
-        counts += jumps
-        if jumps.any():
-            numbers.append(recording.numbers[position])
-    # Only angles: values that reach both sides of zero, and never more than a turn.
-    angles = (np.abs(states).max(0) <= 1.01 * turn) & (states.min(0) < 0) & (states.max(0) > 0) & (counts > 0)
-    if not angles.any():
-        return []
-    return [
-        Finding(
-            "angles in the state jump by a full turn",
-            "medium",
-            {"jumps": {recording.state_name(dim): counts[dim] for dim in np.flatnonzero(angles)}},
-            "Two equal poses look far apart to the policy, and their average is the opposite pose.",
-            "Unwrap the angle, turn the zero away from where the arm works, or use another encoding.",
-            numbers,
         )
     ]
 

@@ -49,6 +49,7 @@ class Recording:
         consecutive: whether rows are consecutive control steps.
         frames_are_jpeg: whether frames are stored as JPEG.
         read_images: frames of all cameras by episode and step; None leaves frames out.
+        splits: per episode the split that the dataset declares for it, such as "train"; None if it declares none.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Recording:
     consecutive: bool = True
     frames_are_jpeg: bool = False
     read_images: ReadImages | None = None
+    splits: list[str] | None = None
 
     def action_name(self, dim: int) -> str:
         """The name of an action dimension, or its number."""

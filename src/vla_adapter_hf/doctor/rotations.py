@@ -65,6 +65,12 @@ ENCODINGS: dict[str, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {
     "Euler angles, extrinsic xyz (roll, pitch, yaw)": (3, lambda values: from_euler(values, "xyz")),
     "Euler angles, intrinsic xyz": (3, lambda values: from_intrinsic_euler(values, "xyz")),
     "Euler angles, intrinsic zyx (yaw, pitch, roll)": (3, lambda values: from_intrinsic_euler(values, "zyx")),
+    "Euler angles in degrees, extrinsic xyz (roll, pitch, yaw)": (3, lambda v: from_euler(np.radians(v), "xyz")),
+    "Euler angles in degrees, intrinsic xyz": (3, lambda v: from_intrinsic_euler(np.radians(v), "xyz")),
+    "Euler angles in degrees, intrinsic zyx (yaw, pitch, roll)": (
+        3,
+        lambda v: from_intrinsic_euler(np.radians(v), "zyx"),
+    ),
     "quaternion x, y, z, w": (4, from_quaternion),
     "quaternion w, x, y, z": (4, lambda values: from_quaternion(values[:, [1, 2, 3, 0]])),
 }

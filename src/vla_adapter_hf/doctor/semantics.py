@@ -8,6 +8,7 @@ import numpy as np
 
 from vla_adapter_hf.doctor.findings import Finding
 from vla_adapter_hf.doctor.fits import Fits, explained, fit_actions, quiet_median
+from vla_adapter_hf.doctor.ranges import unit_guess
 from vla_adapter_hf.doctor.recording import Recording
 from vla_adapter_hf.doctor.rotations import ENCODINGS, to_axis_angle
 from vla_adapter_hf.doctor.settings import CheckSettings
@@ -122,7 +123,23 @@ def _is_encoding(name: str, orientation: np.ndarray) -> bool:
     norms = np.linalg.norm(orientation, axis=1)
     if name.startswith("quaternion"):
         return bool(np.abs(norms - 1).max() < 0.05)
-    return bool(np.abs(orientation).max() < 2 * np.pi + 0.1 and norms.max() > 1e-3)
+    largest = np.abs(orientation).max()
+    if "degrees" in name:
+        return bool(2 * np.pi + 0.1 <= largest <= 361)
+    return bool(largest < 2 * np.pi + 0.1 and norms.max() > 1e-3)
+
+
+def _possible_encodings(states: np.ndarray) -> list[str]:
+    """Names of the ways in which the dimensions from the fourth on may be an orientation.
+
+    Four values of length 1 are a quaternion: their first three would else pass for half of a rotation vector.
+    """
+    possible = [
+        name
+        for name, (width, _) in ENCODINGS.items()
+        if states.shape[1] >= 3 + width and _is_encoding(name, states[:, 3 : 3 + width])
+    ]
+    return [name for name in possible if name.startswith("quaternion")] or possible
 
 
 def _look_for_frame(recording: Recording, semantics: Semantics) -> None:
@@ -133,13 +150,11 @@ def _look_for_frame(recording: Recording, semantics: Semantics) -> None:
         semantics.frame = "not an end-effector pose, or not named as one"
         return
     candidates: dict[str, tuple[float, str, str, float]] = {}
+    encodings = _possible_encodings(recording.all_states)
     for lag in dict.fromkeys([semantics.lag or 0, 0, -1, 1]):
-        for name, (width, convert) in ENCODINGS.items():
-            if size < 3 + width:
-                continue
+        for name in encodings:
+            width, convert = ENCODINGS[name]
             actions, moved, before, after = _motions(recording, lag, width)
-            if not _is_encoding(name, before):
-                continue
             start, end = convert(before), convert(after)
             turned = np.linalg.norm(to_axis_angle(np.swapaxes(start[:1], 1, 2) @ start), axis=1)
             if np.quantile(turned, 0.9) < 0.15:
@@ -160,7 +175,7 @@ def _look_for_frame(recording: Recording, semantics: Semantics) -> None:
 
 def _choose_frame(semantics: Semantics, candidates: dict[str, tuple[float, str, str, float]]) -> None:
     if not candidates:
-        semantics.frame = "cannot be decided: state 3 to 6 is no orientation in radians"
+        semantics.frame = "cannot be decided: state 3 to 6 is no orientation"
         return
     best = {frame: max(value for value in candidates.values() if value[1] == frame) for frame in ("base", "tool")}
     semantics.alternatives |= {f"{frame} frame": value[0] / 2 for frame, value in best.items()}
@@ -260,20 +275,12 @@ def _check_units(recording: Recording, semantics: Semantics) -> list[Finding]:
         Finding(
             "actions and states are in different units",
             "medium",
-            {"action per state": off, "guess": _unit_guess(scale)},
+            {"action per state": off, "guess": unit_guess(scale)},
             "Statistics hide it, but whoever compares an action with a state, or starts from the state, is wrong by "
             "that factor.",
             "Record both in the same units.",
         )
     ]
-
-
-def _unit_guess(scale: float) -> str:
-    known = {180 / np.pi: "degrees and radians", 1000.0: "millimetres and metres", 100.0: "centimetres and metres"}
-    for factor, name in known.items():
-        if 0.8 < max(scale, 1 / scale) / factor < 1.25:
-            return name
-    return "no usual pair of units"
 
 
 def _check_unexplained(recording: Recording, semantics: Semantics) -> list[Finding]:
@@ -283,7 +290,8 @@ def _check_unexplained(recording: Recording, semantics: Semantics) -> list[Findi
     findings = []
     strong = [dim for dim in semantics.dims if semantics.r2[dim] >= 0.8]
     order = [int(semantics.state_dims[dim]) for dim in strong]
-    if len(order) > 1 and order != sorted(order) and len(set(order)) == len(order):
+    yaw_first = "zyx" in (semantics.encoding or "")
+    if not yaw_first and len(order) > 1 and order != sorted(order) and len(set(order)) == len(order):
         findings.append(
             Finding(
                 "actions are in another order than the states",
