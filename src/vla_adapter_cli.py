@@ -42,7 +42,7 @@ COMMANDS = {
     "export": Entry("export", "export", "Write a checkpoint for OpenVINO or ONNX Runtime [openvino,onnx]"),
     "init": Entry("checkpoints", "init", "Write a model with a new policy, to be trained"),
     "stats": Entry("data", "stats", "Compute the statistics that normalise a dataset"),
-    "check": Entry("check", "check", "Check demonstrations before training [video,plot]"),
+    "check": Entry("check", "check", "Check demonstrations, and a policy on them [video,plot]"),
     "train": Entry("train", "train", "Fine-tune a checkpoint on demonstrations [lora,plot]", reads_words=True),
     "plot": Entry("data", "plot", "Draw predicted next to recorded actions [plot]"),
     "eval": Entry("simulation", "evaluate", "Run a policy in the LIBERO or CALVIN simulator [libero]"),

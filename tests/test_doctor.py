@@ -1,7 +1,9 @@
 """`vla-adapter check`: every fault is named, and correct recordings are left alone."""
 
 import json
+import os
 import re
+import shlex
 from dataclasses import replace
 
 import datasets
@@ -10,10 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_fixtures import DEMOS, RLDS, copy_of
-from doctor_fixtures import FAULTS, KINDS, make_detour, make_recording
+from doctor_fixtures import ENCODED, FAULTS, KINDS, ORIENTATIONS, gripper_of, make_detour, make_recording, smooth_path
+from training_fixtures import write_start
 from typer.testing import CliRunner
 
 from vla_adapter_cli import app
+from vla_adapter_hf.cli.train import parse_arguments
 from vla_adapter_hf.doctor import check as doctor
 from vla_adapter_hf.doctor.check import check, check_recording
 from vla_adapter_hf.doctor.findings import Finding, Report
@@ -21,6 +25,8 @@ from vla_adapter_hf.doctor.frames import blockiness
 from vla_adapter_hf.doctor.page import as_page
 from vla_adapter_hf.doctor.rotations import ENCODINGS, from_axis_angle, to_axis_angle
 from vla_adapter_hf.doctor.settings import CheckSettings
+from vla_adapter_hf.recording.lerobot_writer import LeRobotLayout, assemble, encode_image, save_episode
+from vla_adapter_hf.training.train import train
 
 
 QUICK = CheckSettings(windows=8)
@@ -39,7 +45,9 @@ def without_plots(monkeypatch):
 
 
 def needs_frames(fault):
-    return any(word in fault for word in ("camera", "frame", "upside", "mirrored", "flipped", "BGR"))
+    return any(
+        word in fault for word in ("camera", "frame", "upside", "mirrored", "flipped", "BGR", "picture", "scene")
+    )
 
 
 def with_fault(fault, kind, seed):
@@ -61,7 +69,7 @@ def test_a_fault_is_named(fault, kind, without_plots):
     assert FAULTS[fault][1] in names(report)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, *ORIENTATIONS])
 def test_a_correct_recording_has_no_finding_of_high_severity(kind, without_plots):
     report = check_recording(make_recording(kind, seed=1), QUICK)
     assert names(report, "high") == []
@@ -85,6 +93,19 @@ def test_the_meaning_of_actions_is_found(kind, meaning, frame):
         assert facts["actions"]["orientation in the state"] == "axis-angle"
 
 
+@pytest.mark.parametrize("kind", ENCODED)
+def test_the_way_to_write_an_orientation_is_found(kind):
+    facts = check_recording(replace(make_recording(kind, seed=2), read_images=None), QUICK).facts
+    assert facts["actions"]["kind"] == "delta" and facts["actions"]["frame"] == "base"
+    assert facts["actions"]["orientation in the state"] == ENCODED[kind][1]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ORIENTATIONS if kind.startswith("target")])
+def test_absolute_poses_are_found_however_they_are_written(kind):
+    facts = check_recording(replace(make_recording(kind, seed=2), read_images=None), QUICK).facts
+    assert (facts["actions"]["kind"], facts["actions"]["steps from action to motion"]) == ("absolute", 1)
+
+
 def test_the_closed_end_of_the_gripper_is_read_off_the_aperture():
     recording = replace(make_recording("delta", seed=3), read_images=None)
     turned = [np.column_stack([part[:, :6], -part[:, 6]]) for part in recording.actions]
@@ -104,16 +125,23 @@ def test_two_ways_round_an_obstacle_are_found_and_one_way_is_not(ways, without_p
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", ["none", *FAULTS])
 def test_a_fault_is_named_in_most_tries(fault, without_plots):
-    """The table in docs/check_data.md: `pytest -m slow tests/test_doctor.py -k most_tries -s`."""
-    cause, kinds = (None, KINDS) if fault == "none" else FAULTS[fault][1:]
-    tries = [(kind, seed) for kind in kinds for seed in range(-(-10 // len(kinds)))]
-    good = 0
+    """The table in docs/check_data.md: `pytest -m slow tests/test_doctor.py -k most_tries -s`.
+
+    The environment variable TRIES says how many there are of each fault, 20 by default; there are five times as many
+    correct recordings.
+    """
+    cause, kinds = (None, (*KINDS, *ORIENTATIONS)) if fault == "none" else FAULTS[fault][1:]
+    count = int(os.environ.get("TRIES", "20")) * (5 if fault == "none" else 1)
+    tries = [(kind, seed) for kind in kinds for seed in range(-(-count // len(kinds)))]
+    missed = []
     for kind, seed in tries:
         recording = make_recording(kind, seed) if fault == "none" else with_fault(fault, kind, seed)
         report = check_recording(recording, QUICK)
-        good += cause in names(report) if cause else names(report, "high") == []
+        found = cause in names(report) if cause else names(report, "high") == []
+        missed += [] if found else [f"{kind} {seed}: {names(report)}"]
+    good = len(tries) - len(missed)
     print(f"\n| {fault} | {good} of {len(tries)} |")
-    assert good >= 0.95 * len(tries)
+    assert good >= (0.99 if fault == "none" else 0.95) * len(tries), missed
 
 
 # Real recordings
@@ -174,6 +202,30 @@ def test_a_preset_that_turns_the_gripper_the_wrong_way_is_found():
     learnt = [np.column_stack([part[:, :6], (1 + part[:, 6]) / 2]) for part in recording.actions]
     report = check_recording(replace(recording, actions=learnt), QUICK, robot="libero")
     assert "the gripper is the wrong way round for robot libero" in names(report, "high")
+
+
+def test_the_suggested_command_runs_as_it_is_and_leaves_a_binary_gripper_unnormalised(tmp_path, processor):
+    """A robot without a preset, whose gripper has two values."""
+    rng = np.random.default_rng(0)
+    layout = LeRobotLayout(("front",), 32, ("x", "y", "opening"), ("x", "y", "gripper"), fps=10)
+    for episode in range(4):
+        states = np.column_stack([smooth_path(rng, 40, rng.uniform(-1, 1, (3, 2)), np.zeros(2))[:40], np.zeros(40)])
+        command, states[:, 2] = gripper_of(rng, 40)
+        actions = np.column_stack([np.diff(states[:, :2], axis=0, append=states[-1:, :2]), command])
+        frames = [encode_image(rng.integers(0, 255, (32, 32, 3)).astype(np.uint8)) for _ in states]
+        numbers = states.astype(np.float32), actions.astype(np.float32)
+        save_episode(tmp_path / "data", f"{episode}", layout, "push the cube", {"front": frames}, *numbers)
+    assemble(tmp_path / "data")
+    report = check(tmp_path / "data", settings=QUICK)
+    assert "--action_mask true true false" in report.command
+    words = shlex.split(report.command)[2:]
+    start, output = write_start(tmp_path / "start", processor), tmp_path / "out"
+    words[words.index("CHECKPOINT")], words[words.index("outputs/policy")] = str(start), str(output)
+    words[words.index("--validation") + 1] = "1"
+    words += ["--preset", "full", "--max_steps", "2", "--use_cpu", "true", "--report_to", "none"]
+    train(*parse_arguments([*words, "--picture_episodes", "1"]), report_progress=lambda line: None)
+    config = json.loads((output / "config.json").read_text())
+    assert config["norm_stats"]["data"]["action"]["mask"] == [True, True, False]
 
 
 # Parts

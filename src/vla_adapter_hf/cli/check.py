@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.cli.command import split_names
 from vla_adapter_hf.cli.options import (
     ActionColumn,
@@ -20,16 +21,36 @@ from vla_adapter_hf.cli.options import (
     InstructionColumn,
     Revision,
     StateColumn,
+    parse_numbers,
 )
 from vla_adapter_hf.doctor.check import check as run
 from vla_adapter_hf.doctor.page import as_text
-from vla_adapter_hf.doctor.settings import CheckSettings
+from vla_adapter_hf.doctor.settings import CheckSettings, PolicySettings
 from vla_adapter_hf.training.arguments import DataArguments
 
 
 def check(
     dataset: Annotated[str, typer.Argument(help="Folder or Hub id of demonstrations.")],
     output: Annotated[Path, typer.Option(help="Folder for report.json and report.html.")] = Path("check"),
+    checkpoint: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of a policy to ask about the demonstrations; embedded is the one inside."),
+    ] = None,
+    unnorm_key: Annotated[
+        str | None, typer.Option(help="With --checkpoint: its statistics, by default those that fit best.")
+    ] = PolicySettings.unnorm_key,
+    samples: Annotated[int, typer.Option(help="With --checkpoint: samples to predict.")] = PolicySettings.samples,
+    episodes: Annotated[
+        str | None,
+        typer.Option(help="With --checkpoint: episodes that the policy was not trained on, as in 0,2,5-7."),
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(help="With --checkpoint: samples that are predicted at once.")
+    ] = PolicySettings.batch_size,
+    device: Annotated[str, typer.Option(help="With --checkpoint: cpu, cuda or the like.")] = PolicySettings.device,
+    dtype: Annotated[
+        str, typer.Option(help="With --checkpoint: float32, bfloat16 or float16.")
+    ] = PolicySettings.dtype,
     format: Format = DataArguments.format,
     robot: DataRobot = None,
     cameras: Cameras = None,
@@ -51,10 +72,13 @@ def check(
 ) -> None:
     """Check demonstrations for what would make a policy fail: wrong actions, late frames, swapped cameras and more.
 
+    With --checkpoint also check a policy on them: whether it looks, listens, or leans on the state.
+
     \b
     Examples:
       vla-adapter check me/pick-and-place
       vla-adapter check recordings --cameras front wrist --output outputs/check
+      vla-adapter check recordings --checkpoint outputs/policy --episodes 40-49
     """
     arguments = DataArguments(
         [dataset],
@@ -67,15 +91,26 @@ def check(
         name=name,
         revision=revision,
     )
-    report = run(
-        dataset,
-        output,
-        CheckSettings(full=full, chunk_size=chunk_size, fps=fps),
-        format,
-        robot,
-        report_progress=lambda line: typer.echo(line, err=True),
-        cameras=split_names(cameras),
-        **arguments.reader_options(),
+    policy = PolicySettings(
+        unnorm_key=unnorm_key,
+        samples=samples,
+        episodes=None if episodes is None else parse_numbers(episodes, "--episodes"),
+        batch_size=batch_size,
+        device=device,
+        dtype=dtype,
     )
+    with embedded_folder() as folder:
+        report = run(
+            dataset,
+            output,
+            CheckSettings(full=full, chunk_size=chunk_size, fps=fps),
+            format,
+            robot,
+            str(folder / "checkpoint") if checkpoint == "embedded" else checkpoint,
+            policy,
+            report_progress=lambda line: typer.echo(line, err=True),
+            cameras=split_names(cameras),
+            **arguments.reader_options(),
+        )
     typer.echo(as_text(report))
     typer.echo(f"\nwrote {output / 'report.html'} and {output / 'report.json'}")

@@ -22,12 +22,14 @@ from vla_adapter_hf.doctor.gripper import (
     find_grippers,
 )
 from vla_adapter_hf.doctor.opening import open_recording
+from vla_adapter_hf.doctor.orientations import check_orientations
 from vla_adapter_hf.doctor.page import write_page
 from vla_adapter_hf.doctor.pictures import report_pictures
+from vla_adapter_hf.doctor.policy import check_policy
 from vla_adapter_hf.doctor.ranges import check_ranges, clipping_cost
 from vla_adapter_hf.doctor.recording import FrameSample, Recording, sample_frames
 from vla_adapter_hf.doctor.semantics import Semantics, check_semantics, find_semantics
-from vla_adapter_hf.doctor.settings import CheckSettings
+from vla_adapter_hf.doctor.settings import CheckSettings, PolicySettings
 from vla_adapter_hf.doctor.suggest import suggest, train_command
 from vla_adapter_hf.doctor.timing import (
     check_dropped_steps,
@@ -45,6 +47,8 @@ def check(
     settings: CheckSettings | None = None,
     format: str = "auto",
     robot: str | None = None,
+    checkpoint: str | os.PathLike | None = None,
+    policy: PolicySettings | None = None,
     report_progress: Callable[[str], None] = lambda line: None,
     **options: Any,
 ) -> Report:
@@ -55,11 +59,14 @@ def check(
         output: folder for the report; None writes nothing.
         settings: how much is read, and where findings begin.
         format, robot: as of `load_demonstrations`. Without a robot, actions are judged as they were recorded.
+        checkpoint: folder or Hub id of a policy that is asked about the demonstrations; None asks none.
+        policy: how it is asked.
         report_progress: called with a line of text before each part.
         options: `cameras`, column names, `name` and `revision` as of `from_lerobot`, `from_rlds` or `from_dataset`.
 
     Raises:
-        ValueError: what the reader refuses, and a dataset without a readable episode.
+        ValueError: what the reader refuses, a dataset without a readable episode, and a checkpoint that cannot be
+            opened.
     """
     settings = settings or CheckSettings()
     report_progress("Reading states and actions")
@@ -67,6 +74,9 @@ def check(
     columns = {key: value for key, value in options.items() if key.endswith("_column") and isinstance(value, str)}
     report = check_recording(recording, settings, robot, report_progress)
     report.command = train_command(os.fspath(dataset), report.suggestion, columns)
+    if checkpoint is not None:
+        reading = {"format": format, "robot": robot, **options}
+        check_policy(report, checkpoint, dataset, policy or PolicySettings(), report_progress, **reading)
     if output is not None:
         folder = Path(output)
         folder.mkdir(parents=True, exist_ok=True)
@@ -102,6 +112,7 @@ def check_recording(
     report.add(check_episodes(recording, chunk_size))
     report.add(check_listening(recording, sample))
     report.add(check_ranges(recording, grippers))
+    report.add(check_orientations(recording))
     for gripper in described:
         report.add(check_gripper(recording, gripper))
         report.add(check_preset_gripper(recording, gripper, robot))
@@ -150,6 +161,7 @@ def _without_empty(recording: Recording) -> Recording:
                 name: [getattr(recording, name)[place] for place in kept]
                 for name in ("states", "actions", "texts", "numbers")
             },
+            "splits": None if recording.splits is None else [recording.splits[place] for place in kept],
             "timestamps": None if recording.timestamps is None else [recording.timestamps[place] for place in kept],
             "read_images": None if read is None else lambda position, step: read(kept[position], step),
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,21 @@ class Finding:
             raise ValueError(f"severity={self.severity!r} is not one of {', '.join(SEVERITIES)}")
 
 
+@dataclass(frozen=True)
+class Verdict:
+    """The answer to one question about a policy.
+
+    Args:
+        question: such as `"looks"`.
+        answer: `"yes"`, `"a little"`, `"no"`, `"cannot be decided"`, or names.
+        reason: the numbers that it follows from.
+    """
+
+    question: str
+    answer: str
+    reason: str
+
+
 @dataclass
 class Report:
     """The result of a check.
@@ -49,6 +64,9 @@ class Report:
         suggestion: arguments for `vla-adapter train` by name.
         command: a command line to copy.
         pictures: uint8 (height, width, 3) by caption.
+        verdicts: about a policy, if one was checked.
+        rule: how the verdicts follow from the numbers.
+        tables: by title, rows of plain values by column.
     """
 
     dataset: str
@@ -57,6 +75,9 @@ class Report:
     suggestion: dict[str, Any] = field(default_factory=dict)
     command: str = ""
     pictures: dict[str, np.ndarray] = field(default_factory=dict)
+    verdicts: list[Verdict] = field(default_factory=list)
+    rule: str = ""
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     def add(self, findings: list[Finding]) -> None:
         """Take more findings, and keep the most severe first."""
@@ -85,6 +106,8 @@ class Report:
             "findings": findings,
             "suggestion": plain(self.suggestion),
             "command": self.command,
+            "verdicts": [asdict(verdict) for verdict in self.verdicts],
+            "tables": plain(self.tables),
         }
 
 

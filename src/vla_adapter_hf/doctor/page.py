@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vla_adapter_hf.doctor.findings import SEVERITIES, Finding, Report, plain
+from vla_adapter_hf.doctor.findings import SEVERITIES, Finding, Report, Verdict, plain
 from vla_adapter_hf.utils.files import write_text
 
 
@@ -31,6 +31,12 @@ table { border-collapse: collapse; background: #fff; font-size: .88rem; width: 1
 td, th { border-bottom: 1px solid #e3e6ea; padding: .3rem .6rem; text-align: left; vertical-align: top; }
 pre { background: #1c2530; color: #e8edf2; padding: .8rem; border-radius: 4px; white-space: pre-wrap; }
 img { max-width: 100%; background: #fff; image-rendering: auto; } figure { margin: .8rem 0; }
+.verdicts { display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: .7rem; }
+.verdict { background: #fff; border-top: 5px solid #8a96a3; border-radius: 4px; padding: .6rem .8rem; }
+.verdict span, .verdict small { display: block; color: #57626e; font-size: .82rem; }
+.verdict b { display: block; font-size: 1.15rem; margin: .1rem 0 .3rem; }
+.verdict.good { border-color: #2e7d32; } .verdict.fair { border-color: #ef8f00; }
+.verdict.bad { border-color: #c62828; } .wide { overflow-x: auto; } .wide td { white-space: nowrap; }
 figcaption { color: #57626e; font-size: .85rem; }
 """
 
@@ -59,7 +65,14 @@ def listed_episodes(finding: Finding) -> str:
 def as_text(report: Report) -> str:
     """The report for a terminal."""
     lines = [f"{report.dataset}"]
-    for subject in ("recording", "actions", *(name for name in report.facts if name.startswith("gripper"))):
+    if report.verdicts:
+        lines.append("\npolicy")
+        lines += [f"  {verdict.question}: {verdict.answer} ({verdict.reason})" for verdict in report.verdicts]
+        lines.append(f"  {report.rule}")
+    for title, rows in report.tables.items():
+        lines += ["", title, *_text_table(rows)]
+    shown = ("policy", "recording", "actions", *(name for name in report.facts if name.startswith("gripper")))
+    for subject in (name for name in shown if name in report.facts):
         lines.append(f"\n{subject}")
         lines += [f"  {name}: {words(value)}" for name, value in report.facts[subject].items()]
     counts = {level: sum(finding.severity == level for finding in report.findings) for level in SEVERITIES}
@@ -76,6 +89,14 @@ def as_text(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _text_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Rows of plain values in columns as wide as their longest word."""
+    cells = [list(rows[0]), *([words(value) for value in row.values()] for row in rows)]
+    widths = [max(len(line[place]) for line in cells) for place in range(len(cells[0]))]
+    return ["  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
+            for line in cells]  # fmt: skip
+
+
 def write_page(path: str | os.PathLike, report: Report) -> None:
     """Write the report as an HTML page. Pictures are inside it."""
     write_text(path, as_page(report))
@@ -89,9 +110,11 @@ def as_page(report: Report) -> str:
     )
     parts = [
         f"<h1>Check of {name}</h1><p>{counts}</p>",
+        _policy(report),
         "<h2>Findings</h2>",
         *(_finding(finding) for finding in report.findings),
         "" if report.findings else "<p>Nothing was found.</p>",
+        *(_wide_table(title, rows) for title, rows in report.tables.items()),
     ]
     if report.command:
         parts.append(f"<h2>To train on it</h2><pre>{html.escape(report.command)}</pre>")
@@ -111,7 +134,7 @@ def _finding(finding: Finding) -> str:
     picture = (
         ""
         if finding.picture is None
-        else _figure(finding.picture, "An example, and what is usual or nearly equal to it")
+        else _figure(finding.picture, "Examples, and what is usual or nearly equal to them")
     )
     return (
         f'<section class="finding {finding.severity}">'
@@ -120,6 +143,35 @@ def _finding(finding: Finding) -> str:
         f"<p>{html.escape(finding.effect)}</p>"
         f"<p><b>What to do:</b> {html.escape(finding.advice)}</p>{picture}</section>"
     )
+
+
+def _policy(report: Report) -> str:
+    """The verdicts about a policy as cards, with the rule that they follow from."""
+    if not report.verdicts:
+        return ""
+    cards = "".join(
+        f'<div class="verdict {_tone(verdict)}"><span>{html.escape(verdict.question)}</span>'
+        f"<b>{html.escape(verdict.answer)}</b><small>{html.escape(verdict.reason)}</small></div>"
+        for verdict in report.verdicts
+    )
+    return f'<h2>The policy</h2><div class="verdicts">{cards}</div><p class="evidence">{html.escape(report.rule)}</p>'
+
+
+def _tone(verdict: Verdict) -> str:
+    """The class of a card: what is good is green. Leaning on the state is not."""
+    tones = {"yes": "good", "a little": "fair", "no": "bad"}
+    if verdict.question == "leans on the state":
+        tones = {"yes": "bad", "no": "good"}
+    return tones.get(verdict.answer, "neutral")
+
+
+def _wide_table(title: str, rows: list[dict[str, Any]]) -> str:
+    """A table with a row for each entry; it scrolls sideways where the screen is narrow."""
+    head = "".join(f"<th>{html.escape(str(name))}</th>" for name in rows[0])
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(words(value))}</td>" for value in row.values()) + "</tr>" for row in rows
+    )
+    return f'<h2>{html.escape(title)}</h2><div class="wide"><table><tr>{head}</tr>{body}</table></div>'
 
 
 def _table(title: str, values: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -47,3 +48,33 @@ class CheckSettings:
         if self.chunk_size is not None:
             return self.chunk_size
         return 8 if fps is None else int(min(25, max(4, round(0.4 * fps))))
+
+
+@dataclass(frozen=True)
+class PolicySettings:
+    """How a policy is asked.
+
+    Args:
+        unnorm_key: which of the checkpoint's statistics to use; None chooses those that fit the data best.
+        samples: samples to predict, each under about ten conditions.
+        episodes: episodes to take them from, best those that the policy was not trained on; None takes all.
+        batch_size: samples that are predicted at once.
+        device, dtype: where and in which precision the model computes.
+        seed: decides which frames, states and instructions are swapped.
+
+    Raises:
+        ValueError: a number that is too small.
+    """
+
+    unnorm_key: str | None = None
+    samples: int = 96
+    episodes: Sequence[int] | None = None
+    batch_size: int = 8
+    device: str = "cpu"
+    dtype: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, minimum in {"samples": 8, "batch_size": 1}.items():
+            if getattr(self, name) < minimum:
+                raise ValueError(f"{name}={getattr(self, name)} is too small; give {minimum} or more")

@@ -1,0 +1,273 @@
+"""`vla-adapter check --checkpoint`: whether a policy looks, listens and leans on the state, and what it expects."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from model_fixtures import FIXTURES
+from probe_fixtures import INSTRUCTIONS, train_policy, write_dataset, write_start
+from typer.testing import CliRunner
+
+from vla_adapter_cli import app
+from vla_adapter_hf.checkpoints.embedded import embedded_folder
+from vla_adapter_hf.data import ImageResize, load_demonstrations
+from vla_adapter_hf.doctor.check import check
+from vla_adapter_hf.doctor.expectations import check_statistics, choose_key
+from vla_adapter_hf.doctor.findings import Report
+from vla_adapter_hf.doctor.judgement import judge
+from vla_adapter_hf.doctor.measuring import measure_policy
+from vla_adapter_hf.doctor.settings import PolicySettings
+from vla_adapter_hf.doctor.verdicts import Estimate, answer, carrying_cameras, ratio
+from vla_adapter_hf.training.probing import choose_samples
+
+
+HELD_OUT = FIXTURES / "held_out"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLA_ADAPTER_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Frames, instruction and state decide one action each."""
+    return write_dataset(tmp_path_factory.mktemp("probe") / "data", episodes=12)
+
+
+def probe_of(folder, samples=48):
+    data = load_demonstrations(folder, cameras=["front", "wrist"], chunk_size=1, image_transform=ImageResize(28))
+    return choose_samples([data], samples)
+
+
+def side(image):
+    """Which half of the top is brighter: -1, 0 or 1."""
+    gap = image[:14, 14:].mean() - image[:14, :14].mean()
+    return float(np.sign(gap) if abs(gap) > 50 else 0)
+
+
+def perfect(samples):
+    """What `write_dataset` records, read off the inputs."""
+    return np.array(
+        [
+            [[0.8 * side(sample["images"][0]), 0.8 if "up" in sample["text"] else -0.8, sample["state"][0]]]
+            for sample in samples
+        ]
+    )
+
+
+def without(dimension):
+    """A policy that predicts 0 in one dimension: without the input that decides it."""
+
+    def predict(samples):
+        actions = perfect(samples)
+        actions[..., dimension] = 0.0
+        return actions
+
+    return predict
+
+
+def answers(predict, folder, **options):
+    probe = probe_of(folder, **options)
+    report = Report("test")
+    measured = measure_policy(probe, predict, ["front", "wrist"], probe.actions[:, 0], np.ones(3))
+    measured.action_names = ["by_frames", "by_instruction", "by_state"]
+    judge(report, measured)
+    return {verdict.question: verdict.answer for verdict in report.verdicts}, report
+
+
+# Verdicts from predictions
+
+
+def test_a_policy_that_uses_every_input_is_said_to(dataset):
+    found, report = answers(perfect, dataset)
+    assert found == {
+        "better than the mean action": "yes",
+        "looks": "yes",
+        "which camera carries": "front",
+        "listens": "yes",
+        "leans on the state": "no",
+    }
+    assert [finding.name for finding in report.findings] == ["a camera is not used"]
+
+
+def test_a_policy_without_frames_is_said_not_to_look_and_to_lean_on_the_state(dataset):
+    found, report = answers(without(0), dataset)
+    assert (found["looks"], found["listens"], found["leans on the state"]) == ("no", "yes", "yes")
+    assert found["which camera carries"] == "none"
+    assert report.named("the policy does not look").severity == "high"
+
+
+def test_a_policy_without_words_is_said_not_to_listen(dataset):
+    found, report = answers(without(1), dataset)
+    assert (found["looks"], found["listens"]) == ("yes", "no")
+    assert report.named("the policy does not listen").severity == "high"
+
+
+def test_a_policy_that_looks_a_little_is_said_to(dataset):
+    found, _ = answers(lambda samples: 0.08 * perfect(samples) + 0.92 * without(0)(samples), dataset)
+    assert found["looks"] == "a little"
+
+
+def test_with_one_instruction_nothing_is_said_about_listening(tmp_path):
+    folder = write_dataset(tmp_path / "data", episodes=4, instructions=INSTRUCTIONS[:1])
+    found, report = answers(perfect, folder)
+    assert found["listens"] == "cannot be decided"
+    assert not report.named("the policy does not listen")
+    assert "other instruction" not in {row["condition"] for row in next(iter(report.tables.values()))}
+
+
+def test_the_mean_action_is_said_to_be_no_policy(dataset):
+    mean = probe_of(dataset).actions.mean(0)
+    found, report = answers(lambda samples: np.broadcast_to(mean, (len(samples), *mean.shape)), dataset)
+    assert (found["better than the mean action"], found["looks"], found["listens"]) == ("no", "no", "no")
+    assert report.named("the policy is hardly better than predicting the mean").severity == "high"
+
+
+@pytest.mark.parametrize(
+    ("turn", "name"),
+    [
+        (lambda images: [image[:, ::-1] for image in images], "frames look mirrored to the policy"),
+        (lambda images: images[::-1], "cameras are in another order than the policy's"),
+    ],
+)
+def test_frames_that_fit_the_policy_better_after_a_change_are_named(dataset, turn, name):
+    def trained_on_others(samples):
+        return perfect([sample | {"images": turn(sample["images"])} for sample in samples])
+
+    _, report = answers(trained_on_others, dataset)
+    assert report.named(name).severity == "high"
+    _, report = answers(perfect, dataset)
+    assert not report.named(name)
+
+
+def test_errors_are_in_the_robots_units_by_dimension_and_for_first_and_other_actions(dataset):
+    probe = probe_of(dataset)
+    measured = measure_policy(
+        probe, lambda samples: probe.actions + np.array([0.1, -0.2, 0.0]), ["front", "wrist"], probe.actions[:, 0],
+        np.ones(3),
+    )  # fmt: skip
+    own = measured.errors["as it is"]
+    np.testing.assert_allclose(own.first.mean(0), [0.1, 0.2, 0.0], atol=1e-9)
+    np.testing.assert_allclose(own.signed.mean(0), [0.1, -0.2, 0.0], atol=1e-9)
+
+
+def test_samples_are_swapped_with_those_of_other_episodes(dataset):
+    probe = probe_of(dataset)
+    assert (probe.episodes[probe.partners] != probe.episodes).all()
+    assert all(text != sample["text"] for text, sample in zip(probe.instructions, probe.samples, strict=True))
+    swapped = probe.with_other_frames()
+    assert all(
+        one["images"] is probe.samples[partner]["images"] and one["state"] is sample["state"]
+        for one, partner, sample in zip(swapped, probe.partners, probe.samples, strict=True)
+    )
+
+
+@pytest.mark.parametrize(
+    ("gained", "said"),
+    [
+        (Estimate(0.5, 0.4, 0.6), "yes"),
+        (Estimate(0.1, 0.05, 0.15), "a little"),
+        (Estimate(0.01, -0.03, 0.05), "no"),
+        (Estimate(0.15, -0.1, 0.4), "cannot be decided"),
+    ],
+)
+def test_the_rule_from_numbers_to_words(gained, said):
+    assert answer(gained) == said
+
+
+def test_a_camera_with_less_than_half_of_the_gain_does_not_carry():
+    gains = {"a": Estimate(0.2, 0.1, 0.3), "b": Estimate(0.5, 0.4, 0.6), "c": Estimate(0.4, 0.3, 0.5)}
+    assert carrying_cameras(gains) == ["b", "c"]
+
+
+def test_the_interval_comes_from_whole_episodes():
+    """Ten equal samples of an episode say no more than one: the interval stays as wide."""
+    rng = np.random.default_rng(0)
+    above = rng.uniform(0, 1, 12)
+    few = ratio(above, np.ones(12), np.arange(12))
+    many = ratio(above.repeat(10), np.ones(120), np.arange(12).repeat(10))
+    assert many.high - many.low == pytest.approx(few.high - few.low, rel=0.1)
+
+
+# What a checkpoint expects
+
+
+def statistics(low, high):
+    low, high = np.asarray(low, float), np.asarray(high, float)
+    part = {"q01": low, "q99": high, "min": low, "max": high}
+    return {"action": part, "proprio": part}
+
+
+def data_findings(values, norm_stats, key="mine"):
+    low, high = np.quantile(values, [0.01, 0.99], axis=0)
+    names = [f"joint {dim}" for dim in range(values.shape[1])]
+    found = check_statistics(
+        norm_stats, key, statistics(low, high), {"action": values, "proprio": values},
+        {"action": names, "proprio": names},
+    )  # fmt: skip
+    return {finding.name: finding for finding in found}
+
+
+def test_statistics_are_compared_with_the_data():
+    values = np.random.default_rng(0).uniform(-1, 1, (500, 3))
+    mine = statistics([-1] * 3, [1] * 3)
+    assert data_findings(values, {"mine": mine}) == {}
+    assert "states are in other units than the policy's" in data_findings(values * 1000, {"mine": mine})
+    degrees = data_findings(np.degrees(values), {"mine": mine})["actions are in other units than the policy's"]
+    assert degrees.evidence["guess"] == "degrees and radians"
+    shifted = data_findings(values + [0, 0, 1.5], {"mine": mine})
+    assert list(shifted["states lie outside the range that the policy knows"].evidence["share outside"]) == ["joint 2"]
+
+
+def test_a_wrong_unnorm_key_is_named_and_the_best_one_is_chosen():
+    values = np.random.default_rng(0).uniform(-1, 1, (500, 3))
+    norm_stats = {"mine": statistics([-1] * 3, [1] * 3), "other": statistics([0, 3, -9], [0.5, 4, -5])}
+    found = data_findings(values, norm_stats, key="other")["other statistics of the checkpoint fit better"]
+    assert found.severity == "high" and found.evidence["fits better"] == "mine"
+    assert choose_key(norm_stats, None, norm_stats["mine"], "not there") == "mine"
+    assert choose_key(norm_stats, "other", norm_stats["mine"], "mine") == "other"
+
+
+def test_data_that_does_not_fit_the_policy_is_a_finding(dataset):
+    with embedded_folder() as folder:
+        report = check(dataset, checkpoint=folder / "checkpoint", policy=PolicySettings(samples=8))
+    assert report.named("the data does not fit the policy").severity == "high"
+    assert report.verdicts == []
+
+
+# Real policies
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recorded", "looks", "listens"),
+    [({}, "yes", "yes"), ({"blind": True}, "no", "yes"), ({"instructions": INSTRUCTIONS[:1]}, "yes", "no")],
+    ids=["everything", "frames of other steps", "one instruction"],
+)
+def test_a_trained_policy_is_said_to_use_what_it_could_learn_from(recorded, looks, listens, processor, tmp_path):
+    """Blind: trained on frames that say nothing. Deaf: trained with one instruction. Asked on episodes with both."""
+    start = write_start(tmp_path / "start", processor)
+    policy = train_policy(start, write_dataset(tmp_path / "train", **recorded), tmp_path / "policy")
+    held_out = write_dataset(tmp_path / "held_out", seed=1, episodes=12)
+    report = check(held_out, checkpoint=policy)
+    found = {verdict.question: verdict.answer for verdict in report.verdicts}
+    assert (found["looks"], found["listens"]) == (looks, listens)
+    assert (report.named("the policy does not look") is not None) == (looks == "no")
+    assert (report.named("the policy does not listen") is not None) == (listens == "no")
+
+
+def test_the_embedded_policy_is_said_to_look_and_listen(tmp_path):
+    output = tmp_path / "check"
+    words = ["check", HELD_OUT, "--checkpoint", "embedded", "--robot", "libero", "--samples", 40, "--output", output]
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    assert "looks: yes" in result.output and "listens: yes" in result.output
+    report = json.loads((output / "report.json").read_text())
+    found = {verdict["question"]: verdict["answer"] for verdict in report["verdicts"]}
+    assert found["better than the mean action"] == "yes" and found["leans on the state"] == "no"
+    assert not [finding for finding in report["findings"] if finding["severity"] == "high"]
+    page = (output / "report.html").read_text()
+    assert "Where the policy looks" in page
+    assert not re.findall(r'(?:src|href)="(?!data:)', page)
