@@ -249,7 +249,9 @@ def test_data_that_does_not_fit_the_policy_is_a_finding(dataset):
 def test_a_trained_policy_is_said_to_use_what_it_could_learn_from(recorded, looks, listens, processor, tmp_path):
     """Blind: trained on frames that say nothing. Deaf: trained with one instruction. Asked on episodes with both."""
     start = write_start(tmp_path / "start", processor)
-    policy = train_policy(start, write_dataset(tmp_path / "train", **recorded), tmp_path / "policy")
+    demonstrations = write_dataset(tmp_path / "train", **recorded)
+    checked = ("--validation", 4, "--check_every", 25)
+    policy = train_policy(start, demonstrations, tmp_path / "policy", 150, *checked)
     held_out = write_dataset(tmp_path / "held_out", seed=1, episodes=12)
     report = check(held_out, checkpoint=policy)
     found = {verdict.question: verdict.answer for verdict in report.verdicts}
