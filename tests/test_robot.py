@@ -101,6 +101,19 @@ class TestStrategies:
         record = played(StrategySettings("async-rolled"), delay=3, steps=27)
         assert record == [None] * 3 + [(query, k) for query in range(3) for k in range(8)]
 
+    def test_sync_may_execute_the_first_actions_of_a_chunk_only(self):
+        record = played(StrategySettings("sync", execute=3), delay=0, steps=7)
+        assert record == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2), (2, 0)]
+
+    def test_ensemble_stands_still_and_averages_the_chunks_that_overlap(self):
+        strategy, executed = ChunkStrategy(StrategySettings("ensemble", execute=2)), []
+        for query in range(3):
+            assert strategy.wants_chunk(1) and len(strategy.ask(1)) == 0
+            assert strategy.next_action() is None  # the policy thinks
+            strategy.answer(np.full((CHUNK, 1), float(query)))
+            executed += [float(strategy.next_action()[0]) for _ in range(2)]
+        assert executed == [0.0, 0.0, 0.5, 0.5, 1.0, 1.0]
+
     @pytest.mark.parametrize("name", ["async", "async-rolled"])
     def test_without_delay_asynchronous_strategies_execute_what_sync_executes(self, name):
         assert played(StrategySettings(name), 0, 24) == played(StrategySettings("sync"), 0, 24)

@@ -1,5 +1,6 @@
 """From chunks to a moving arm: `run` a policy on a robot with LeRobot's methods."""
 
+from vla_adapter_hf.robot.action_queue import ActionChunkQueue
 from vla_adapter_hf.robot.interface import Robot, RobotInterface
 from vla_adapter_hf.robot.loop import LoopReport, LoopSettings, Recorder, Step, run
 from vla_adapter_hf.robot.policy import LocalPolicy
@@ -9,6 +10,7 @@ from vla_adapter_hf.robot.strategies import STRATEGIES, ChunkStrategy, StrategyS
 
 __all__ = [
     "STRATEGIES",
+    "ActionChunkQueue",
     "ChunkStrategy",
     "LocalPolicy",
     "LoopReport",
