@@ -211,7 +211,8 @@ def test_what_travels_with_a_checkpoint_imports_nothing_else():
 
 
 def prose() -> list[Path]:
-    python = [path for folder in ("benchmarks", "examples", "tests") for path in (ROOT / folder).rglob("*.py")]
+    folders = ("benchmarks", "examples", "lerobot_policy_vla_adapter", "tests")
+    python = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
     text = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")]
     return [path for path in sorted([*modules().values(), *python, *text]) if path != Path(__file__).resolve()]
 

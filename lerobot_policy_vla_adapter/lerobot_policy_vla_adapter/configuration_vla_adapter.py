@@ -9,6 +9,7 @@ from lerobot.configs import FeatureType, NormalizationMode, PolicyFeature, PreTr
 from lerobot.optim import AdamWConfig
 
 from vla_adapter_hf.checkpoints.checkpoint import Checkpoint
+from vla_adapter_hf.checkpoints.embedded import named_source
 from vla_adapter_hf.checkpoints.lerobot.layout import POLICY_TYPE, check_robot, policy_config
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.published.checkpoint import PublishedCheckpoint
@@ -25,7 +26,7 @@ PRESET_NAMES = ("lora", "frozen", "full")
 @dataclass
 class VLAAdapterConfig(PreTrainedConfig):
     """VLA-Adapter in LeRobot. Training starts from `pretrained_path`, which is always needed: a checkpoint of our own
-    layout, a published one, or one that LeRobot wrote.
+    layout, a published one, one that LeRobot wrote, or `embedded`, the small one that ships with vla-adapter-hf.
 
     Args:
         preset: what trains: `lora`, `frozen` (only the policy head) or `full`, as in `vla-adapter train`.
@@ -43,14 +44,14 @@ class VLAAdapterConfig(PreTrainedConfig):
         unnorm_key: which of the model's statistics to use, where it has several.
         start_robot: robot preset of a published start checkpoint.
         augment: crop and colour augmentation in training, as published.
-        augmentation_seed: decides its draws.
+        augmentation_seed: decides its draws and those of the noise that the model adds in training.
         jpeg_round_trip: whether frames go through JPEG at inference: yes, no, or auto (yes if recorded as JPEG).
         dtype: precision of the weights in evaluation and rollout. Training keeps float32 weights and computes in this
             precision.
         blend: for rtc, the share of the newer chunk in actions about which the chunk before it also says something.
         model: the model's own configuration; filled in when a checkpoint is loaded.
         base_checkpoint, base_revision: where training started. To resume LoRA, the frozen weights come from here.
-        trained_batches: training batches so far; decides the draws of the augmentation, so that a resumed training
+        trained_batches: training batches so far; decides the random draws with the seed, so that a resumed training
             goes on with the next ones.
         action_feature_names: names of the action's values; LeRobot fills them in from the dataset.
 
@@ -129,7 +130,8 @@ class VLAAdapterConfig(PreTrainedConfig):
         return self.open_start(str(self.pretrained_path), self.pretrained_revision).config
 
     def open_start(self, source: str, revision: str | None = None, **hub: Any) -> Checkpoint:
-        """Open a checkpoint; `start_robot` is for the published layout."""
+        """Open a checkpoint, or the `embedded` one; `start_robot` is for the published layout."""
+        source = named_source(source)
         start = open_checkpoint(source, revision=revision, **hub)
         if self.start_robot is None or not isinstance(start, PublishedCheckpoint):
             return start

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import tempfile
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
@@ -156,10 +159,12 @@ class VLAAdapterPolicy(PreTrainedPolicy):
         """
         if reduction != "mean":
             raise ValueError(f"the loss is a mean over the batch; reduction={reduction!r} (sample weights) is not.")
-        inputs = _model_inputs(batch)
-        loss = self.model(**inputs, actions=batch[ACTION], return_dict=True).loss
-        if self.training and torch.is_grad_enabled():
-            self.config.trained_batches += 1
+        inputs = {**_model_inputs(batch), "actions": batch[ACTION]}
+        if not (self.training and torch.is_grad_enabled()):
+            return self.model(**inputs, return_dict=True).loss, None
+        with _seeded(self.config.augmentation_seed, self.config.trained_batches, self.network.device):
+            loss = self.model(**inputs, return_dict=True).loss
+        self.config.trained_batches += 1
         return loss, None
 
     def supports_rtc(self) -> bool:
@@ -199,6 +204,20 @@ class VLAAdapterPolicy(PreTrainedPolicy):
             chunk = self.predict_action_chunk(batch)
             self._queue.extend(chunk.transpose(0, 1)[: self.config.n_action_steps])
         return self._queue.popleft()
+
+
+@contextmanager
+def _seeded(seed: int, batch: int, device: torch.device) -> Iterator[None]:
+    """Random numbers that depend on the batch and the process alone, for a while.
+
+    LeRobot restores the generator when a training is resumed. Its data loader then draws once more than in a training
+    that was not interrupted.
+    """
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    drawn = np.random.SeedSequence((seed, batch, rank)).generate_state(1)[0]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(int(drawn))
+        yield
 
 
 def blend_chunks(chunk: Tensor, left_over: Tensor, delay: int, share: float) -> Tensor:

@@ -17,3 +17,11 @@ def embedded_folder() -> Iterator[Path]:
     """
     with as_file(files("vla_adapter_hf").joinpath("embedded")) as folder:
         yield folder
+
+
+def named_source(source: str) -> str:
+    """The folder of the checkpoint that ships with the package for `embedded`; other names and paths as they are."""
+    if source != "embedded" or Path(source).exists():
+        return source
+    with embedded_folder() as folder:
+        return str(folder / "checkpoint")

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from transformers.dynamic_module_utils import custom_object_save
 
 from vla_adapter_hf.checkpoints.checkpoint import Checkpoint
+from vla_adapter_hf.checkpoints.embedded import named_source
 from vla_adapter_hf.checkpoints.files import find_weights, read_json
 from vla_adapter_hf.checkpoints.lerobot.checkpoint import LeRobotCheckpoint
 from vla_adapter_hf.checkpoints.lerobot.layout import (
@@ -46,7 +47,7 @@ def to_lerobot(
     The weights' files are copied. Statistics, processor and model card come along.
 
     Args:
-        source (`str`): folder or Hub id of a checkpoint in our own layout.
+        source (`str`): folder or Hub id of a checkpoint in our own layout, or `embedded`.
         destination (`str` or `Path`): folder to make. It appears complete or not at all.
         robot (`str`, *optional*): preset of the robot's conventions, e.g. `libero`; `none` sends actions as they were
             learnt. Needed where the gripper was learnt as 0...1.
@@ -61,7 +62,7 @@ def to_lerobot(
             that exists; nothing is written.
     """
     destination = check_destination(destination)
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(named_source(source))
     if type(checkpoint) is not OwnCheckpoint:
         raise ValueError(
             f"{source} has the layout {checkpoint.layout!r}; to-lerobot takes our own. A published checkpoint is "
