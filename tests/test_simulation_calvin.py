@@ -373,6 +373,15 @@ def test_score_is_that_of_the_published_form():
         score_sequences([6])
 
 
+def test_every_subtask_is_counted_as_often_as_it_was_tried(tmp_path):
+    outcomes = {"a": 1, "b": None, "c": 1, "d": 1, "e": 1}
+    suite = scripted(outcomes, [tuple("acedb"), tuple("cabde"), tuple("baced")])
+    summary, _ = play(HalfOpen(), suite, tmp_path / "out", step_limit=2)
+    counts = {name: (score["tried"], score["solved"]) for name, score in summary["subtasks"].items()}
+    assert counts == {"a": (2, 2), "b": (3, 0), "c": (2, 2), "d": (1, 1), "e": (1, 1)}
+    assert "| b | 0/3 | 0.0 (0.0–56.1) |" in (tmp_path / "out" / "summary.md").read_text()
+
+
 @cache
 def thousand() -> tuple[dict, list[tuple[str, ...]]]:
     generator = np.random.default_rng(3)

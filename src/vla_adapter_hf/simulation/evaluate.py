@@ -357,7 +357,7 @@ class _EpisodeLoop:
         if report.frames:
             shown = report.frames, slot.queries, report.steps, report.success
             write_rollout(output / "rollouts" / f"{name}.{self.settings.rollout_format}", draw_rollout(*shown))
-            text = " → ".join(report.info.get("instructions", [report.instruction]))
+            text = ", then ".join(report.info.get("instructions", [report.instruction]))
             write_picture(output / "rollouts" / f"{name}.png", draw_contact_sheet(*shown, text))
         if self.settings.save_actions and report.actions is not None:
             with atomic_path(output / "actions" / f"{name}.npy") as temporary:

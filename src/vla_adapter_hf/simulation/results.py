@@ -12,7 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from vla_adapter_hf.simulation.calvin.scores import PUBLISHED_SEQUENCES, score_sequences, score_table
+from vla_adapter_hf.simulation.calvin.scores import (
+    PUBLISHED_SEQUENCES,
+    score_sequences,
+    score_subtasks,
+    score_table,
+    subtask_table,
+)
 from vla_adapter_hf.simulation.intervals import wilson_interval
 from vla_adapter_hf.utils.files import readable_disk_errors, record_settings, write_bytes, write_json, write_text
 
@@ -197,6 +203,7 @@ def summarise(results: Iterable[EpisodeResult], tasks: Sequence[str] | None = No
     summary = {"suite": suites.pop(), **_rate(results), "tasks": per_task}
     if all("completed" in result.info for result in results):
         summary["sequences"] = score_sequences([result.info["completed"] for result in results])
+        summary["subtasks"] = score_subtasks([result.info for result in results])
     if len(latencies):
         summary["latency_ms"] = {
             "median": round(1000 * float(np.median(latencies)), 2),
@@ -407,7 +414,8 @@ def write_summary(
     )
     summary |= {"settings": dict(settings), "published_protocol": is_published}
     text = f"## {policy} on {suite}\n\n{', '.join(controls)}; {len(results)} episodes; 95 % Wilson intervals.\n\n"
-    text += published_table({policy: {suite: summary}}, compare=is_published) + "\n" + task_table(summary)
+    text += published_table({policy: {suite: summary}}, compare=is_published) + "\n"
+    text += subtask_table(summary["subtasks"]) if is_sequences else task_table(summary)
     path = output / "summary.json"
     if timing.episodes:
         summary["timing"] = {name: round(value, 3) for name, value in vars(timing).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,40 @@ def score_sequences(lengths: Sequence[int]) -> dict[str, Any]:
         "average_length_95": [sum(bounds) for bounds in zip(*intervals, strict=True)],
         "sequences": len(array),
     }
+
+
+def score_subtasks(sequences: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """How often each subtask was tried and solved. One after a failure is never tried.
+
+    Args:
+        sequences: `subtasks` and how many were `completed`, of every sequence.
+
+    Returns:
+        By subtask, in alphabetical order: `tried`, `solved`, and `interval_95` of the rate.
+    """
+    solved: Counter[str] = Counter()
+    tried: Counter[str] = Counter()
+    for sequence in sequences:
+        solved.update(sequence["subtasks"][: sequence["completed"]])
+        tried.update(sequence["subtasks"][: sequence["completed"] + 1])
+    return {
+        name: {
+            "tried": tried[name],
+            "solved": solved[name],
+            "interval_95": list(wilson_interval(solved[name], tried[name])),
+        }
+        for name in sorted(tried)
+    }
+
+
+def subtask_table(scores: Mapping[str, Mapping[str, Any]]) -> str:
+    """A Markdown table of `score_subtasks`."""
+    lines = ["| Subtask | Solved | Success, % (95 % interval) |", "|---|---|---|"]
+    for name, score in scores.items():
+        low, high = score["interval_95"]
+        rate = f"{100 * score['solved'] / score['tried']:.1f} ({100 * low:.1f}–{100 * high:.1f})"
+        lines.append(f"| {name} | {score['solved']}/{score['tried']} | {rate} |")
+    return "\n".join(lines) + "\n"
 
 
 def score_table(scores: Mapping[str, Mapping[str, Any]], compare: bool = True) -> str:
