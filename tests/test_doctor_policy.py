@@ -17,6 +17,7 @@ from vla_adapter_hf.doctor.expectations import check_statistics, choose_key
 from vla_adapter_hf.doctor.findings import Report
 from vla_adapter_hf.doctor.judgement import judge
 from vla_adapter_hf.doctor.measuring import measure_policy
+from vla_adapter_hf.doctor.policy import _choose_episodes
 from vla_adapter_hf.doctor.settings import PolicySettings
 from vla_adapter_hf.doctor.verdicts import Estimate, answer, carrying_cameras, ratio
 from vla_adapter_hf.training.probing import choose_samples
@@ -75,6 +76,14 @@ def answers(predict, folder, **options):
     measured.action_names = ["by_frames", "by_instruction", "by_state"]
     judge(report, measured)
     return {verdict.question: verdict.answer for verdict in report.verdicts}, report
+
+
+@pytest.fixture(scope="module")
+def policy(dataset, processor, tmp_path_factory):
+    """The output of a training that held four of twelve episodes out and has not learnt anything yet."""
+    folder = tmp_path_factory.mktemp("policy")
+    words = ("--validation", 4, "--seed", 3)
+    return train_policy(write_start(folder / "start", processor), dataset, folder / "out", 1, *words)
 
 
 # Verdicts from predictions
@@ -237,6 +246,20 @@ def test_data_that_does_not_fit_the_policy_is_a_finding(dataset):
     assert report.verdicts == []
 
 
+def test_on_the_data_of_its_training_a_policy_is_asked_about_the_episodes_that_were_held_out(policy, dataset):
+    training = load_demonstrations(dataset, cameras=["front", "wrist"], chunk_size=2)
+    held_out = training.split_by_episode(4, 3)[1].episode_indices
+    data, whose, findings = _choose_episodes(training, PolicySettings(), policy, is_same=True)
+    assert (data.episode_indices, whose, findings) == (held_out, "those that its training held out", [])
+    asked = _choose_episodes(training, PolicySettings(episodes=[1]), policy, is_same=True)
+    assert asked[0].episode_indices == [1]
+    other = _choose_episodes(training, PolicySettings(), policy, is_same=False)
+    assert other[0].episode_indices == list(range(12)) and not other[2]
+    (policy / "_arguments.json").unlink()
+    _, _, (seen,) = _choose_episodes(training, PolicySettings(), policy, is_same=True)
+    assert seen.name == "the policy was trained on these episodes"
+
+
 # Real policies
 
 
@@ -256,6 +279,7 @@ def test_a_trained_policy_is_said_to_use_what_it_could_learn_from(recorded, look
     report = check(held_out, checkpoint=policy)
     found = {verdict.question: verdict.answer for verdict in report.verdicts}
     assert (found["looks"], found["listens"]) == (looks, listens)
+    assert report.facts["policy"]["of episodes"] == "all in the dataset"
     assert (report.named("the policy does not look") is not None) == (looks == "no")
     assert (report.named("the policy does not listen") is not None) == (listens == "no")
 

@@ -8,12 +8,15 @@ import sys
 import numpy as np
 import pytest
 from data_fixtures import DEMOS
+from model_fixtures import FIXTURES
 from transformers import AutoModel, AutoProcessor
 
 from vla_adapter_hf import VLAAdapterProcessor
 from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.saving import synthetic_observation
+from vla_adapter_hf.doctor.check import check
+from vla_adapter_hf.doctor.settings import PolicySettings
 from vla_adapter_hf.export.export import ExportSettings, export
 from vla_adapter_hf.export.sensitivity import action_errors, groups_to_keep, layer_groups, rounded_layers
 
@@ -69,6 +72,16 @@ def test_float32_exports_predict_what_torch_predicts(checkpoint, engine, request
     folder = request.getfixturevalue(engine)
     assert np.abs(actions_of(folder) - actions_of(checkpoint)).max() < 1e-4
     assert json.loads((folder / "export.json").read_text())["errors"]["largest"] < 1e-4
+
+
+@pytest.mark.parametrize("engine", ["in_openvino", "in_onnx"])
+def test_an_export_is_checked_on_demonstrations_without_pictures_of_attention(engine, request, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLA_ADAPTER_CACHE", str(tmp_path))
+    policy = PolicySettings(samples=8, episodes=[0, 1])
+    report = check(FIXTURES / "held_out", robot="libero", checkpoint=request.getfixturevalue(engine), policy=policy)
+    assert [verdict.question for verdict in report.verdicts][:2] == ["better than the mean action", "looks"]
+    captions = " ".join(report.pictures)
+    assert "Error by condition" in captions and "Where the policy looks" not in captions
 
 
 @pytest.mark.parametrize("engine", ["in_openvino", "in_onnx"])

@@ -34,6 +34,8 @@ def check_consistency(recording: Recording, semantics: Semantics, settings: Chec
     scaled = known & ~mixed & ~shifted & ((np.abs(ratio) > 3) | (np.abs(ratio) < 1 / 3))
     flipped = known & ~mixed & ~shifted & ~scaled & (ratio < 0)
     swapped = ~mixed & ~shifted & _is_in_other_order(fits.r2[:, now], strong, sources)
+    if swapped.mean() > 0.5:
+        swapped[:] = False  # more than half are the usual order
     return [
         *_swapped(numbers[swapped], len(numbers)),
         *_mixed(numbers[mixed], elsewhere[mixed], best[mixed], len(numbers)),
@@ -52,7 +54,7 @@ def check_consistency(recording: Recording, semantics: Semantics, settings: Chec
 
 
 def _is_in_other_order(r2: np.ndarray, strong: list[int], sources: np.ndarray) -> np.ndarray:
-    """Episodes in which at least two dimensions follow each other's state instead of their own.
+    """Episodes in which two dimensions clearly follow each other's state instead of their own.
 
     Args:
         r2: (episodes, A, S) at the usual lag.
@@ -61,8 +63,8 @@ def _is_in_other_order(r2: np.ndarray, strong: list[int], sources: np.ndarray) -
     """
     among = np.nan_to_num(r2[:, strong][:, :, sources])  # (episodes, strong, strong)
     own = np.diagonal(among, axis1=1, axis2=2)
-    others = among * (1 - np.eye(len(strong)))
-    return ((others.max(2) > own + 0.3) & (others.max(2) > 0.7)).sum(1) >= 2
+    follows = (among > 0.8) & (among > own[:, :, None] + 0.2)
+    return (follows & follows.transpose(0, 2, 1)).any((1, 2))
 
 
 def _swapped(numbers: np.ndarray, total: int) -> list[Finding]:
@@ -149,7 +151,9 @@ def _flipped_dims(
     strong: list[int],
 ) -> list[Finding]:
     """Dimensions whose sign differs in some episodes, where most dimensions keep theirs."""
-    against = (slope * semantics.slopes[strong] < 0) & (np.nan_to_num(r2) > 0.8)
+    # A dimension that follows several states, as an angle among large ones, may change its sign by itself.
+    clear = semantics.r2[strong] > 0.7
+    against = clear & (slope * semantics.slopes[strong] < 0) & (np.nan_to_num(r2) > 0.8)
     few = against & (against.sum(1) <= len(strong) / 2)[:, None]
     if not few.any():
         return []

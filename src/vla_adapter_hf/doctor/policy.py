@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from vla_adapter_hf.doctor.settings import PolicySettings
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
 from vla_adapter_hf.training.demonstrations import check_camera_order
 from vla_adapter_hf.training.probing import choose_samples
+from vla_adapter_hf.training.resuming import ARGUMENTS
 from vla_adapter_hf.utils.devices import check_device
 
 
@@ -70,14 +73,14 @@ def check_policy(
         report.add([_does_not_fit(error)])
         report.facts["policy"] = {"checkpoint": os.fspath(checkpoint), "predictions": "none: the data does not fit"}
         return
-    if settings.episodes is not None:
-        data = data.select_episodes(settings.episodes, data.image_transform)
     statistics = data.norm_stats[data.unnorm_key]
     key, used = select_norm_stats(
         config.norm_stats, choose_key(config.norm_stats or {}, settings.unnorm_key, statistics, data.unnorm_key)
     )
     table = data.source.table
     report.add(_compare(config, data, key, statistics))
+    data, whose, seen = _choose_episodes(data, settings, Path(checkpoint), _is_same(used, statistics))
+    report.add(seen)
     report_progress(f"Loading {checkpoint}")
     model, processor = opened.load_model(settings.dtype, settings.device), opened.load_processor()
     probe = choose_samples([data], settings.samples, settings.seed)
@@ -92,11 +95,51 @@ def check_policy(
         "statistics": key,
         "samples": len(probe.samples),
         "episodes": len(np.unique(probe.episodes)),
-        "of episodes": "all in the dataset" if settings.episodes is None else "as asked for",
+        "of episodes": whose,
     }
     judge(report, measured)
     report_progress("Drawing what the policy predicts")
     report.pictures = policy_pictures(measured, model, processor, key) | report.pictures
+
+
+def _is_same(used: Mapping[str, Any], statistics: Mapping[str, Any]) -> bool:
+    """Whether two sets of statistics are of the same dataset."""
+    return all(
+        np.allclose(used[part][name], statistics[part][name], rtol=1e-5, atol=1e-7)
+        for part in ("action", "proprio")
+        for name in ("min", "max", "mean")
+        if name in used[part]
+    )
+
+
+def _choose_episodes(
+    data: VLAAdapterDataset, settings: PolicySettings, checkpoint: Path, is_same: bool
+) -> tuple[VLAAdapterDataset, str, list[Finding]]:
+    """The episodes to ask about, which ones they are, and a finding if the policy was trained on them.
+
+    A training leaves its arguments in its output folder. On the same dataset its split is drawn again.
+    """
+    if settings.episodes is not None:
+        return data.select_episodes(settings.episodes, data.image_transform), "as asked for", []
+    if not is_same:
+        return data, "all in the dataset", []
+    kept = next((path for path in (checkpoint / ARGUMENTS, checkpoint.parent / ARGUMENTS) if path.is_file()), None)
+    arguments = {} if kept is None else json.loads(kept.read_text(encoding="utf-8"))
+    share = arguments.get("validation") or 0
+    if share:
+        if arguments.get("episodes"):
+            data = data.select_episodes(arguments["episodes"], data.image_transform)
+        share = int(share) if share >= 1 else share
+        held_out = data.split_by_episode(share, arguments["seed"], data.image_transform)[1]
+        return held_out, "those that its training held out", []
+    seen = Finding(
+        "the policy was trained on these episodes",
+        "medium",
+        {"statistics": "those of this dataset"},
+        "It may know them by heart: the errors say nothing about new episodes.",
+        "Check it on other demonstrations, or name with --episodes those that its training held out.",
+    )
+    return data, "all in the dataset, which its training saw", [seen]
 
 
 def _does_not_fit(error: ValueError) -> Finding:

@@ -74,7 +74,7 @@ def plot_over_time(measured: Measured) -> Figure:
     """The error in each fifth of the episodes."""
     usual = measured.errors[MEAN].total.mean()
     parts = [(place, part) for place, part in enumerate(parts_of_episode(measured)) if part.any()]
-    figure = new_figure(figsize=(6.4, 2.8), layout="constrained")
+    figure = new_figure(figsize=(6.4, 3.2), layout="constrained")
     axis = figure.subplots()
     for name, color in COLORS.items():
         if name in measured.errors:
@@ -86,7 +86,7 @@ def plot_over_time(measured: Measured) -> Figure:
     axis.set_xlim(0, 100)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, ncols=2)
+    figure.legend(fontsize=8, ncols=3, loc="outside upper center")
     return figure
 
 

@@ -57,7 +57,8 @@ class PolicySettings:
     Args:
         unnorm_key: which of the checkpoint's statistics to use; None chooses those that fit the data best.
         samples: samples to predict, each under about ten conditions.
-        episodes: episodes to take them from, best those that the policy was not trained on; None takes all.
+        episodes: episodes to take them from, best those that the policy was not trained on; None takes those that
+            its training held out, if its folder says which, else all.
         batch_size: samples that are predicted at once.
         device, dtype: where and in which precision the model computes.
         seed: decides which frames, states and instructions are swapped.
