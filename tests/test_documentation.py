@@ -46,6 +46,7 @@ NEEDS = {
     "an installation": r"^(pip|apt-get|git clone|make|export|pre-commit)\b|for .* in |^done",
     "another test": r"^python (-m pytest|tests/|examples/finetune\.py)",
     "a service that keeps running": r"vla-adapter serve\b",
+    "LeRobot": r"^lerobot-",
 }
 
 # Packages that pages show and the tests do not have.

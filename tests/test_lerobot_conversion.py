@@ -26,7 +26,7 @@ CARD = "README.md"
 def own(tmp_path_factory, processor, tiny_model) -> Path:
     """A small checkpoint in our own layout, with a card that somebody has edited."""
     folder = tmp_path_factory.mktemp("own") / "pick-and-place"
-    model = tiny_model()
+    model = tiny_model(action_names=[f"joint_{number}.pos" for number in range(7)])
     model.save_pretrained(folder)
     VLAAdapterProcessor.from_model_config(model.config, processor.tokenizer).save_pretrained(folder)
     card = fill_model_card(model.config, "pick-and-place", "A policy.", "me/pick-and-place")
@@ -52,6 +52,8 @@ def test_lerobots_configuration_holds_the_policys_type_and_our_whole_configurati
     config = json.loads((converted / "config.json").read_text())
     assert config["type"] == "vla_adapter"
     assert config["robot"] == "libero"
+    assert config["action_feature_names"] == config["model"]["action_names"]
+    assert config["action_feature_names"][0] == "joint_0.pos"
     assert config["model"] == json.loads((own / "config.json").read_text())
     assert set(config["input_features"]) == {
         "observation.images.image",
@@ -127,7 +129,7 @@ def test_weights_of_another_model_are_refused(converted, tmp_path):
     policy = Path(shutil.copytree(converted, tmp_path / "policy"))
     config = json.loads((policy / "config.json").read_text())
     config["model"]["chunk_size"] = config["model"]["action_dim"] = 5
-    config["model"]["norm_stats"] = None
+    config["model"]["norm_stats"] = config["model"]["action_names"] = None
     (policy / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="policy"):
         from_lerobot(str(policy), tmp_path / "back")

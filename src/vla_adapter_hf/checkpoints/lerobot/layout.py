@@ -61,6 +61,8 @@ def policy_config(
         "input_features": inputs,
         "output_features": {"action": {"type": "ACTION", "shape": [config.action_dim]}},
         "push_to_hub": False,
+        # lerobot-rollout sends the values to the robot's joints of these names.
+        "action_feature_names": config.action_names,
         "robot": robot,
         "unnorm_key": unnorm_key,
         "model": model,
