@@ -9,7 +9,7 @@ PYTHON312 ?= python3.12
 # pip asks nobody and prints its errors only.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-loop policy simulator test test-lerobot lint docs commands package oldest conformance clean
+.PHONY: demo demo-loop policy simulator test test-lerobot lint docs commands package oldest conformance test-gpu bench-gpu clean
 
 # Predictions of the small policy over a recorded episode, as a picture.
 demo: $(VENV)/demo-installed
@@ -31,10 +31,20 @@ simulator: $(VENV)/simulator-installed
 test: $(VENV)/test-installed lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
+<<<<<<< HEAD
 # The plugin with LeRobot itself, in an environment of its own with Python 3.12 and a PyTorch with CUDA libraries, which runs on
 # the CPU: 7 GB on disk and 3 minutes to install, then about 10 minutes on two idle cores.
 test-lerobot: $(LEROBOT)/installed
 	$(LEROBOT)/bin/python -m pytest lerobot_policy_vla_adapter
+=======
+# What needs a GPU, on as many as there are.
+test-gpu: $(VENV)/test-installed
+	$(BIN)/python -m pytest -m gpu
+
+# A GPU's predictions at the published size, in outputs/bench_gpu.json and .md: under ten minutes, see docs/speed.md.
+bench-gpu: $(VENV)/test-installed
+	$(BIN)/vla-adapter bench --gpu --output outputs/bench_gpu.json
+>>>>>>> 937f171 (vla-adapter bench --gpu: one table of a GPU, eager and compiled, bfloat16 and int8, next to the card's measured limit)
 
 lint: $(VENV)/test-installed
 	$(BIN)/ruff check .

@@ -29,6 +29,8 @@ STAGES = (BEFORE, *STAGE_MODULES, BETWEEN, AFTER)
 LAYER_PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.convolution)
 # Large enough for the full rate, small enough to take no time.
 MATMUL_SIZE = {"cpu": 2048, "cuda": 8192}
+# Larger than any cache.
+COPY_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
 
 
 def synchronize(device: torch.device) -> None:
@@ -40,21 +42,21 @@ def synchronize(device: torch.device) -> None:
 class StageClock:
     """Seconds of every stage of a prediction, measured by hooks on the model's modules while the context lasts.
 
-    It waits for the device at each boundary, so the sum is more than a prediction takes without the clock.
+    On CUDA events mark the boundaries in the device's queue. Nothing waits for them, so the sum is that of a
+    prediction without the clock.
     """
 
     def __init__(self, model: VLAAdapterForActionPrediction):
         self.model = model
         self.handles: list[Any] = []
-        self.started: dict[str, float] = {}
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.marks: dict[str, list[Any]] = defaultdict(list)  # per stage: begin, end, begin, end, ...
 
     def __enter__(self) -> StageClock:
         for stage, modules in [*STAGE_MODULES.items(), ("forward", ("",))]:
             for name in modules:
                 module = self.model.get_submodule(name)
-                self.handles.append(module.register_forward_pre_hook(lambda *_, stage=stage: self._start(stage)))
-                self.handles.append(module.register_forward_hook(lambda *_, stage=stage: self._stop(stage)))
+                self.handles.append(module.register_forward_pre_hook(lambda *_, stage=stage: self._mark(stage)))
+                self.handles.append(module.register_forward_hook(lambda *_, stage=stage: self._mark(stage)))
         return self
 
     def __exit__(
@@ -65,27 +67,36 @@ class StageClock:
 
     def predict(self, inputs: dict[str, Any]) -> dict[str, float]:
         """Seconds by stage (`STAGES`) of one prediction."""
-        self.seconds.clear()
-        start = self._now()
+        self.marks.clear()
+        synchronize(self.model.device)
+        self._mark("prediction")
         self.model.predict_action(**inputs)
-        end = time.perf_counter()
-        parts = {stage: self.seconds[stage] for stage in STAGE_MODULES}
+        self._mark("prediction")
+        synchronize(self.model.device)
+        (start, end), (forward_start, forward_end) = self.marks["prediction"], self.marks["forward"]
+        parts = {}
+        for stage in STAGE_MODULES:
+            marks = self.marks[stage]
+            parts[stage] = sum(map(seconds_between, marks[::2], marks[1::2]))
         return {
-            BEFORE: self.started["forward"] - start,
+            BEFORE: seconds_between(start, forward_start),
             **parts,
-            BETWEEN: self.seconds["forward"] - sum(parts.values()),
-            AFTER: end - self.started["forward"] - self.seconds["forward"],
+            BETWEEN: seconds_between(forward_start, forward_end) - sum(parts.values()),
+            AFTER: seconds_between(forward_end, end),
         }
 
-    def _now(self) -> float:
-        synchronize(self.model.device)
-        return time.perf_counter()
+    def _mark(self, stage: str) -> None:
+        if self.model.device.type != "cuda":
+            self.marks[stage].append(time.perf_counter())
+            return
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.model.device))
+        self.marks[stage].append(event)
 
-    def _start(self, stage: str) -> None:
-        self.started[stage] = self._now()
 
-    def _stop(self, stage: str) -> None:
-        self.seconds[stage] += self._now() - self.started[stage]
+def seconds_between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
+    """Seconds from one mark of a clock to another."""
+    return start.elapsed_time(end) / 1000 if isinstance(start, torch.cuda.Event) else end - start
 
 
 def time_calls(run: Callable[[], Any], device: torch.device, warmup: int, runs: int) -> list[float]:
@@ -107,6 +118,20 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, runs: int = 5) -> floa
     size = MATMUL_SIZE.get(device.type, MATMUL_SIZE["cpu"])
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     return 2 * size**3 / min(time_calls(lambda: left @ right, device, 1, runs))
+
+
+def int8_rate(device: torch.device, runs: int = 5) -> float:
+    """Operations per second of a product of two square matrices of int8, the fastest of `runs`."""
+    size = MATMUL_SIZE.get(device.type, MATMUL_SIZE["cpu"])
+    left, right = (torch.randint(-128, 128, (size, size), device=device, dtype=torch.int8) for _ in range(2))
+    return 2 * size**3 / min(time_calls(lambda: torch._int_mm(left, right.t()), device, 1, runs))
+
+
+def copy_rate(device: torch.device, runs: int = 5) -> float:
+    """Bytes per second that a large copy within the device's memory reads and writes, the fastest of `runs`."""
+    source = torch.zeros(COPY_BYTES.get(device.type, COPY_BYTES["cpu"]), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / min(time_calls(lambda: target.copy_(source), device, 1, runs))
 
 
 def count_flops(config: VLAAdapterConfig, batch_size: int, prompt_length: int) -> dict[str, int]:

@@ -50,11 +50,16 @@ SIZES: dict[str, dict[str, Any]] = {
 
 
 @contextmanager
-def random_checkpoint(size: str, dtype: torch.dtype) -> Iterator[Path]:
-    """A temporary folder with a checkpoint of random weights of one of `SIZES`, removed when the context ends."""
+def random_checkpoint(size: str, dtype: torch.dtype, device: str | torch.device = "cpu") -> Iterator[Path]:
+    """A temporary folder with a checkpoint of random weights of one of `SIZES`, removed when the context ends.
+
+    The weights are drawn on `device`. A GPU draws those of the published size in seconds.
+    """
     with tempfile.TemporaryDirectory(prefix="vla-adapter-bench-") as folder:
         # In a process of its own: the memory that making the weights takes must not count as the prediction's.
-        writer = multiprocessing.get_context("spawn").Process(target=_write_random, args=(folder, size, dtype))
+        writer = multiprocessing.get_context("spawn").Process(
+            target=_write_random, args=(folder, size, dtype, str(device))
+        )
         writer.start()
         writer.join()
         if writer.exitcode:
@@ -62,7 +67,7 @@ def random_checkpoint(size: str, dtype: torch.dtype) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _write_random(folder: str, size: str, dtype: torch.dtype) -> None:
+def _write_random(folder: str, size: str, dtype: torch.dtype, device: str) -> None:
     with embedded_folder() as embedded:
         tokenizer = load_tokenizer(str(embedded / "tokenizer"))
         norm_stats = open_checkpoint(embedded / "checkpoint").config.norm_stats
@@ -70,7 +75,8 @@ def _write_random(folder: str, size: str, dtype: torch.dtype) -> None:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        model, processor = init_from_config(config, tokenizer)
+        with torch.device(device):
+            model, processor = init_from_config(config, tokenizer)
     finally:
         torch.set_default_dtype(before)
     model.save_pretrained(folder)

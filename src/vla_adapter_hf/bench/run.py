@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from itertools import cycle, islice
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from huggingface_hub import snapshot_download
 
 from vla_adapter_hf.bench.measures import (
     STAGES,
@@ -25,16 +22,11 @@ from vla_adapter_hf.bench.measures import (
     time_calls,
     weight_bytes,
 )
-from vla_adapter_hf.bench.random_weights import random_checkpoint
 from vla_adapter_hf.bench.report import comparison, percentiles, table
 from vla_adapter_hf.bench.settings import BenchSettings
+from vla_adapter_hf.bench.subject import Subject, checkpoint_source, load_subject, observations
 from vla_adapter_hf.bench.turns import OtherProgram, answer_turns, split_command
-from vla_adapter_hf.checkpoints.embedded import embedded_folder
-from vla_adapter_hf.checkpoints.open import open_checkpoint
-from vla_adapter_hf.checkpoints.saving import synthetic_observation
-from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.processing import jpeg_round_trip_vla_adapter as jpeg
-from vla_adapter_hf.recording.played_episode import embedded_episode
 from vla_adapter_hf.utils.files import write_json
 
 
@@ -64,7 +56,7 @@ def bench(
     load_options = settings.load_options()
     if against is not None:
         split_command(against)
-    with _source(settings, report_progress) as source:
+    with checkpoint_source(settings, report_progress) as source:
         subject, loading = _measure_loading(source, settings, load_options)
         stages, rates = _measure_stages(subject, settings)
         predictions, more_rates = _measure_predictions(subject, settings, report_progress)
@@ -100,74 +92,13 @@ def serve_turns(settings: BenchSettings, report_progress: Callable[[str], None] 
     if settings.batch_sizes != (1,):
         raise ValueError("--turns answers with the seconds of one observation: leave --batch out.")
     load_options = settings.load_options()
-    with _source(settings, report_progress) as source:
-        subject, _ = _load(source, settings, load_options)
+    with checkpoint_source(settings, report_progress) as source:
+        subject, _ = load_subject(source, settings, load_options)
         if settings.compiled:
             subject.model.compile_for_inference()
         predict = subject.prediction()
         time_calls(predict, subject.device, settings.warmup, 0)
         answer_turns(lambda: time_calls(predict, subject.device, 0, 1)[0])
-
-
-class _Subject(NamedTuple):
-    """What is measured."""
-
-    model: Any
-    processor: Any
-    device: torch.device
-
-    def inputs(self, batch_size: int = 1) -> dict[str, Any]:
-        """Arguments of `predict_action`."""
-        key = next(iter(self.model.config.norm_stats or {}), None)
-        return {**self.processor(**_observations(self.model.config, batch_size)), "unnorm_key": key}
-
-    def prediction(self, batch_size: int = 1) -> Callable[[], Any]:
-        """A prediction to call without arguments, with inputs that are prepared once."""
-        inputs = self.inputs(batch_size)
-        return lambda: self.model.predict_action(**inputs)
-
-
-@contextmanager
-def _source(settings: BenchSettings, report_progress: Callable[[str], None]) -> Iterator[str]:
-    """The folder of the checkpoint to measure; the CPU's threads are set."""
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
-    if settings.size is not None:
-        report_progress(f"Writing random weights, {settings.size} size")
-        with random_checkpoint(settings.size, settings.dtype or torch.bfloat16) as folder:
-            yield str(folder)
-    elif settings.checkpoint is None:
-        with embedded_folder() as folder:
-            yield str(folder / "checkpoint")
-    else:
-        commit = open_checkpoint(settings.checkpoint).commit
-        # A download must not count as loading.
-        yield settings.checkpoint if commit is None else snapshot_download(settings.checkpoint, revision=commit)
-
-
-def _load(source: str, settings: BenchSettings, load_options: dict[str, Any]) -> tuple[_Subject, float]:
-    """The model with its processor, and the seconds that loading the model took."""
-    device = settings.torch_device
-    loaded: list[Any] = []
-    checkpoint = open_checkpoint(source)
-
-    def load() -> None:
-        model = checkpoint.load_model(**load_options)
-        loaded.append(model if "device_map" in load_options else model.to(device))
-
-    (seconds,) = time_calls(load, device, 0, 1)
-    return _Subject(loaded[0], checkpoint.load_processor(), device), seconds
-
-
-def _observations(config: VLAAdapterConfig, batch_size: int) -> dict[str, Any]:
-    """Recorded frames, as many as the model has cameras; state and instruction of the right sizes."""
-    one = synthetic_observation(config)
-    frames = list(islice(cycle(embedded_episode().frames[0]), config.num_cameras))
-    return {
-        "images": [frames] * batch_size,
-        "text": [one["text"]] * batch_size,
-        "state": np.stack([one["state"]] * batch_size),
-    }
 
 
 def _weight_files(source: str) -> list[Path]:
@@ -176,14 +107,14 @@ def _weight_files(source: str) -> list[Path]:
 
 def _measure_loading(
     source: str, settings: BenchSettings, load_options: dict[str, Any]
-) -> tuple[_Subject, dict[str, Any]]:
+) -> tuple[Subject, dict[str, Any]]:
     """Loading, and memory up to the first prediction. Nothing else may have used memory before."""
     for file in _weight_files(source):  # loading and reading then both find them in the system's cache
         with file.open("rb") as stream:
             while stream.read(1 << 24):
                 pass
     at_start = memory_in_use(settings.torch_device)
-    subject, load_seconds = _load(source, settings, load_options)
+    subject, load_seconds = load_subject(source, settings, load_options)
     (first_seconds,) = time_calls(subject.prediction(), subject.device, 0, 1)
     peak = peak_memory(subject.device)
     return subject, {
@@ -211,11 +142,11 @@ def _describe(model: Any, settings: BenchSettings) -> dict[str, Any]:
     }
 
 
-def _measure_stages(subject: _Subject, settings: BenchSettings) -> tuple[dict[str, Any], list[float]]:
+def _measure_stages(subject: Subject, settings: BenchSettings) -> tuple[dict[str, Any], list[float]]:
     """Percentiles of the stages of a prediction of one observation; rates of a matrix product before and after."""
     model, device = subject.model, subject.device
     rates = [matmul_rate(model.dtype, device)]
-    images = _observations(model.config, 1)["images"]
+    images = observations(model.config, 1)["images"]
     prepare = time_calls(lambda: subject.processor.image_processor(images), device, settings.warmup, settings.runs)
     stages: dict[str, list[float]] = {"image preparation": prepare}
     inputs = subject.inputs()
@@ -229,7 +160,7 @@ def _measure_stages(subject: _Subject, settings: BenchSettings) -> tuple[dict[st
 
 
 def _measure_predictions(
-    subject: _Subject, settings: BenchSettings, report_progress: Callable[[str], None]
+    subject: Subject, settings: BenchSettings, report_progress: Callable[[str], None]
 ) -> tuple[dict[str, Any], list[float]]:
     """Whole predictions for every batch size, and rates of a matrix product between them."""
     model, device = subject.model, subject.device
@@ -257,7 +188,7 @@ def _measure_predictions(
     return report, rates
 
 
-def _take_turns(subject: _Subject, settings: BenchSettings, command: str) -> dict[str, Any]:
+def _take_turns(subject: Subject, settings: BenchSettings, command: str) -> dict[str, Any]:
     """Times of ours and of another program, one prediction each in turn."""
     predict = subject.prediction()
     with OtherProgram(command) as program:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vla_adapter_hf.bench.gpu import GpuBenchSettings, bench_gpu
 from vla_adapter_hf.bench.run import bench as run_bench
 from vla_adapter_hf.bench.run import serve_turns
 from vla_adapter_hf.bench.settings import BenchSettings
@@ -20,13 +21,13 @@ def bench(
         str | None, typer.Option(help="Random weights instead of a checkpoint: full, shallow or small.")
     ] = BenchSettings.size,
     dtype: Annotated[str | None, typer.Option(help="Precision: float32, bfloat16 or float16.")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = BenchSettings.device,
+    device: Annotated[str | None, typer.Option(help="cpu (by default; with --gpu cuda), cuda, cuda:1, ...")] = None,
     threads: Annotated[
         int | None, typer.Option(help="CPU threads, by default as many as torch chooses.")
     ] = BenchSettings.threads,
-    batch: Annotated[str, typer.Option(help="Observations at once, one number or several: 1,2,4,8.")] = ",".join(
-        map(str, BenchSettings.batch_sizes)
-    ),
+    batch: Annotated[
+        str | None, typer.Option(help="Observations at once: 1,2,4,8. By default 1, with --gpu 1 to 64.")
+    ] = None,
     runs: Annotated[int, typer.Option(help="Predictions that are measured.")] = BenchSettings.runs,
     warmup: Annotated[int, typer.Option(help="Predictions before them that are not.")] = BenchSettings.warmup,
     compiled: Annotated[
@@ -46,9 +47,25 @@ def bench(
     serve_clients: Annotated[str, typer.Option(help="With --serve: how many clients ask at once.")] = "1,4,16",
     serve_seconds: Annotated[float, typer.Option(help="With --serve: seconds of load for each of them.")] = 10.0,
     serve_minutes: Annotated[float, typer.Option(help="With --serve: minutes of load while memory is read.")] = 0.0,
-    output: Annotated[Path | None, typer.Option(help="JSON file to write the report to.")] = None,
+    gpu: Annotated[
+        bool, typer.Option("--gpu", help="One table of a GPU: eager, compiled, int8, batches (extra: quantization).")
+    ] = False,
+    minutes: Annotated[
+        float, typer.Option(help="With --gpu: nothing is compiled that would not be done by then.")
+    ] = GpuBenchSettings.minutes,
+    backend: Annotated[str | None, typer.Option(help="With --gpu: torch.compile's backend.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="JSON file to write the report to; with --gpu the table goes next to it.")
+    ] = None,
 ) -> None:
     """Measure the time of each stage of a prediction, the share of the machine's speed, memory and loading."""
+    if gpu:
+        refused = {"CHECKPOINT": checkpoint, "--dtype": dtype, "--threads": threads, "--quantize": quantize}
+        refused |= {"--attn": attn, "--against": against, "--turns": turns, "--compile": compiled, "--serve": serve}
+        given = {"device": device, "size": size, "batch_sizes": batch and parse_batch_sizes(batch), "backend": backend}
+        _bench_gpu(refused, {**given, "runs": runs, "warmup": warmup, "minutes": minutes}, output)
+        return
+    device = device or BenchSettings.device
     if serve:
         for option, value in (("--size", size), ("--attn", attn), ("--against", against), ("--turns", turns or None)):
             if value is not None:
@@ -63,7 +80,7 @@ def bench(
         dtype=parse_dtype(dtype),
         device=device,
         threads=threads,
-        batch_sizes=parse_batch_sizes(batch),
+        batch_sizes=BenchSettings.batch_sizes if batch is None else parse_batch_sizes(batch),
         runs=runs,
         warmup=warmup,
         compiled=compiled,
@@ -76,6 +93,14 @@ def bench(
         raise ValueError("--turns answers with seconds only: leave out --against and --output.")
     else:
         serve_turns(settings, report_progress=lambda line: typer.echo(line, err=True))
+
+
+def _bench_gpu(refused: dict[str, Any], given: dict[str, Any], output: Path | None) -> None:
+    for option, value in refused.items():
+        if value:
+            raise ValueError(f"--gpu measures random weights in every way that it knows: leave out {option}.")
+    settings = GpuBenchSettings(**{name: value for name, value in given.items() if value is not None})
+    bench_gpu(settings, output, report_progress=typer.echo)
 
 
 def _bench_server(checkpoint: str | None, server: dict[str, Any], load: dict[str, Any], output: Path | None) -> None:
