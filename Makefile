@@ -31,12 +31,11 @@ simulator: $(VENV)/simulator-installed
 test: $(VENV)/test-installed lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-<<<<<<< HEAD
 # The plugin with LeRobot itself, in an environment of its own with Python 3.12 and a PyTorch with CUDA libraries, which runs on
 # the CPU: 7 GB on disk and 3 minutes to install, then about 10 minutes on two idle cores.
 test-lerobot: $(LEROBOT)/installed
 	$(LEROBOT)/bin/python -m pytest lerobot_policy_vla_adapter
-=======
+
 # What needs a GPU, on as many as there are.
 test-gpu: $(VENV)/test-installed
 	$(BIN)/python -m pytest -m gpu
@@ -44,7 +43,6 @@ test-gpu: $(VENV)/test-installed
 # A GPU's predictions at the published size, in outputs/bench_gpu.json and .md: under ten minutes, see docs/speed.md.
 bench-gpu: $(VENV)/test-installed
 	$(BIN)/vla-adapter bench --gpu --output outputs/bench_gpu.json
->>>>>>> 937f171 (vla-adapter bench --gpu: one table of a GPU, eager and compiled, bfloat16 and int8, next to the card's measured limit)
 
 lint: $(VENV)/test-installed
 	$(BIN)/ruff check .
