@@ -183,6 +183,21 @@ def test_late_actions_in_a_lerobot_folder_are_found(tmp_path):
     assert "actions are late" in names(check(folder))
 
 
+def test_a_copy_of_an_episode_in_another_split_of_a_lerobot_folder_is_found(tmp_path):
+    folder = copy_of("lerobot_v21_video", tmp_path)
+    first, second = (next((folder / "data").rglob(f"*00000{number}.parquet")) for number in (0, 1))
+    table, copied = pq.read_table(second), pq.read_table(first)
+    for name in ("observation.state", "action"):
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(place), copied.column(name))
+    pq.write_table(table, second)
+    assert "duplicate episodes" in names(check(folder))
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    (folder / "meta" / "info.json").write_text(json.dumps(info | {"splits": {"train": "0:1", "validation": "1:4"}}))
+    found = check(folder).named("the same episodes in several splits")
+    assert (found.severity, found.episodes) == ("high", [1])
+
+
 def test_gaps_in_the_timestamps_of_a_lerobot_folder_are_found(tmp_path):
     folder = copy_of("lerobot_v21_video", tmp_path)
     path = next((folder / "data").rglob("*000002.parquet"))

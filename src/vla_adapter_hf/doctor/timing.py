@@ -135,11 +135,25 @@ def frame_changes(sample: FrameSample, camera: int) -> list[np.ndarray]:
 
 
 def frame_lag(recording: Recording, sample: FrameSample, camera: int, max_lag: int) -> dict[int, float]:
-    """Correlation of frame changes and motion by lag: at lag k the frame shows the state of k steps before."""
-    spread = state_spread(recording)
+    """Correlation of frame changes and motion by lag: at lag k the frame shows the state of k steps before.
+
+    A camera does not see every motion, such as that of fingers or a turn on the spot. Of the motion of all state
+    dimensions, of the first two and three (a position, usually) and of each, the one that fits best is taken.
+    """
+    size = recording.all_states.shape[1]
+    groups = [list(range(size)), [0, 1], [0, 1, 2], *([dim] for dim in range(size))]
+    curves = [_lag_curve(recording, sample, camera, max_lag, dims) for dims in groups if max(dims) < size]
+    return max(curves, key=lambda curve: max(curve.values(), default=-1.0))
+
+
+def _lag_curve(
+    recording: Recording, sample: FrameSample, camera: int, max_lag: int, dims: list[int]
+) -> dict[int, float]:
+    """The curve of `frame_lag` for the motion of some state dimensions."""
+    spread = state_spread(recording)[dims]
     pairs: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {lag: [] for lag in range(-max_lag, max_lag + 1)}
     for window, changes in zip(sample.windows, frame_changes(sample, camera), strict=True):
-        moves = motion(recording.states[window.position], spread)
+        moves = motion(recording.states[window.position][:, dims], spread)
         for lag, found in pairs.items():
             places = window.start + np.arange(len(changes)) - lag
             inside = (places >= 0) & (places < len(moves))

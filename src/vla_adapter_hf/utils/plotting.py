@@ -88,7 +88,7 @@ def plot_training(log_history: list[dict[str, float]]) -> Figure:
     _plot_logged(axes[0], log_history, {"loss": ("training", None), "eval_loss": ("held-out episodes", None)})
     if is_checked:
         _plot_logged(axes[1], log_history, CHECKED)
-        axes[1].set_title("The policy looks and listens where the lines are apart", fontsize=10)
+        axes[1].set_title("The policy looks, or listens, once that line is above the one as it is", fontsize=10)
     return figure
 
 
