@@ -75,6 +75,12 @@ def test_a_correct_recording_has_no_finding_of_high_severity(kind, without_plots
     assert names(report, "high") == []
 
 
+def test_large_euler_angles_are_no_sign_that_differs_between_episodes(without_plots):
+    """In an episode of this recording one angular velocity goes against the angle that it usually follows."""
+    recording = replace(make_recording("zyx", seed=3), read_images=None)
+    assert names(check_recording(recording, QUICK), "high") == []
+
+
 @pytest.mark.parametrize(
     ("kind", "meaning", "frame"),
     [

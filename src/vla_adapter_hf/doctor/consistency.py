@@ -151,8 +151,9 @@ def _flipped_dims(
     strong: list[int],
 ) -> list[Finding]:
     """Dimensions whose sign differs in some episodes, where most dimensions keep theirs."""
-    # A dimension that follows several states, as an angle among large ones, may change its sign by itself.
-    clear = semantics.r2[strong] > 0.7
+    # An angular velocity moves several Euler angles at once; its slope to one of them may change its sign by itself.
+    is_angle = np.isin(semantics.state_dims[strong], (3, 4, 5)) & ("Euler" in (semantics.encoding or ""))
+    clear = (semantics.r2[strong] > 0.7) & ~is_angle
     against = clear & (slope * semantics.slopes[strong] < 0) & (np.nan_to_num(r2) > 0.8)
     few = against & (against.sum(1) <= len(strong) / 2)[:, None]
     if not few.any():
