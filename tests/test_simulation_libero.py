@@ -25,7 +25,7 @@ from vla_adapter_hf.recording.episodes import (
 from vla_adapter_hf.recording.scenes import record_scenes
 from vla_adapter_hf.recording.settings import RecordingSettings, SceneSettings
 from vla_adapter_hf.simulation.evaluate import evaluate
-from vla_adapter_hf.simulation.libero.suite import LiberoSuite
+from vla_adapter_hf.simulation.libero.suite import LiberoSuite, object_instruction
 from vla_adapter_hf.simulation.policies import ReplayPolicy
 from vla_adapter_hf.simulation.results import read_results
 from vla_adapter_hf.simulation.settings import EvaluationSettings
@@ -165,13 +165,13 @@ def test_a_soft_reset_gives_the_episode_of_a_hard_one(suite, task):
 
 def test_another_target_changes_instruction_and_success(soup):
     other = soup.movable_objects[2]
-    soup.reset(1, target=other)
+    soup.reset(1, instruction=object_instruction(other))
     assert soup.target == other
     assert soup.instruction.startswith("pick up the ") and soup.instruction != soup.official_instruction
     soup.reset(1)
     assert soup.instruction == soup.official_instruction
-    with pytest.raises(ValueError, match="target must be one of"):
-        soup.reset(1, target="teapot_1")
+    with pytest.raises(ValueError, match="instruction must be one that fits this scene"):
+        soup.reset(1, instruction=object_instruction("teapot_1"))
 
 
 def test_black_images_keep_the_true_state_and_render_nothing(soup, monkeypatch):
@@ -363,7 +363,7 @@ def test_a_policy_that_drives_gets_the_experts_chunks(soup):
             soup.step(action)
         return bool(np.array_equal(soup.observe().state.astype(np.float32), following))
 
-    soup.reset(number, target=target)
+    soup.reset(number, instruction=object_instruction(target))
     own, closing = [], 0
     for row, chunk in enumerate(episode["chunks"]):
         observation = soup.observe()

@@ -128,7 +128,7 @@ def test_instruction_of_an_object_is_the_suites_wording():
     [
         ({"name": "libero_kitchen"}, "suite must be one of libero_spatial"),
         ({"name": "libero_object", "placement": "random"}, "placement must be one of official"),
-        ({"name": "libero_goal", "placement": "jitter"}, "libero_goal only has 'official'"),
+        ({"name": "libero_90", "placement": "jitter"}, "libero_90 only has 'official'"),
         ({"name": "libero_object", "states": (50,)}, "states must name initial states 0...49"),
     ],
 )

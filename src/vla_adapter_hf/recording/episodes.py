@@ -63,6 +63,11 @@ class EpisodePlan:
     driver: str = ""
 
     @property
+    def instruction(self) -> str | None:
+        """What asks for the target, None for the task's own instruction."""
+        return None if self.target is None else object_instruction(self.target)
+
+    @property
     def key(self) -> str:
         return episode_key(self.placement, self.task, self.episode, self.driver)
 
@@ -133,7 +138,7 @@ def record_episode(
 
     The episode itself is last, after those of the other objects (`EpisodeSettings.alternatives`).
     """
-    info = environment.reset(plan.episode, target=plan.target)
+    info = environment.reset(plan.episode, instruction=plan.instruction)
     expert = LiberoObjectExpert(environment)
     observations, actions = {}, []
     others = _other_objects(environment, plan, settings)
@@ -182,7 +187,7 @@ def record_driven_episode(
     also meets situations after a step that it has not learnt yet. If the target is not in the basket at the end, the
     expert's chunks may have been useless, and an empty list is returned. There are no alternatives.
     """
-    info = environment.reset(plan.episode, target=plan.target)
+    info = environment.reset(plan.episode, instruction=plan.instruction)
     generator = _generator(plan.placement, plan.task, plan.episode, settings, plan.driver, 3)
     observations, chunks = {}, {}
     step, success, closing = 0, False, 0

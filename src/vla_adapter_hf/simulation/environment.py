@@ -33,8 +33,8 @@ class Environment(Protocol):
     Where rendering is slow, an environment may have an attribute `render`. While it is False nothing is rendered, and
     `observe` returns black frames and the true state. It is set before a reset.
 
-    Where an episode can ask for other objects in the scene, an environment has `movable_objects` (names, the task's
-    own first), `instruction_for(name)`, and an argument `target` of `reset`.
+    Where an episode can ask for something else in the scene, an environment has `other_instructions`, texts that fit
+    the scene, and `reset` takes one of them as `instruction`. Success is then what that text asks for.
 
     Where an episode is several subtasks in a row, `step` returns whether the present one is solved, and `step_limit`
     is that of a subtask. Such an environment has `next_subtask()`, called after a subtask is solved: it returns False

@@ -19,7 +19,7 @@ from vla_adapter_hf.simulation.calvin.scores import score_sequences
 from vla_adapter_hf.simulation.calvin.suite import published_suite
 from vla_adapter_hf.simulation.environment import Suite
 from vla_adapter_hf.simulation.intervals import wilson_interval
-from vla_adapter_hf.simulation.libero.suite import LiberoSuite
+from vla_adapter_hf.simulation.libero.suite import PLACED, LiberoSuite
 from vla_adapter_hf.simulation.policies import (
     OraclePolicy,
     Policy,
@@ -93,6 +93,8 @@ def evaluate(
         "black_images": settings.black_images,
         "instruction": settings.instruction,
         "execute": settings.execute,
+    if isinstance(suite, LiberoSuite):
+        suite.check_tasks(tasks, asks_for_other=settings.instruction == "other")
         "ensemble": settings.ensemble,
         **settings.timing(),
         **(policy.describe() if hasattr(policy, "describe") else {}),
@@ -142,8 +144,8 @@ def check_controls(policy: Policy | ResidentPolicy, suite: Suite, settings: Eval
     is_libero = isinstance(suite, LiberoSuite)
     if isinstance(policy, OraclePolicy) and (suite.name == CALVIN or is_libero and suite.base != "libero_object"):
         raise ValueError(f"policy='oracle' solves suite='libero_object' only, got {suite.name!r}")
-    if settings.instruction == "other" and is_libero and suite.name != "libero_object":
-        raise ValueError(f"instruction='other' needs the objects of suite='libero_object', got {suite.name!r}")
+    if settings.instruction == "other" and is_libero and suite.name not in PLACED:
+        raise ValueError(f"instruction='other' is for {', '.join(PLACED)}, got suite={suite.name!r}")
     if settings.strategy == "async-rolled" and suite.robot not in STATE_MODELS:
         raise ValueError(
             f"strategy='async-rolled' knows how actions move {', '.join(STATE_MODELS)}, not {suite.robot!r}"

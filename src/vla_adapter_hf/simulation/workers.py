@@ -25,7 +25,7 @@ class Begin:
     """Parent to worker: reset to this episode and report.
 
     Attributes:
-        instruction: text for the policy instead of the task's instruction; `other` names another object in view.
+        instruction: text for the policy instead of the task's instruction; `other` asks for something else in view.
         observe: whether the policy uses observations.
         render: whether anyone uses the frames. If not, environments that can do so render nothing.
         frames_every: keep a frame every so many steps for a rollout; 0 keeps none.
@@ -218,11 +218,11 @@ class EpisodeRunner:
 def begin_episode(environment: Environment, message: Begin, suite: Suite) -> tuple[str, dict[str, Any], str]:
     """Resets the environment and returns the policy's instruction, what was drawn, and the task's instruction.
 
-    If the text names another object of a libero_object scene, success is that object's. Any other text only goes to
-    the policy, and success stays the task's.
+    If the scene holds what the text asks for (`other_instructions`), success is that. Any other text only goes to the
+    policy, and success stays the task's.
 
     Raises:
-        ValueError: the text is another task's instruction, and this scene does not hold its object.
+        ValueError: the text is another task's instruction, and this scene does not hold what it asks for.
     """
     text = message.instruction
     if hasattr(environment, "next_subtask"):
@@ -232,21 +232,21 @@ def begin_episode(environment: Environment, message: Begin, suite: Suite) -> tup
         info = environment.reset(message.episode)
         return environment.instruction, info, environment.instruction
     official = suite.tasks[message.task]
-    objects = list(getattr(environment, "movable_objects", ()))
-    target = None
+    others = list(getattr(environment, "other_instructions", ()))
     if text == "other":
-        if len(objects) < 2:
-            raise ValueError(f"instruction='other' needs a suite whose scenes hold other objects, not {suite.name!r}")
-        # Every distractor has its turn, whatever the number of processes.
-        target = objects[1 + (message.episode + message.task) % (len(objects) - 1)]
-    elif objects:
-        target = next((name for name in objects if environment.instruction_for(name) == text), None)
-    if target is not None:
-        info = environment.reset(message.episode, target=target)
-        return environment.instruction, {**info, "target": target}, official
-    if objects and text in suite.tasks:
+        if not others:
+            raise ValueError(
+                f"instruction='other' needs a scene with something else to ask for, which task {message.task} of "
+                f"{suite.name!r} has not"
+            )
+        # Each has its turn, whatever the number of processes.
+        text = others[(message.episode + message.task) % len(others)]
+    if text in others:
+        return text, environment.reset(message.episode, instruction=text), official
+    if text != official and text in suite.tasks and hasattr(environment, "other_instructions"):
         raise ValueError(
-            f"instruction={text!r}: the scene of task {message.task} does not hold that object; choose tasks that do"
+            f"instruction={text!r}: the scene of task {message.task} does not hold what it asks for; choose tasks "
+            "whose scenes do"
         )
     return text, environment.reset(message.episode), official
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from vla_adapter_hf.simulation.libero.arrangement import Surface
+from vla_adapter_hf.simulation.libero.task_files import Predicates
 from vla_adapter_hf.simulation.placement import HAND, PALM_OVER_TOP, Footprint
 
 
@@ -78,6 +80,50 @@ class LiberoScene:
             half = np.abs(rotation) @ model.geom_aabb[geom][3:]
             lower, upper = np.minimum(lower, centre - half), np.maximum(upper, centre + half)
         return lower, upper
+
+    def object_pose(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Position (3,) of an object's body, metres, and its rotation matrix (3, 3)."""
+        body = self._env.obj_body_id[name]
+        data = self._env.sim.data
+        return data.body_xpos[body].copy(), data.body_xmat[body].reshape(3, 3).copy()
+
+    def footprint(self, name: str) -> Footprint:
+        """The rectangle round an object's or a fixture's collision shapes, from above."""
+        lower, upper = self.object_box(name)
+        return Footprint((lower + upper)[:2] / 2, (upper - lower)[:2] / 2)
+
+    def surface(self, region: str) -> Surface:
+        """A region of a fixture, from above."""
+        data, model = self._env.sim.data, self._env.sim.model
+        site = model.site_name2id(region)
+        rotation = data.site_xmat[site].reshape(3, 3)
+        # The axis that points up may be any of the three.
+        flat = np.argsort(np.abs(rotation[2]))[:2]
+        return Surface(data.site_xpos[site][:2].copy(), rotation[:2, flat].copy(), model.site_size[site][flat].copy())
+
+    @property
+    def fixtures(self) -> list[str]:
+        """Names of what stands fast, without the table."""
+        return [name for name in self._env.fixtures_dict if name in self._env.obj_body_id]
+
+    @property
+    def robot_base(self) -> np.ndarray:
+        """(2,) where the robot stands, from above, metres."""
+        return np.array(self._env.robots[0].base_pos[:2])
+
+    def is_at_rest(self, name: str) -> bool:
+        """Whether an object stands. Some of libero_10's are thrown out of the scene at its beginning."""
+        first, _ = self._env.sim.model.get_joint_qvel_addr(self._env.objects_dict[name].joints[-1])
+        return bool(np.linalg.norm(self._env.sim.data.qvel[first : first + 3]) < 0.05)
+
+    def shift_object(self, state: np.ndarray, name: str, shift: np.ndarray) -> None:
+        """Moves an object by (2,) metres in a flattened simulator state."""
+        first, _ = self._env.sim.model.get_joint_qpos_addr(self._env.objects_dict[name].joints[-1])
+        state[1 + first : 3 + first] += shift  # the flattened state begins with the time
+
+    def holding(self, predicates: Predicates) -> Predicates:
+        """Those of the predicates that are true."""
+        return [state for state in predicates if self._env._eval_predicate(state)]
 
     def object_width(self, name: str, direction: np.ndarray) -> float:
         """Extent of an object's collision shapes along a unit vector (3,), metres."""

@@ -10,6 +10,7 @@ import contextlib
 import gc
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,14 +18,24 @@ from typing import Any
 import numpy as np
 
 from vla_adapter_hf.simulation.environment import Observation
+from vla_adapter_hf.simulation.libero.arranged import TRIES, arrange
 from vla_adapter_hf.simulation.libero.install import import_libero, load_initial_states
-from vla_adapter_hf.simulation.libero.pro import PRO_SUITES, task_instruction
+from vla_adapter_hf.simulation.libero.pro import BASES, PRO_SUITES, task_instruction
 from vla_adapter_hf.simulation.libero.scene import LiberoScene, PhysicalState
+from vla_adapter_hf.simulation.libero.task_files import (
+    Predicates,
+    goal_in,
+    pairs_to_swap,
+    read_task_file,
+    read_things,
+)
 from vla_adapter_hf.simulation.placement import PLACEMENTS, Footprint, draw_placement, placement_generator
 
 
 STEP_LIMITS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 SUITES = (*STEP_LIMITS, *PRO_SUITES)
+PLACED = BASES
+"""Suites whose scenes can be placed in other ways, and whose tasks can be asked for in each other's scenes."""
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 NO_OP = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 NO_OP_STEPS = 10
@@ -56,7 +67,8 @@ class LiberoSuite:
 
     Args:
         name: one of `SUITES`: LIBERO's own, or one of LIBERO-PRO's perturbations of them (`PRO_SUITES`).
-        placement: one of `vla_adapter_hf.simulation.placement.PLACEMENTS`; others than `official` need libero_object.
+        placement: one of `vla_adapter_hf.simulation.placement.PLACEMENTS`; others than `official` need a suite in
+            `PLACED`. What they do in libero_object is in `placement`, for the others in `libero.arrangement`.
         seed: seed of the placements; the simulator's own seed is 0, as published.
         stream: `evaluation`, `demonstration` or `correction`: two streams never draw the same numbers.
         image_size: height and width of the frames, pixels (published: 256).
@@ -84,8 +96,10 @@ class LiberoSuite:
             raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {self.name!r}")
         if self.placement not in PLACEMENTS:
             raise ValueError(f"placement must be one of {', '.join(PLACEMENTS)}, got {self.placement!r}")
-        if self.placement != "official" and self.name != "libero_object":
-            raise ValueError(f"placement={self.placement!r} is for libero_object; {self.name} only has 'official'")
+        if self.placement != "official" and self.name not in PLACED:
+            raise ValueError(
+                f"placement={self.placement!r} is for {', '.join(PLACED)}; {self.name} only has 'official'"
+            )
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
         if self.states is not None and not (self.states and all(0 <= state < 50 for state in self.states)):
@@ -112,6 +126,49 @@ class LiberoSuite:
     def base(self) -> str:
         """The suite itself, or the one that a suite of LIBERO-PRO perturbs; statistics have its name."""
         return PRO_SUITES.get(self.name, self.name)
+
+    def task_file(self, task: int) -> dict[str, Any]:
+        """What the task's BDDL file says, see `read_task_file`."""
+        return read_task_file(self._benchmark.get_task_bddl_file_path(task))
+
+    def other_goals(self, task: int) -> dict[str, Predicates]:
+        """Instructions of the suite's other tasks that fit the scene of this one, and the goal of each in this scene.
+
+        Empty where no other fits. In libero_object the environment knows them.
+        """
+        if self.name not in PLACED:
+            return {}
+        here = self.task_file(task)
+        goals = {text: goal_in(here, self.task_file(other)) for other, text in enumerate(self.tasks) if other != task}
+        return {text: goal for text, goal in goals.items() if goal is not None}
+
+    def check_tasks(self, tasks: Sequence[int], asks_for_other: bool) -> None:
+        """Checks, without a simulator, that every task's scene allows what the settings want.
+
+        Args:
+            tasks: numbers of the tasks to be played.
+            asks_for_other: whether the instruction is to be that of another task.
+
+        Raises:
+            ValueError: a placement has nothing to swap, or there is no other instruction. Says which tasks are fine.
+        """
+        if self.name == "libero_object":
+            return
+        swaps = self.placement in ("shuffle", "both")
+        refusing = [task for task in tasks if swaps and not pairs_to_swap(read_things(self.task_file(task)))]
+        if refusing:
+            self._refuse(
+                tasks, refusing, f"placement={self.placement!r}", "two different objects that may swap places"
+            )
+        refusing = [task for task in tasks if asks_for_other and not self.other_goals(task)]
+        if refusing:
+            self._refuse(tasks, refusing, "instruction='other'", "what another instruction of the suite asks for")
+
+    def _refuse(self, tasks: Sequence[int], refusing: Sequence[int], setting: str, needs: str) -> None:
+        fine = [task for task in tasks if task not in refusing]
+        advice = f"choose tasks={','.join(map(str, fine))}" if fine else "none of the chosen tasks has one"
+        numbers = ", ".join(map(str, refusing))
+        raise ValueError(f"{setting} needs scenes with {needs}; in {self.name} tasks {numbers} have none: {advice}")
 
     def make(self, task: int) -> LiberoEnvironment:
         """Builds the environment of one task: 5 to 9 s and 1.5 to 2.2 GB."""
@@ -174,35 +231,70 @@ class LiberoEnvironment(LiberoScene):
 
     # -- the protocol ------------------------------------------------------------------------------------------------
 
-    def reset(self, episode: int, target: str | None = None) -> dict[str, Any]:
+    def reset(self, episode: int, instruction: str | None = None) -> dict[str, Any]:
         """Begins an episode; see `Environment.reset`.
 
         Args:
             episode: chooses the initial state and, with the suite's seed, the placement.
-            target: libero_object only: name of another object in the scene. The instruction then asks for it, and
-                success means that it, and not the task's own object, lies in the basket.
+            instruction: one of `other_instructions`. Success is then what it asks for, and not the task's own goal.
 
         Raises:
-            ValueError: a negative episode, or a target that is not among `movable_objects`.
+            ValueError: a negative episode, another instruction, or no placement that stands still.
         """
         if episode < 0:
             raise ValueError(f"episode must be 0 or more, got {episode}")
+        self._set_goal(instruction)
+        state_index, state = self._initial_state(episode)
+        info: dict[str, Any] = {"initial_state": state_index, "placement": self.suite.placement}
+        if instruction is not None and self.suite.name == "libero_object":
+            info["target"] = self.target
+        elif instruction is not None:
+            info["goal"] = self._goal
+        if self.suite.placement == "official" or self.suite.name == "libero_object":
+            self._rewind(episode)
+            if self.suite.placement != "official":
+                # The footprints are read from the simulation, which must be in the official state first.
+                self._wrapper.set_init_state(state)
+                info.update(self._move_objects(state, episode))
+            self._wait_from(state)
+            return info
+        return info | self._reset_arranged(episode, state)
+
+    def _reset_arranged(self, episode: int, official: np.ndarray) -> dict[str, Any]:
+        """Begins an episode in a drawn scene that stands still, and returns what was drawn."""
+        placement, problem = self.suite.placement, self.suite.task_file(self.task)
+        generator = placement_generator(self.suite.stream, self.suite.seed, self.task, episode)
+        found = set()
+        for _ in range(TRIES):
+            # In an initial state objects float over the table. How they stand is known after the no-ops.
+            self._begin_at(official, episode, observe=False)
+            state = official.copy()
+            arranged = arrange(self, problem, self._goal, placement, state, generator, REACH)
+            self._begin_at(state, episode)
+            trouble = arranged.problem(self)
+            if trouble is None:
+                return arranged.info
+            found.add(trouble)
+        raise ValueError(
+            f"placement={placement!r}: no scene of task {self.task}, episode {episode} stands still in {TRIES} tries "
+            f"({', '.join(sorted(found))}). Choose another seed."
+        )
+
+    def _begin_at(self, state: np.ndarray, episode: int, observe: bool = True) -> None:
+        """Resets with the random numbers of this episode, sets a state, and takes the no-op steps."""
+        self._rewind(episode)
+        self._wait_from(state, observe)
+
+    def _rewind(self, episode: int) -> None:
         self._set_cameras(False)
         self._seed_like_published(episode)
         self._wrapper.reset()
         self._forget_last_episode()
-        self._set_target(target)
 
-        state_index, state = self._initial_state(episode)
-        info: dict[str, Any] = {"initial_state": state_index, "placement": self.suite.placement}
-        if self.suite.placement != "official":
-            # The footprints are read from the simulation, which must be in the official state first.
-            self._wrapper.set_init_state(state)
-            info.update(self._move_objects(state, episode))
+    def _wait_from(self, state: np.ndarray, observe: bool = True) -> None:
         self._wrapper.set_init_state(state)
         for step in range(NO_OP_STEPS):
-            self.step(NO_OP, observe=step == NO_OP_STEPS - 1)
-        return info
+            self.step(NO_OP, observe=observe and step == NO_OP_STEPS - 1)
 
     def observe(self) -> Observation:
         """Frames (image_size, image_size, 3), third person first, and the state (8,): position, axis-angle, gripper.
@@ -261,13 +353,14 @@ class LiberoEnvironment(LiberoScene):
         own = self._official_goal[0][1]
         return [own] + [name for name in self._env.objects_dict if name not in (own, self.basket)]
 
-    def instruction_for(self, target: str) -> str:
-        """The instruction that asks for an object, see [`object_instruction`]."""
-        return object_instruction(target)
+    @property
+    def other_instructions(self) -> list[str]:
+        """What `reset` can ask for instead of the task: in libero_object every other object, see `other_goals`."""
+        return list(self._other_goals)
 
     def ask_for(self, target: str) -> None:
-        """Asks for another object from now on; see `reset`. `restore_state` takes it back."""
-        self._set_target(target)
+        """libero_object only: asks for another object from now on; see `reset`. `restore_state` takes it back."""
+        self._set_goal(object_instruction(target))
 
     def save_state(self) -> SavedState:
         """Everything that decides how the episode goes on: physics, goal and the frames rendered last."""
@@ -361,16 +454,20 @@ class LiberoEnvironment(LiberoScene):
         self._env.sim.data.qacc_warmstart[:] = 0.0
         self._latest = None
 
-    def _set_target(self, target: str | None) -> None:
-        if target is None or target == self._official_goal[0][1]:
+    @cached_property
+    def _other_goals(self) -> dict[str, Predicates]:
+        if self.suite.name == "libero_object":
+            return {object_instruction(name): [["in", name, self.basket_site]] for name in self.movable_objects[1:]}
+        return self.suite.other_goals(self.task)
+
+    def _set_goal(self, instruction: str | None) -> None:
+        if instruction is None or instruction == self.official_instruction:
             self._goal, self.instruction = self._official_goal, self.official_instruction
             return
-        if self.suite.name != "libero_object":
-            raise ValueError(f"target={target!r} is only supported in libero_object, not in {self.suite.name}")
-        if target not in self.movable_objects:
-            raise ValueError(f"target must be one of {', '.join(self.movable_objects)}, got {target!r}")
-        self._goal = [["in", target, self.basket_site]]
-        self.instruction = object_instruction(target)
+        if instruction not in self._other_goals:
+            texts = ", ".join(repr(text) for text in self._other_goals) or "none"
+            raise ValueError(f"instruction must be one that fits this scene ({texts}), got {instruction!r}")
+        self._goal, self.instruction = self._other_goals[instruction], instruction
 
     def _is_solved(self) -> bool:
         return all(self._env._eval_predicate(state) for state in self._goal)
@@ -382,8 +479,7 @@ class LiberoEnvironment(LiberoScene):
         # Shapes are not always centred on their body's origin: footprints are drawn, bodies are shifted.
         centres = np.array([(lower + upper)[:2] / 2 for lower, upper in boxes])
         halves = np.array([(upper - lower)[:2] / 2 for lower, upper in boxes])
-        lower, upper = self.object_box(self.basket)
-        basket = Footprint((lower + upper)[:2] / 2, (upper - lower)[:2] / 2)
+        basket = self.footprint(self.basket)
         generator = placement_generator(self.suite.stream, self.suite.seed, self.task, episode)
         base = self._env.robots[0].base_pos[:2]
         reachable = Footprint(np.array(base), np.array([REACH, REACH]))
@@ -392,9 +488,7 @@ class LiberoEnvironment(LiberoScene):
             self.suite.placement, centres, halves, tops, [basket], generator, reachable=reachable
         )
         for name, shift in zip(names, drawn - centres, strict=True):
-            joint = self._env.objects_dict[name].joints[-1]
-            first, _ = self._env.sim.model.get_joint_qpos_addr(joint)
-            state[1 + first : 3 + first] += shift  # the flattened state begins with the time
+            self.shift_object(state, name, shift)
         positions = {
             name: [round(float(value), 4) for value in centre] for name, centre in zip(names, drawn, strict=True)
         }
