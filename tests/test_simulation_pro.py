@@ -54,8 +54,13 @@ def test_the_table_has_the_published_rows_below():
     ("arguments", "message"),
     [
         (["--suite", "libero_90_pro"], "LIBERO-PRO perturbs libero_spatial, libero_object, libero_goal, libero_10"),
+        (["--suite", "pro", "--placement", "jitter"], "have --placement official only"),
+        (["--suite", "pro", "--shard", "1/2"], "--shard is for one suite"),
         (["--suite", "libero_goal_pro", "--placement", "jitter"], "have --placement official only"),
-        (["--suite", "libero_object_swap", "--placement", "jitter"], "--placement jitter is for libero_object"),
+        (
+            ["--suite", "libero_object_swap", "--placement", "jitter"],
+            "--placement jitter is for libero_spatial, libero_object",
+        ),
         (["--suite", "libero_object_env"], "--suite must be one of|suite must be one of"),
     ],
 )

@@ -17,9 +17,10 @@ from vla_adapter_hf.simulation.calvin.check import check_calvin
 from vla_adapter_hf.simulation.calvin.install import RENDERERS
 from vla_adapter_hf.simulation.delays import delay_table, evaluate_delays, is_delay_grid, read_cells, write_delays
 from vla_adapter_hf.simulation.evaluate import evaluate as run_evaluation
-from vla_adapter_hf.simulation.grid import evaluate_grid
+from vla_adapter_hf.simulation.grid import evaluate_grid, evaluate_grids
 from vla_adapter_hf.simulation.results import joined_table
 from vla_adapter_hf.simulation.settings import DelaySettings
+from vla_adapter_hf.simulation.shards import Shard, join_shards
 
 
 TASKS = Text(lambda text: parse_numbers(text, "--tasks"))
@@ -48,7 +49,8 @@ def evaluate(
         str,
         typer.Option(
             help="libero_spatial, libero_object, libero_goal, libero_10, libero_90 or calvin_abc_d. With _object, "
-            "_swap, _lan or _task at its end, a perturbation of LIBERO-PRO; with _pro, all of them."
+            "_swap, _lan or _task at its end, a perturbation of LIBERO-PRO; with _pro, all of them; pro is all of "
+            "them for all four suites."
         ),
     ] = "libero_object",
     output: Annotated[Path, typer.Option(help="Folder for results; an interrupted run goes on there.")] = Path("eval"),
@@ -71,14 +73,20 @@ def evaluate(
         raise ValueError(f"--policy must be embedded, oracle or noop, got {policy!r}; a checkpoint is --checkpoint.")
     table = "summary.md"
     if len(settings.delays) > 1 or len(settings.strategies) > 1:
+        if settings.shard is not None:
+            raise ValueError("shard is for one delay and one strategy; play them one by one")
         evaluate_delays(checkpoint or policy, suite, output, settings, report=typer.echo)
         table = "delays.md"
     else:
         [cell] = settings.cells().values()
-        if suite.endswith("_pro"):
+        if suite == "pro":
+            evaluate_grids(checkpoint or policy, output, cell, report=typer.echo)
+        elif suite.endswith("_pro"):
             evaluate_grid(checkpoint or policy, suite.removesuffix("_pro"), output, cell, report=typer.echo)
         else:
             run_evaluation(checkpoint or policy, suite, output, cell, report=typer.echo)
+    if settings.shard is not None:
+        output = output / Shard.parse(settings.shard).folder
     typer.echo(f"\n{(output / table).read_text(encoding='utf-8')}\nwritten to {output}")
 
 
@@ -165,7 +173,8 @@ def scores(
 ) -> None:
     """Join finished evaluations into one table of the published form, ready for a model card.
 
-    Outputs with several delays become one table of delays and strategies.
+    Outputs with several delays become one table of delays and strategies. In a folder of shards (eval --shard), the
+    shards are joined first. Its files are then those of one run.
 
     \b
     Examples:
@@ -175,6 +184,9 @@ def scores(
     if not all(map(is_delay_grid, folders)):
         if output is not None:
             raise ValueError(f"output={str(output)!r} is for evaluations with several delays.")
+        for folder in folders:
+            if not (folder / "summary.json").is_file() and any(folder.glob("shard-*-of-*")):
+                join_shards(folder)
         typer.echo(joined_table(folders, name), nl=False)
         return
     if name is not None:

@@ -34,6 +34,7 @@ from vla_adapter_hf.simulation.rollout import draw_contact_sheet, draw_rollout, 
 from vla_adapter_hf.simulation.settings import DEFAULT_EPISODES, EvaluationSettings, choose_tasks
 from vla_adapter_hf.simulation.workers import Begin, Execute, Report, WorkerPool
 from vla_adapter_hf.utils.files import atomic_path, exclusive_folder
+from vla_adapter_hf.simulation.shards import Shard
 
 
 CALVIN = "calvin_abc_d"
@@ -58,7 +59,7 @@ def evaluate(
             id, or an object of `policies.Policy`.
         suite: a LIBERO suite's name, `calvin_abc_d`, or an object of `environment.Suite`, which then decides
             placement and seed itself.
-        output: folder of the results.
+        output: folder of the results; a shard's are in a folder inside.
         settings: everything else, see [`EvaluationSettings`].
         report: receives lines of progress.
 
@@ -106,7 +107,12 @@ def evaluate(
         if len(missing) < len(selected) and (settings.rollouts or settings.save_actions):
             report(
                 f"{len(selected) - len(missing)} episodes were played before: of these no films or actions are written"
+    shard = None if settings.shard is None else Shard.parse(settings.shard)
+    if shard is not None:
+        output, whole, selected = output / shard.folder, selected, shard.part(selected)
             )
+        if shard is not None:
+            shard.record(output, whole, instructions)
         timing = Timing()
         if missing:
             loop = _EpisodeLoop(policy, suite, settings, described, results, timing, report)

@@ -36,13 +36,15 @@ def evaluate_grid(
         The summary of every suite.
 
     Raises:
-        ValueError: another base suite, or a placement other than `official`; otherwise as for `evaluate`.
+        ValueError: another base suite, a placement other than `official`, or a shard; otherwise as for `evaluate`.
     """
     settings = settings or EvaluationSettings()
     if base not in BASES:
         raise ValueError(f"LIBERO-PRO perturbs {', '.join(BASES)}; got suite={base!r}")
     if settings.placement != "official":
         raise ValueError(f"LIBERO-PRO's suites have placement='official' only, got {settings.placement!r}")
+    if settings.shard is not None:
+        raise ValueError("shard is for one suite; play the suites of LIBERO-PRO one by one")
     if isinstance(policy, str):
         policy = load_policy(policy, LiberoSuite(base), settings)
     output = Path(output)
@@ -73,6 +75,24 @@ def evaluate_cells(
         report(f"{name}:")
         summaries[name] = evaluate(policy, suite, output / name, settings, report)
     return summaries
+
+
+def evaluate_grids(
+    policy: str,
+    output: str | Path,
+    settings: EvaluationSettings | None = None,
+    report: Callable[[str], None] = print,
+) -> None:
+    """`evaluate_grid` for all of `BASES`, in a folder for each. `summary.md` in `output` holds all tables.
+
+    Raises:
+        ValueError: as for `evaluate_grid`.
+    """
+    output = Path(output)
+    for base in BASES:
+        evaluate_grid(policy, base, output / base, settings, report)
+    tables = [(output / base / "summary.md").read_text(encoding="utf-8") for base in BASES]
+    write_text(output / "summary.md", "\n".join(tables))
 
 
 def grid_table(policy: str, base: str, summaries: Mapping[str, Mapping[str, Any]]) -> str:

@@ -274,8 +274,9 @@ def joined_table(folders: Sequence[str | Path], name: str | None = None) -> str:
     """The table in the published form over several finished evaluations: one row per policy, with its average.
 
     Args:
-        folders: outputs of `evaluate`. The published rows are added if all are runs of the published protocol: every
-            task from each of its 50 states, whole chunks; for CALVIN all 1,000 sequences, as published, with `egl`.
+        folders: outputs of `evaluate`; shards are joined before (`shards`). The published rows are added if all are
+            runs of the published protocol: every task from each of its 50 states, whole chunks; for CALVIN all 1,000
+            sequences, as published, with `egl`.
         name: puts all into one row, where each suite has a checkpoint of its own; by default there is a row for each
             policy's name.
 
@@ -286,6 +287,8 @@ def joined_table(folders: Sequence[str | Path], name: str | None = None) -> str:
     measured: dict[str, dict[str, Any]] = {}
     compare = True
     for folder in map(Path, folders):
+        if (folder / "shard.json").is_file():
+            raise ValueError(f"{folder} is one shard of an evaluation; name the folder that holds all of them")
         if not (folder / "summary.json").is_file():
             raise ValueError(f"{folder} holds no summary.json of an evaluation")
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))

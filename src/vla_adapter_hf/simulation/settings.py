@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from vla_adapter_hf.robot.strategies import ChunkStrategy, StrategySettings
+from vla_adapter_hf.simulation.shards import Shard
 
 
 DEFAULT_EPISODES = 50  # per task, where a suite does not say otherwise
@@ -34,9 +35,12 @@ class EvaluationSettings:
         schedule: calvin_abc_d only: `published`, or `open-loop` for whole chunks, which the other suites always play.
         renderer: calvin_abc_d only: `egl`, or `cpu` for machines without a driver, whose scores are not comparable.
         black_images: a control: the policy sees black frames.
-        instruction: a control: the policy gets this text instead of the task's instruction. `other` names another
-            object in view, and success is then that object's, as for a text that names one in libero_object's words.
-            In calvin_abc_d `other` gives another subtask's instruction, and success stays the subtask's own.
+        instruction: a control: the policy gets this text instead of the task's instruction. `other` asks for something
+            else in view, another object or another task of the suite, and success is then that. So it is for a text
+            that is the instruction of such a task. In calvin_abc_d `other` gives another subtask's instruction, and
+            success stays the subtask's own.
+        shard: play a part of the episodes only, such as 3/8 for the third of eight, in a folder of its own inside the
+            output. `vla-adapter scores OUTPUT` joins them.
         rollouts: episodes of each task to save as a film and a contact sheet (PNG). Episodes that an earlier call
             played are not played again for this.
         rollout_format: `gif` or `mp4`.
@@ -69,6 +73,7 @@ class EvaluationSettings:
     save_actions: bool = False
     unnorm_key: str | None = None
     device: str | None = None
+    shard: str | None = None
     dtype: str | None = None
 
     def __post_init__(self) -> None:
@@ -94,6 +99,8 @@ class EvaluationSettings:
 
     def timing(self) -> dict[str, Any]:
         """What differs from the published protocol in time; runs that differ here are not merged."""
+        if self.shard is not None:
+            Shard.parse(self.shard)
         chosen = {"strategy": self.strategy, "delay": self.delay, "step_limit": self.step_limit}
         published = {"strategy": "sync", "delay": 0, "step_limit": None}
         return {} if chosen == published else {"time": chosen}
