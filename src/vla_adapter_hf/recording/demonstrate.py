@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,6 +30,7 @@ from vla_adapter_hf.recording.episodes import (
 from vla_adapter_hf.recording.jobs import check_settings, in_turns, run_jobs
 from vla_adapter_hf.recording.lerobot_writer import PARTS, assemble, save_episode, saved_episodes
 from vla_adapter_hf.recording.settings import RecordingSettings
+from vla_adapter_hf.simulation.cluster import import_ray
 from vla_adapter_hf.simulation.libero.suite import LiberoSuite
 from vla_adapter_hf.simulation.settings import choose_tasks
 from vla_adapter_hf.utils.files import exclusive_folder, visible_files, write_bytes
@@ -60,7 +62,10 @@ def demonstrate(
     tasks = choose_tasks(settings.tasks, len(LiberoSuite(settings.suite).tasks))
     driver = None if settings.driver is None else Driver.from_settings(settings)
     described = {} if driver is None else driver.load().describe()
-    output, began = Path(output), time.perf_counter()
+    if settings.ray is not None:
+        import_ray()
+    # Processes on other machines have other working directories.
+    output, began = Path(output).resolve(), time.perf_counter()
     recorded = 0
     with exclusive_folder(output):
         found, advice = f"output={output} was begun with", "name another folder, or record with the same settings"
@@ -79,7 +84,7 @@ def demonstrate(
             )
 
         jobs = _plan_jobs(output, tasks, settings, driver)
-        run_jobs(_record_job, jobs, settings.workers, settings.minutes, finished)
+        run_jobs(_record_job, jobs, settings.workers, settings.minutes, finished, settings.ray)
         info = assemble(output)
         failed = len(failed_episodes(output))
     return {
@@ -173,6 +178,11 @@ def _plan_jobs(output: Path, tasks: list[int], settings: RecordingSettings, driv
 
 def _record_job(job: _Job) -> dict[str, Any]:
     began = time.perf_counter()
+    if not (job.output / PARTS / "settings.json").is_file():
+        raise ValueError(
+            f"output={str(job.output)!r} is not seen from {platform.node()}: with ray it must be on a storage "
+            "that all machines share"
+        )
     settings, driver = job.settings, "" if job.driver is None else job.driver.name
     policy = None if job.driver is None else _driving_policy(job.driver)
     options = suite_options(settings, driver)

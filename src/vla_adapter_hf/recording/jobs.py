@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vla_adapter_hf.simulation.cluster import task_pool
 from vla_adapter_hf.utils.files import record_settings
 
 
@@ -55,8 +56,9 @@ def run_jobs(
     workers: int,
     minutes: float | None,
     finished: Callable[[Outcome, float], None],
+    ray: str | None = None,
 ) -> None:
-    """Runs `work(job)` for all jobs, in order, in `workers` processes.
+    """Runs `work(job)` for all jobs, in order, in `workers` processes, here or on a Ray cluster.
 
     Args:
         work: a function of a module, called in a process of its own.
@@ -64,6 +66,7 @@ def run_jobs(
         workers: processes.
         minutes: begin no new job after this time.
         finished: receives each outcome and the minutes since the call.
+        ray: address of the cluster.
 
     Raises:
         Exception: whatever `work` raised. The other jobs are stopped at once.
@@ -71,7 +74,7 @@ def run_jobs(
     if not jobs:
         return
     began = time.perf_counter()
-    with process_pool(min(workers, len(jobs))) as pool:
+    with process_pool(min(workers, len(jobs))) if ray is None else task_pool(ray) as pool:
         waiting = list(reversed(jobs))
         running = {pool.submit(work, waiting.pop()) for _ in range(min(workers, len(jobs)))}
         while running:

@@ -99,6 +99,8 @@ class RecordingSettings(EpisodeSettings):
         both: episodes per task, shuffled and moved.
         tasks: task numbers, as in 3 or 0,2,5-7; by default all tasks.
         workers: processes, each with an environment of about 2 GB, and the driver.
+        ray: address of a Ray cluster on which the `workers` run, such as `auto` or `HOST:6379`; needs the extra ray,
+            and an output on a storage that all machines share. By default they run here.
         minutes: begin no new batch after this time; the dataset is assembled from the finished episodes.
         batch: episodes recorded before a process changes to another task.
         driver: folder or Hub id of a checkpoint that drives (or `embedded`), while the expert records at every chunk
@@ -118,6 +120,7 @@ class RecordingSettings(EpisodeSettings):
     both: int = 0
     tasks: Sequence[int] | None = None
     workers: int = 1
+    ray: str | None = None
     minutes: float | None = None
     batch: int = 12
     driver: str | None = None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from vla_adapter_hf.robots import get_robot
 from vla_adapter_hf.simulation.calvin.schedules import PublishedSchedule
 from vla_adapter_hf.simulation.calvin.scores import score_sequences
 from vla_adapter_hf.simulation.calvin.suite import published_suite
+from vla_adapter_hf.simulation.cluster import RayPool, ReplicatedPolicy, connected, import_ray
 from vla_adapter_hf.simulation.environment import Suite
 from vla_adapter_hf.simulation.intervals import wilson_interval
 from vla_adapter_hf.simulation.libero.suite import PLACED, LiberoSuite
@@ -32,9 +34,9 @@ from vla_adapter_hf.simulation.policies import (
 from vla_adapter_hf.simulation.results import EpisodeResult, ResultsFile, Timing, write_summary
 from vla_adapter_hf.simulation.rollout import draw_contact_sheet, draw_rollout, write_picture, write_rollout
 from vla_adapter_hf.simulation.settings import DEFAULT_EPISODES, EvaluationSettings, choose_tasks
+from vla_adapter_hf.simulation.shards import Shard
 from vla_adapter_hf.simulation.workers import Begin, Execute, Report, WorkerPool
 from vla_adapter_hf.utils.files import atomic_path, exclusive_folder
-from vla_adapter_hf.simulation.shards import Shard
 
 
 CALVIN = "calvin_abc_d"
@@ -78,8 +80,12 @@ def evaluate(
     if settings.episodes is None:
         settings = replace(settings, episodes=getattr(suite, "episodes", DEFAULT_EPISODES))
     _chunk_strategy(suite, settings)
+    if settings.ray is not None:
+        import_ray()
+    load: Callable[[], Policy] = partial(_same, policy)
     if isinstance(policy, str):
-        policy = load_policy(policy, suite, settings)
+        load = partial(load_policy, policy, suite, settings)
+        policy = load()
     check_controls(policy, suite, settings)
     if getattr(suite, "renderer", None) == "cpu":
         report(
@@ -87,6 +93,8 @@ def evaluate(
         )
     instructions = list(suite.tasks)
     tasks = choose_tasks(settings.tasks, len(instructions))
+    if isinstance(suite, LiberoSuite):
+        suite.check_tasks(tasks, asks_for_other=settings.instruction == "other")
     selected = [(task, episode) for task in tasks for episode in settings.episode_numbers]
     described = {
         **suite.describe(),
@@ -94,32 +102,34 @@ def evaluate(
         "black_images": settings.black_images,
         "instruction": settings.instruction,
         "execute": settings.execute,
-    if isinstance(suite, LiberoSuite):
-        suite.check_tasks(tasks, asks_for_other=settings.instruction == "other")
         "ensemble": settings.ensemble,
         **settings.timing(),
         **(policy.describe() if hasattr(policy, "describe") else {}),
     }
     output = Path(output)
+    shard = None if settings.shard is None else Shard.parse(settings.shard)
+    if shard is not None:
+        output, whole, selected = output / shard.folder, selected, shard.part(selected)
     with exclusive_folder(output):
+        if shard is not None:
+            shard.record(output, whole, instructions)
         results = ResultsFile(output, described)
         missing = [key for key in selected if key not in results.done]
         if len(missing) < len(selected) and (settings.rollouts or settings.save_actions):
             report(
                 f"{len(selected) - len(missing)} episodes were played before: of these no films or actions are written"
-    shard = None if settings.shard is None else Shard.parse(settings.shard)
-    if shard is not None:
-        output, whole, selected = output / shard.folder, selected, shard.part(selected)
             )
-        if shard is not None:
-            shard.record(output, whole, instructions)
         timing = Timing()
         if missing:
             loop = _EpisodeLoop(policy, suite, settings, described, results, timing, report)
-            loop.play(missing)
+            loop.play(missing, load)
         results.sort()
         finished = [result for result in results.results if result.key in set(selected)]
         return write_summary(output, finished, instructions, described, timing)
+
+
+def _same(policy: Policy) -> Policy:
+    return policy
 
 
 def make_suite(name: str, settings: EvaluationSettings) -> Suite:
@@ -191,6 +201,10 @@ class _Schedule:
             self._left.setdefault(task, []).append(episode)
         self._busy: dict[int, int] = {}
 
+    def give_back(self, task: int, episode: int) -> None:
+        """An episode that has to be played again."""
+        self._left.setdefault(task, []).insert(0, episode)
+
     def next(self, worker: int) -> tuple[int, int] | None:
         task = self._busy.get(worker)
         if task not in self._left:
@@ -245,21 +259,36 @@ class _EpisodeLoop:
             "black_images": settings.black_images,
         }
 
-    def play(self, missing: Sequence[tuple[int, int]]) -> None:
-        """Plays the (task, episode) pairs in `missing`."""
+    def play(self, missing: Sequence[tuple[int, int]], load: Callable[[], Policy]) -> None:
+        """Plays the (task, episode) pairs in `missing`; `load` loads the policy on other machines."""
         began = time.perf_counter()
         self.schedule = _Schedule(missing)
         try:
-            with WorkerPool(self.suite, min(self.settings.processes, len(missing))) as self.pool:
+            with self._pool(len(missing), load) as self.pool:
                 self.slots = [
                     _Slot(worker, _chunk_strategy(self.suite, self.settings)) for worker in range(len(self.pool))
                 ]
-                with _leave_cores_to(len(self.pool)):
+                with _leave_cores_to(self.pool.local_processes):
                     self._play_slots()
         except ChildProcessError as error:
             raise ChildProcessError(f"{error} {getattr(self.suite, 'crash_hint', '')}".rstrip()) from error
         finally:
             self.timing.wall = time.perf_counter() - began
+
+    @contextmanager
+    def _pool(self, episodes: int, load: Callable[[], Policy]) -> Iterator[WorkerPool | RayPool]:
+        """The environments; on a cluster, also the copies of the policy."""
+        settings, count = self.settings, min(self.settings.processes, episodes)
+        if settings.ray is None:
+            with WorkerPool(self.suite, count) as pool:
+                yield pool
+            return
+        with connected(settings.ray) as ray, ExitStack() as stack:
+            if settings.replicas and self.resident is None:
+                gpus = 1 if (settings.device or "").startswith("cuda") else 0
+                copies = ReplicatedPolicy(ray, self.policy, load, settings.replicas, gpus)
+                self.policy = stack.enter_context(closing(copies))
+            yield stack.enter_context(RayPool(ray, self.suite, max(1, count)))
 
     def _play_slots(self) -> None:
         working = {slot.worker for slot in self.slots if self._begin(slot)}
@@ -268,12 +297,17 @@ class _EpisodeLoop:
             for worker, report in self.pool.receive(sorted(working)):
                 slot = self.slots[worker]
                 slot.report = report
-                if not report.finished:
+                if report is None:
+                    self.report_progress(f"task {slot.task} episode {slot.episode}: its environment is lost; again")
+                    self.schedule.give_back(slot.task, slot.episode)
+                elif not report.finished:
                     waiting.append(slot)
+                    continue
                 else:
                     self._end(slot)
-                    if not self._begin(slot):
-                        working.discard(worker)
+                if not self._begin(slot):
+                    working.discard(worker)
+                    self.pool.release(worker)
             if waiting:
                 self._answer(waiting)
 

@@ -26,6 +26,9 @@ class EvaluationSettings:
         seed: seed of the placements. The simulator's own seed is 0, as published.
         hard_reset: LIBERO only: rebuild the simulation before each episode, which takes longer and gives the same.
         processes: environments in parallel, one process each; 0 runs a single environment in this process.
+        ray: address of a Ray cluster on which the `processes` run, such as `auto` or `HOST:6379`; needs the extra ray.
+            By default they run here.
+        replicas: with `ray`, copies of the policy on the cluster, each with a GPU if `device` is one; 0 runs it here.
         execute: actions of a chunk that are executed before the next query; by default the whole chunk, as
             published.
         ensemble: temporal ensembling: how much less newer chunks count; 0 is their mean. It needs `execute`.
@@ -59,6 +62,8 @@ class EvaluationSettings:
     seed: int = 0
     hard_reset: bool = False
     processes: int = 1
+    ray: str | None = None
+    replicas: int = 0
     execute: int | None = None
     ensemble: float | None = None
     strategy: str = "sync"
@@ -68,17 +73,21 @@ class EvaluationSettings:
     renderer: str = "egl"
     black_images: bool = False
     instruction: str | None = None
+    shard: str | None = None
     rollouts: int = 0
     rollout_format: str = "gif"
     save_actions: bool = False
     unnorm_key: str | None = None
     device: str | None = None
-    shard: str | None = None
     dtype: str | None = None
 
     def __post_init__(self) -> None:
         if self.processes < 0:
             raise ValueError(f"processes must be 0 or more, got {self.processes}")
+        if self.replicas < 0:
+            raise ValueError(f"replicas must be 0 or more, got {self.replicas}")
+        if self.replicas and self.ray is None:
+            raise ValueError(f"replicas={self.replicas} are copies of the policy on a Ray cluster; give ray=ADDRESS")
         if self.rollout_format not in ("gif", "mp4"):
             raise ValueError(f"rollout_format must be 'gif' or 'mp4', got {self.rollout_format!r}")
         if self.rollouts < 0:
@@ -90,6 +99,8 @@ class EvaluationSettings:
         if self.step_limit is not None and self.step_limit < 1:
             raise ValueError(f"step_limit must be at least 1 step, got {self.step_limit}")
         self.chunk_strategy()
+        if self.shard is not None:
+            Shard.parse(self.shard)
 
     @property
     def episode_numbers(self) -> list[int]:
@@ -99,8 +110,6 @@ class EvaluationSettings:
 
     def timing(self) -> dict[str, Any]:
         """What differs from the published protocol in time; runs that differ here are not merged."""
-        if self.shard is not None:
-            Shard.parse(self.shard)
         chosen = {"strategy": self.strategy, "delay": self.delay, "step_limit": self.step_limit}
         published = {"strategy": "sync", "delay": 0, "step_limit": None}
         return {} if chosen == published else {"time": chosen}

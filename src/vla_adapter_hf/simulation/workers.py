@@ -251,6 +251,30 @@ def begin_episode(environment: Environment, message: Begin, suite: Suite) -> tup
     return text, environment.reset(message.episode), official
 
 
+def answer_or_fail(runner: EpisodeRunner, message: Begin | Execute) -> Report | Failure:
+    """The runner's report, or what went wrong."""
+    try:
+        return runner.answer(message)
+    except Exception as error:
+        is_users = not runner.steps and isinstance(error, USERS_ERRORS)
+        kind = next(kind for kind in (*USERS_ERRORS, Exception) if isinstance(error, kind))
+        return Failure(kind if is_users else RuntimeError, str(error), traceback.format_exc())
+
+
+def check(report: Report | Failure) -> Report:
+    """The report of another process.
+
+    Raises:
+        Exception: it is a failure; `WorkerPool` says of what kind.
+    """
+    if isinstance(report, Failure):
+        failure = RuntimeError(f"an environment failed:\n{report.trace}")
+        if report.kind is RuntimeError:
+            raise failure
+        raise report.kind(report.message) from failure
+    return report
+
+
 def _serve(connection: Connection, suite: Suite) -> None:
     # Ctrl-C reaches the whole process group; the parent decides what happens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -258,13 +282,7 @@ def _serve(connection: Connection, suite: Suite) -> None:
     try:
         report: Report | Failure | None = None
         while not isinstance(report, Failure):
-            message = connection.recv()
-            try:
-                report = runner.answer(message)
-            except Exception as error:
-                is_users = not runner.steps and isinstance(error, USERS_ERRORS)
-                kind = next(kind for kind in (*USERS_ERRORS, Exception) if isinstance(error, kind))
-                report = Failure(kind if is_users else RuntimeError, str(error), traceback.format_exc())
+            report = answer_or_fail(runner, connection.recv())
             connection.send(report)
     except (EOFError, ConnectionError):
         pass  # the parent has finished, or was killed
@@ -311,6 +329,11 @@ class WorkerPool:
     def __len__(self) -> int:
         return max(1, len(self._processes))
 
+    @property
+    def local_processes(self) -> int:
+        """Processes that share this machine's cores with the policy."""
+        return len(self)
+
     def send(self, worker: int, message: Begin | Execute) -> None:
         """Gives a worker something to do."""
         if self._local is not None:
@@ -336,13 +359,11 @@ class WorkerPool:
                     "often means too little memory: use fewer processes). Finished episodes are kept; the same call "
                     "plays the rest."
                 ) from error
-            if isinstance(report, Failure):
-                failure = RuntimeError(f"an environment failed:\n{report.trace}")
-                if report.kind is RuntimeError:
-                    raise failure
-                raise report.kind(report.message) from failure
-            reports.append((worker, report))
+            reports.append((worker, check(report)))
         return reports
+
+    def release(self, worker: int) -> None:
+        """There is nothing left for this worker. Its process ends with the pool."""
 
     def close(self, at_once: bool = False) -> None:
         """Ends all processes. `at_once` does not wait for what they are doing."""
