@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from point_environment import PointSuite
-from test_simulation_evaluate import PointOracle, SeeingPolicy, outcomes, silent
+from point_environment import PointSuite, SeeingPolicy
+from test_simulation_evaluate import PointOracle, outcomes, silent
 from typer.testing import CliRunner
 
 from vla_adapter_cli import app

@@ -262,9 +262,8 @@ class LiberoEnvironment(LiberoScene):
 
     def _reset_arranged(self, episode: int, official: np.ndarray) -> dict[str, Any]:
         """Begins an episode in a drawn scene that stands still, and returns what was drawn."""
-        placement, problem = self.suite.placement, self.suite.task_file(self.task)
+        placement, problem, found = self.suite.placement, self.suite.task_file(self.task), set()
         generator = placement_generator(self.suite.stream, self.suite.seed, self.task, episode)
-        found = set()
         for _ in range(TRIES):
             # In an initial state objects float over the table. How they stand is known after the no-ops.
             self._begin_at(official, episode, observe=False)
@@ -339,8 +338,7 @@ class LiberoEnvironment(LiberoScene):
         self._wrapper = self._env = None
         gc.collect()
 
-    # -- for experts and recorders
-    # -------------------------------------------------------------------------------------
+    # -- for experts and recorders -----------------------------------------------------------------------------------
 
     @property
     def target(self) -> str:
