@@ -6,20 +6,12 @@ takes seconds. The commands are functions in `vla_adapter_hf.cli`.
 
 from __future__ import annotations
 
-import os
 from importlib import import_module
 from importlib.metadata import version
 from typing import Annotated, Any, NamedTuple
 
 import typer
 from typer.core import TyperCommand, TyperGroup
-
-
-# By default OpenMP's threads spin while they wait for each other. Where other programs want the cores, that makes a
-# prediction a hundred times slower (docs/speed.md). OpenMP reads this once, when torch is imported.
-PASSIVE_WAITING = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
-for variable, value in PASSIVE_WAITING.items():
-    os.environ.setdefault(variable, value)
 
 
 class Entry(NamedTuple):

@@ -203,9 +203,24 @@ def test_messages_speak_of_options(message, expected):
     )
 
 
-@pytest.mark.parametrize("given, expected", [({}, "passive"), ({"OMP_WAIT_POLICY": "active"}, "active")])
-def test_threads_wait_passively_before_torch_is_imported_unless_the_user_says_otherwise(given, expected):
-    program = "import sys, vla_adapter_cli, os; print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])"
+@pytest.mark.parametrize(
+    "imports, given, expected",
+    [
+        ("vla_adapter_hf", {}, "passive"),
+        ("vla_adapter_hf", {"OMP_WAIT_POLICY": "active"}, "active"),
+        # OpenMP has read its settings, so the environment must not claim something else.
+        ("torch, vla_adapter_hf", {}, "None"),
+    ],
+)
+def test_threads_wait_passively_unless_torch_was_imported_before_or_the_user_says_otherwise(imports, given, expected):
+    """Every command and `python -m vla_adapter_hf.cli` import the package before torch."""
+    program = f"import os, {imports}; print(os.environ.get('OMP_WAIT_POLICY'))"
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["False", expected]
+    assert done.stdout.split() == [expected]
+
+
+def test_the_overview_of_commands_does_not_import_torch():
+    program = "import sys, vla_adapter_cli; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False"]

@@ -1,5 +1,7 @@
 """VLA-Adapter for transformers. Importing the package extends `AutoModel`, `AutoProcessor` and `AutoConfig`."""
 
+import vla_adapter_hf._passive_waiting  # noqa: F401, isort: skip
+
 from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,0 +1,14 @@
+"""Let OpenMP's threads sleep while they wait for each other. To be imported before torch.
+
+By default they spin. Where other programs want the cores, that makes a prediction a hundred times slower, see
+docs/speed.md. OpenMP reads the setting once, when torch is imported, so a program that imported torch before is left
+as it is.
+"""
+
+import os
+import sys
+
+
+if "torch" not in sys.modules:
+    for variable, value in {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}.items():
+        os.environ.setdefault(variable, value)
