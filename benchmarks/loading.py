@@ -1,6 +1,6 @@
 """Time and memory that loading takes, for a checkpoint in this package's layout and in the published one, as a table.
 
-    python benchmarks/loading.py [--size full] [--dtype bfloat16] [--runs 3]
+    python benchmarks/loading.py [--size full] [--dtype bfloat16] [--load-dtype float32] [--runs 3]
 
 The checkpoint in the published layout is written to a temporary folder first, with random weights, and converted. At
 the published size this takes 6 GB of disk in bfloat16. Every measurement is a process of its own and ends with a
@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 
 from vla_adapter_hf.bench.measures import memory_in_use, peak_memory, seconds_to_read, weight_bytes
 from vla_adapter_hf.bench.random_weights import SIZES, random_checkpoint
+from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.published import writing as published_writing
 from vla_adapter_hf.checkpoints.saving import synthetic_observation
 
@@ -32,6 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="full", choices=[size for size in SIZES if size != "small"])
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--load-dtype", choices=("float32", "bfloat16"), help="by default that of the file")
     parser.add_argument("--runs", type=int, default=3)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="vla-adapter-loading-") as temporary:
@@ -43,7 +45,8 @@ def main() -> None:
         print("|---|---:|---:|---:|---:|")
         expected = None
         for layout, folder in {"own": own, "published": published}.items():
-            figures, actions = zip(*(in_own_process(measure, folder, own) for _ in range(arguments.runs)), strict=True)
+            measured = [in_own_process(measure, folder, own, arguments.load_dtype) for _ in range(arguments.runs)]
+            figures, actions = zip(*measured, strict=True)
             expected = actions[0] if expected is None else expected
             if not all(np.array_equal(one, expected) for one in actions):
                 raise RuntimeError(f"the {layout} layout predicts other actions")
@@ -56,7 +59,7 @@ def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def measure(folder: Path, own: Path) -> tuple[tuple[float, float, float, float], np.ndarray]:
+def measure(folder: Path, own: Path, dtype: str | None) -> tuple[tuple[float, float, float, float], np.ndarray]:
     """Seconds to load, also relative to reading; peak memory by weights, loaded and predicted; actions."""
     weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.pt")])
     for file in weights:  # so that loading finds them in the system's cache, as reading will
@@ -67,7 +70,7 @@ def measure(folder: Path, own: Path) -> tuple[tuple[float, float, float, float],
     cpu = torch.device("cpu")
     before = memory_in_use(cpu)
     start = time.perf_counter()
-    model = AutoModel.from_pretrained(folder)
+    model = open_checkpoint(folder).load_model(dtype)
     load = time.perf_counter() - start
     loaded = peak_memory(cpu)
     observation = synthetic_observation(model.config)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from model_fixtures import tiny_inputs, tiny_model
+from model_fixtures import tiny_config, tiny_inputs, tiny_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor
@@ -24,6 +24,8 @@ from vla_adapter_hf import (
     open_checkpoint,
 )
 from vla_adapter_hf.checkpoints.info import checkpoint_info
+from vla_adapter_hf.checkpoints.published.writing import published_tensors, write_published
+from vla_adapter_hf.modeling.checkpoint_names_vla_adapter import name_in_file
 
 
 REPOSITORY = Path(__file__).parents[1]
@@ -347,3 +349,42 @@ class TestDamagedFiles:
         (folder / "model.safetensors").unlink()
         with pytest.raises((ValueError, OSError), match="model.safetensors"):
             AutoModel.from_pretrained(folder)
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from vla_adapter_hf import open_checkpoint
+
+def kibibytes(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+checkpoint = open_checkpoint(sys.argv[1])
+checkpoint.load_model("bfloat16")  # what is imported and allocated once does not count
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
+before = kibibytes("VmRSS")
+model = checkpoint.load_model("float32")
+weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()) / 1024
+print((kibibytes("VmHWM") - before) / weights)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak of memory from Linux")
+@pytest.mark.parametrize("layout", ["own", "published"])
+def test_loading_in_another_precision_takes_little_more_memory_than_the_weights(layout, tmp_path, published_pro):
+    """The file, half as large as the weights, is never in memory as a whole: with it the peak is 1.5."""
+    text = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8}
+    config = tiny_config(text_config={**text, "num_key_value_heads": 8, "vocab_size": 1024}, policy_num_layers=12)
+    own = tmp_path / "own"
+    tiny_model(config).to(torch.bfloat16).save_pretrained(own, max_shard_size="40MB")
+    folder = own
+    if layout == "published":
+        folder = tmp_path / "published"
+        state_dict = open_checkpoint(own).load_model().state_dict()
+        tensors = published_tensors({name_in_file(name): one for name, one in state_dict.items()}, "pro")
+        processor = open_checkpoint(published_pro).load_processor()
+        write_published(folder, open_checkpoint(own).config, tensors, processor.tokenizer)
+    done = subprocess.run([sys.executable, "-c", PEAK, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 0.9 < float(done.stdout) < 1.25

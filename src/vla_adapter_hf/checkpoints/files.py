@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 Shapes = dict[str, tuple[int, ...]]
 
 ZIP_MAGIC = b"PK\x03\x04"
+BLOCK_BYTES = 2**27
+DTYPE_NAMES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def read_json(path: Path, source: str) -> dict[str, Any]:
@@ -52,6 +55,34 @@ def open_safetensors(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path.name} is damaged or cut short ({error}); download it again.") from error
+
+
+def converted_tensors(paths: Sequence[Path], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of safetensors files, in another precision.
+
+    The files are opened again and again. So no more than `BLOCK_BYTES` of them, or one tensor, are in memory next to
+    the result.
+
+    Raises:
+        ValueError: when a file is damaged.
+    """
+    for path in paths:
+        with open_safetensors(path) as file:
+            names = list(file.keys())
+        while names:
+            left = BLOCK_BYTES
+            with open_safetensors(path) as file:
+                while names and left > 0:
+                    tensor = file.get_tensor(names[0])
+                    left -= tensor.numel() * tensor.element_size()
+                    yield names.pop(0), tensor.to(dtype if tensor.is_floating_point() else tensor.dtype, copy=True)
+                    del tensor
+
+
+def stored_dtypes(path: Path) -> set[torch.dtype | None]:
+    """The precisions of a safetensors file's tensors, from its header; `None` for other types of numbers."""
+    with open_safetensors(path) as file:
+        return {DTYPE_NAMES.get(file.get_slice(name).get_dtype()) for name in file.keys()}
 
 
 def find_weights(files: FolderFiles | HubFiles) -> list[str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from vla_adapter_hf.checkpoints.backbones import load_tokenizer
@@ -92,9 +93,9 @@ class PublishedCheckpoint(Checkpoint):
             self.check(options.get("ignore_mismatched_sizes", False))
         found = self.found
         paths = self.files.paths([*found.weights, found.action_head, found.proprio_projector])
-        loaded = model_class.from_pretrained(
-            None, config=self.config, state_dict=read_state_dict(found, paths), **options
-        )
+        dtype = options.get("dtype")
+        state_dict = read_state_dict(found, paths, dtype if isinstance(dtype, torch.dtype) else None)
+        loaded = model_class.from_pretrained(None, config=self.config, state_dict=state_dict, **options)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         model.config.name_or_path = model.name_or_path = self.source
         return loaded

@@ -8,7 +8,14 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from vla_adapter_hf.checkpoints.files import Shapes, as_state_dict, open_safetensors, read_pickle
+from vla_adapter_hf.checkpoints.files import (
+    Shapes,
+    as_state_dict,
+    converted_tensors,
+    open_safetensors,
+    read_pickle,
+    stored_dtypes,
+)
 from vla_adapter_hf.checkpoints.published.files import PublishedFiles
 from vla_adapter_hf.checkpoints.published.names import (
     POLICY_NAMES,
@@ -35,16 +42,21 @@ def translated_shapes(files: PublishedFiles) -> Shapes:
     return {name: tuple(tensor.shape) for name, tensor in tensors}
 
 
-def read_state_dict(files: PublishedFiles, paths: list[Path]) -> StateDict:
-    """All tensors that have an effect, under the names of our files, in the precision of the files.
+def read_state_dict(files: PublishedFiles, paths: list[Path], dtype: torch.dtype | None = None) -> StateDict:
+    """All tensors that have an effect, under the names of our files.
 
     Args:
         files ([`PublishedFiles`]): what was found.
         paths (`list[Path]`): of `files.weights`, the action head and the proprio projector, in this order.
+        dtype (`torch.dtype`, *optional*): the precision; that of the files by default.
     """
     *weights, action_head, proprio_projector = paths
-    pickles = (as_state_dict(read_pickle(path), path.name) for path in (action_head, proprio_projector))
-    state_dict = dict(_translate(_read_weights(weights, files.shapes), files.shapes, *pickles))
+    converted = dtype is not None and any(stored_dtypes(path) != {dtype} for path in weights)
+    tensors = converted_tensors(weights, dtype) if converted else _read_weights(weights, files.shapes)
+    pickles = [as_state_dict(read_pickle(path), path.name) for path in (action_head, proprio_projector)]
+    if converted:
+        pickles = [{name: tensor.to(dtype) for name, tensor in part.items()} for part in pickles]
+    state_dict = dict(_translate(tensors, files.shapes, *pickles))
     queries = state_dict["action_queries.weight"].float()
     if 0.0195 < queries.std() < 0.0205 and queries.mean().abs() < 0.002:
         logger.warning(
