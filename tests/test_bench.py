@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 from vla_adapter_cli import app
 from vla_adapter_hf.bench import measures
+from vla_adapter_hf.bench.busy import busy_processes
 from vla_adapter_hf.bench.measures import (
     STAGES,
     StageClock,
@@ -282,6 +284,37 @@ class TestOptions:
             BenchSettings(quantize="int4", device="cuda:0", dtype=torch.float32).load_options()
 
 
+class TestBusy:
+    def test_other_processes_compute_while_the_block_runs_and_are_gone_after(self):
+        with busy_processes(2) as processes:
+            assert len(processes) == 2 and all(process.poll() is None for process in processes)
+            if Path("/proc/self/stat").exists():
+
+                def seconds(process) -> float:
+                    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+                    return int(fields[11]) / os.sysconf("SC_CLK_TCK")  # user time
+
+                before, deadline = [seconds(process) for process in processes], time.monotonic() + 60
+                while any(seconds(one) - start < 0.1 for one, start in zip(processes, before, strict=True)):
+                    assert time.monotonic() < deadline, "they do not compute"
+                    time.sleep(0.05)
+        assert all(process.poll() is not None for process in processes)
+
+    def test_they_end_with_the_process_that_started_them(self):
+        program = "from vla_adapter_hf.bench.busy import busy_processes; import os\n"
+        program += "with busy_processes(1) as processes: print(processes[0].pid, flush=True); os._exit(0)"
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        pid, deadline = int(done.stdout), time.monotonic() + 60
+        while Path(f"/proc/{pid}").exists() and "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def test_the_report_says_how_many(self, checkpoint):
+        lines = []
+        report = bench(BenchSettings(checkpoint=checkpoint, busy=1, runs=1, warmup=0), report_progress=lines.append)
+        assert report["busy"] == 1 and any("1 other process computing" in line for line in lines)
+
+
 class TestTurns:
     def test_every_line_of_input_is_answered(self):
         out = io.StringIO()
@@ -332,6 +365,7 @@ class TestRandomWeights:
         ("--size must be one of full, shallow, small", {"size": "huge"}),
         ("--runs", {"runs": 0}),
         ("--warmup", {"warmup": -1}),
+        ("--busy", {"busy": -1}),
         ("--threads must be at least 1, got 0", {"threads": 0}),
         ("--batch", {"batch_sizes": (1, 0)}),
         ("--device", {"device": "warp drive"}),
@@ -359,7 +393,9 @@ def test_what_cannot_run_is_refused_before_anything_is_loaded(message, settings,
         bench(BenchSettings(**settings), **arguments, report_progress=lambda line: None)
 
 
-@pytest.mark.parametrize("options", [["--batch", "2"], ["--output", "bench.json"], ["--against", "true"]])
+@pytest.mark.parametrize(
+    "options", [["--batch", "2"], ["--busy", "2"], ["--output", "bench.json"], ["--against", "true"]]
+)
 def test_turns_take_no_option_of_a_report(options):
     result = CliRunner().invoke(app, ["bench", "--turns", *options])
     assert result.exit_code == 1 and "--turns answers" in result.output

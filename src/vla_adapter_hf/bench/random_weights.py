@@ -58,7 +58,7 @@ def random_checkpoint(size: str, dtype: torch.dtype, device: str | torch.device 
     with tempfile.TemporaryDirectory(prefix="vla-adapter-bench-") as folder:
         # In a process of its own: the memory that making the weights takes must not count as the prediction's.
         writer = multiprocessing.get_context("spawn").Process(
-            target=_write_random, args=(folder, size, dtype, str(device))
+            target=write_random, args=(folder, size, dtype, str(device))
         )
         writer.start()
         writer.join()
@@ -67,7 +67,8 @@ def random_checkpoint(size: str, dtype: torch.dtype, device: str | torch.device 
         yield Path(folder)
 
 
-def _write_random(folder: str, size: str, dtype: torch.dtype, device: str) -> None:
+def write_random(folder: str, size: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Write a checkpoint of random weights of one of `SIZES`."""
     with embedded_folder() as embedded:
         tokenizer = load_tokenizer(str(embedded / "tokenizer"))
         norm_stats = open_checkpoint(embedded / "checkpoint").config.norm_stats

@@ -18,7 +18,8 @@ def table(report: dict[str, Any]) -> list[str]:
     rate = report["matmul_flops_per_second"]["fastest"]
     lines = [
         f"{report['checkpoint']}, {report['precision']}{', compiled' if compiled else ''}, {report['device']}, "
-        f"{report['threads']} threads, JPEG by {report['jpeg_decoder']}, "
+        f"{report['threads']} threads ({report['waiting']} waiting), {_others(report['busy'])}"
+        f"JPEG by {report['jpeg_decoder']}, "
         f"attention by {', '.join(dict.fromkeys(report['attention'].values()))}",
         "",
         f"{'ms, stages not compiled' if compiled else 'ms':<24}{'fastest':>10}{'p50':>10}{'p95':>10}",
@@ -45,6 +46,10 @@ def table(report: dict[str, Any]) -> list[str]:
             f"{', before compiling' if compiled else ''}"
         )
     return lines
+
+
+def _others(busy: int) -> str:
+    return f"{busy} other {'process' if busy == 1 else 'processes'} computing, " if busy else ""
 
 
 def comparison(against: dict[str, Any]) -> str:

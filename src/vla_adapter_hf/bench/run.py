@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 import transformers
 
+from vla_adapter_hf.bench.busy import busy_processes
 from vla_adapter_hf.bench.measures import (
     STAGES,
     StageClock,
@@ -26,6 +28,7 @@ from vla_adapter_hf.bench.report import comparison, percentiles, table
 from vla_adapter_hf.bench.settings import BenchSettings
 from vla_adapter_hf.bench.subject import Subject, checkpoint_source, load_subject, observations
 from vla_adapter_hf.bench.turns import OtherProgram, answer_turns, split_command
+from vla_adapter_hf.checkpoints.exported import ENGINES
 from vla_adapter_hf.processing import jpeg_round_trip_vla_adapter as jpeg
 from vla_adapter_hf.utils.files import write_json
 
@@ -58,12 +61,13 @@ def bench(
         split_command(against)
     with checkpoint_source(settings, report_progress) as source:
         subject, loading = _measure_loading(source, settings, load_options)
-        stages, rates = _measure_stages(subject, settings)
-        predictions, more_rates = _measure_predictions(subject, settings, report_progress)
+        with busy_processes(settings.busy):
+            stages, rates = _measure_stages(subject, settings)
+            predictions, more_rates = _measure_predictions(subject, settings, report_progress)
         rates += more_rates
         report = {
             "checkpoint": settings.name,
-            **_describe(subject.model, settings),
+            **_describe(subject, settings),
             **loading,
             "stages": stages,
             "predictions": predictions,
@@ -77,7 +81,8 @@ def bench(
         _write(report, output)
         if against is not None:
             report_progress(f"in turn with {against}")
-            report["against"] = _take_turns(subject, settings, against)
+            with busy_processes(settings.busy):
+                report["against"] = _take_turns(subject, settings, against)
             report_progress(comparison(report["against"]))
             _write(report, output)
     return report
@@ -89,8 +94,8 @@ def serve_turns(settings: BenchSettings, report_progress: Callable[[str], None] 
     Raises:
         ValueError: for more than one observation at once.
     """
-    if settings.batch_sizes != (1,):
-        raise ValueError("--turns answers with the seconds of one observation: leave --batch out.")
+    if settings.batch_sizes != (1,) or settings.busy:
+        raise ValueError("--turns answers with the seconds of one observation: leave --batch and --busy out.")
     load_options = settings.load_options()
     with checkpoint_source(settings, report_progress) as source:
         subject, _ = load_subject(source, settings, load_options)
@@ -102,14 +107,16 @@ def serve_turns(settings: BenchSettings, report_progress: Callable[[str], None] 
 
 
 def _weight_files(source: str) -> list[Path]:
-    return sorted(file for kind in ("*.safetensors", "*.pt") for file in Path(source).glob(kind))
+    kinds = ("*.safetensors", "*.pt", *(name for names in ENGINES.values() for name in names))
+    return sorted(file for kind in kinds for file in Path(source).glob(kind))
 
 
 def _measure_loading(
     source: str, settings: BenchSettings, load_options: dict[str, Any]
 ) -> tuple[Subject, dict[str, Any]]:
     """Loading, and memory up to the first prediction. Nothing else may have used memory before."""
-    for file in _weight_files(source):  # loading and reading then both find them in the system's cache
+    weight_files = _weight_files(source)
+    for file in weight_files:  # loading and reading then both find them in the system's cache
         with file.open("rb") as stream:
             while stream.read(1 << 24):
                 pass
@@ -119,23 +126,33 @@ def _measure_loading(
     peak = peak_memory(subject.device)
     return subject, {
         "load": {"seconds": load_seconds, "read_seconds": None, "first_prediction_seconds": first_seconds},
-        "memory": {"weights": weight_bytes(subject.model), "peak": None if peak is None else peak - at_start},
+        "memory": {
+            "weights": sum(file.stat().st_size for file in weight_files)
+            if subject.exported
+            else weight_bytes(subject.model),
+            "peak": None if peak is None else peak - at_start,
+        },
     }
 
 
-def _describe(model: Any, settings: BenchSettings) -> dict[str, Any]:
-    device, config = settings.torch_device, model.config
+def _describe(subject: Subject, settings: BenchSettings) -> dict[str, Any]:
+    device, model, config = settings.torch_device, subject.model, subject.model.config
+    precision = settings.quantize or str(model.dtype).removeprefix("torch.")
+    if subject.exported:
+        precision = f"{model.record['engine']} {model.record['precision']}"
     jpeg_decoder = "none"
     if config.image_jpeg_round_trip:
         jpeg_decoder = "NumPy" if jpeg.simplejpeg is None else "simplejpeg"
     return {
-        "precision": settings.quantize or str(model.dtype).removeprefix("torch."),
+        "precision": precision,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "compiled": settings.compiled,
+        "busy": settings.busy,
+        "waiting": os.environ.get("OMP_WAIT_POLICY", "active"),
         "attention": {
-            part: getattr(config, part)._attn_implementation
+            part: "the engine" if subject.exported else getattr(config, part)._attn_implementation
             for part in ("dinov2_config", "siglip_config", "text_config")
         },
         "jpeg_decoder": jpeg_decoder,
@@ -145,17 +162,19 @@ def _describe(model: Any, settings: BenchSettings) -> dict[str, Any]:
 def _measure_stages(subject: Subject, settings: BenchSettings) -> tuple[dict[str, Any], list[float]]:
     """Percentiles of the stages of a prediction of one observation; rates of a matrix product before and after."""
     model, device = subject.model, subject.device
-    rates = [matmul_rate(model.dtype, device)]
+    rates = [matmul_rate(subject.matmul_dtype, device)]
     images = observations(model.config, 1)["images"]
     prepare = time_calls(lambda: subject.processor.image_processor(images), device, settings.warmup, settings.runs)
     stages: dict[str, list[float]] = {"image preparation": prepare}
     inputs = subject.inputs()
+    if subject.exported:  # no hooks see its stages
+        return {"image preparation": percentiles(prepare)}, rates
     with StageClock(model) as clock:
         for run in range(-settings.warmup, settings.runs):
             seconds = clock.predict(inputs)
             for stage in STAGES if run >= 0 else ():
                 stages.setdefault(stage, []).append(seconds[stage])
-    rates.append(matmul_rate(model.dtype, device))
+    rates.append(matmul_rate(subject.matmul_dtype, device))
     return {stage: percentiles(seconds) for stage, seconds in stages.items()}, rates
 
 
@@ -175,7 +194,7 @@ def _measure_predictions(
         for batch_size, predict in predictions.items():
             seconds = time_calls(predict, device, 0, 1)
             seconds_of[batch_size] += seconds if run >= 0 else []
-        rates.append(matmul_rate(model.dtype, device))
+        rates.append(matmul_rate(subject.matmul_dtype, device))
     report = {}
     for batch_size, seconds in seconds_of.items():
         prompt_tokens = subject.inputs(batch_size)["input_ids"].shape[1]

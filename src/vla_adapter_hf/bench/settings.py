@@ -32,6 +32,7 @@ class BenchSettings:
         quantize (`str`, *optional*): `"int8"` or `"int4"`, see [`quantization_config`].
         attention (`str` or `Mapping[str, str]`, *optional*): transformers' `attn_implementation`: one for all, or one
             each for `dinov2_config`, `siglip_config` and `text_config`.
+        busy (`int`): other processes that compute while predictions are measured.
 
     Raises:
         ValueError: for arguments that contradict each other, a number out of range, or a device that is not there.
@@ -48,13 +49,14 @@ class BenchSettings:
     compiled: bool = False
     quantize: str | None = None
     attention: str | Mapping[str, str] | None = None
+    busy: int = 0
 
     def __post_init__(self) -> None:
         if self.checkpoint is not None and self.size is not None:
             raise ValueError(f"give either a checkpoint ({self.checkpoint}) or --size {self.size}, not both.")
         if self.size is not None and self.size not in SIZES:
             raise ValueError(f"--size must be one of {', '.join(SIZES)}, got {self.size!r}.")
-        limits = [("runs", self.runs, 1), ("warmup", self.warmup, 0)]
+        limits = [("runs", self.runs, 1), ("warmup", self.warmup, 0), ("busy", self.busy, 0)]
         limits += [("batch", batch_size, 1) for batch_size in self.batch_sizes]
         limits += [] if self.threads is None else [("threads", self.threads, 1)]
         for option, value, least in limits:

@@ -14,7 +14,9 @@ from huggingface_hub import snapshot_download
 from vla_adapter_hf.bench.measures import time_calls
 from vla_adapter_hf.bench.random_weights import random_checkpoint
 from vla_adapter_hf.bench.settings import BenchSettings
+from vla_adapter_hf.checkpoints.attention import choose_attention
 from vla_adapter_hf.checkpoints.embedded import embedded_folder
+from vla_adapter_hf.checkpoints.exported import ExportedModel
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.saving import synthetic_observation
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
@@ -27,6 +29,18 @@ class Subject(NamedTuple):
     model: Any
     processor: Any
     device: torch.device
+
+    @property
+    def exported(self) -> bool:
+        """Whether another engine than torch computes."""
+        return isinstance(self.model, ExportedModel)
+
+    @property
+    def matmul_dtype(self) -> torch.dtype:
+        """The precision of the matrix product that the model is compared with."""
+        if self.exported:
+            return torch.float32 if self.model.record["precision"] == "fp32" else torch.bfloat16
+        return self.model.dtype
 
     def inputs(self, batch_size: int = 1) -> dict[str, Any]:
         """Arguments of `predict_action`."""
@@ -64,10 +78,11 @@ def load_subject(source: str, settings: BenchSettings, load_options: dict[str, A
     checkpoint = open_checkpoint(source)
 
     def load() -> None:
-        model = checkpoint.load_model(**load_options)
-        loaded.append(model if "device_map" in load_options else model.to(device))
+        loaded.append(checkpoint.load_model(device=None if "device_map" in load_options else device, **load_options))
 
     (seconds,) = time_calls(load, device, 0, 1)
+    if settings.attention is None and not settings.compiled:
+        choose_attention(loaded[0])
     return Subject(loaded[0], checkpoint.load_processor(), device), seconds
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from vla_adapter_hf.checkpoints.checkpoint import Checkpoint
 from vla_adapter_hf.checkpoints.files import Shapes, read_json
+from vla_adapter_hf.checkpoints.shapes import model_shapes
 from vla_adapter_hf.checkpoints.source import FolderFiles, HubFiles
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.modeling.inference_vla_adapter import ActionPredictionMixin
@@ -38,14 +40,17 @@ class ExportedModel(ActionPredictionMixin):
         config ([`VLAAdapterConfig`]): with the norm stats.
         record (`dict`): what was exported, the content of `export.json`.
         engine (`Callable`): from the graph's arrays to normalised actions.
+        paths (`list[Path]`): the graph's files.
     """
 
     device = torch.device("cpu")
     dtype = torch.float32
     training = False
 
-    def __init__(self, config: VLAAdapterConfig, record: dict[str, Any], engine: Any) -> None:
-        self.config, self.record, self.engine = config, record, engine
+    def __init__(
+        self, config: VLAAdapterConfig, record: dict[str, Any], engine: Any, paths: Sequence[Path] = ()
+    ) -> None:
+        self.config, self.record, self.engine, self.paths = config, record, engine, paths
         self._prompt_multiple = record["prompt_tokens"]
 
     def __call__(self, return_dict: bool = True, **inputs: torch.Tensor) -> VLAAdapterOutput:
@@ -65,6 +70,10 @@ class ExportedModel(ActionPredictionMixin):
     def eval(self) -> ExportedModel:
         """Nothing to do: an exported model is always in evaluation mode."""
         return self
+
+    def num_parameters(self) -> int:
+        """Those of the model that was exported."""
+        return sum(prod(shape) for shape in model_shapes(self.config).values())
 
     def modules(self) -> Iterator[torch.nn.Module]:
         """None: there are no torch modules."""
@@ -120,7 +129,8 @@ class ExportedCheckpoint(Checkpoint):
             raise ValueError(f"an exported checkpoint takes no {', '.join(sorted(options))}.")
         record = self.record()
         paths = [self.files.path(name) for name in ENGINES[record["engine"]]]
-        return ExportedModel(self.config, record, load_engine(record["engine"], paths[0], record["precision"]))
+        engine = load_engine(record["engine"], paths[0], record["precision"])
+        return ExportedModel(self.config, record, engine, paths)
 
     def record(self) -> dict[str, Any]:
         """What the export was made with.
@@ -152,6 +162,8 @@ class ExportedCheckpoint(Checkpoint):
 
 def load_engine(engine: str, path: Path, precision: str) -> Any:
     """A function from the graph's arrays to normalised actions `(batch, chunk_size, action_dim)` float32.
+
+    It computes with as many threads as torch does now.
 
     Args:
         engine (`str`): `"openvino"` or `"onnx"`.
@@ -189,6 +201,7 @@ def _openvino(path: Path, precision: str) -> Any:
     openvino = import_openvino()
     # OpenVINO would compute in bfloat16 by itself where the processor can.
     options = {"INFERENCE_PRECISION_HINT": "f32" if precision == "fp32" else "bf16", "PERFORMANCE_HINT": "LATENCY"}
+    options["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
     try:
         compiled = openvino.Core().compile_model(str(path), "CPU", options)
     except RuntimeError as error:
@@ -204,6 +217,7 @@ def _onnx(path: Path) -> Any:
     options = onnxruntime.SessionOptions()
     # Spinning threads take the processor from the robot's other programs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.intra_op_num_threads = torch.get_num_threads()
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime's own exceptions have no common class but this one

@@ -39,6 +39,9 @@ def bench(
     attn: Annotated[
         str | None, typer.Option(help="Attention: sdpa, eager, ..., or by part, as in dinov2=eager,siglip=eager.")
     ] = None,
+    busy: Annotated[
+        int, typer.Option(help="Other processes that compute while predictions are measured.")
+    ] = BenchSettings.busy,
     against: Annotated[
         str | None, typer.Option(help="Command of a program that predicts in turn with this one.")
     ] = None,
@@ -67,7 +70,13 @@ def bench(
         return
     device = device or BenchSettings.device
     if serve:
-        for option, value in (("--size", size), ("--attn", attn), ("--against", against), ("--turns", turns or None)):
+        for option, value in (
+            ("--size", size),
+            ("--attn", attn),
+            ("--against", against),
+            ("--turns", turns or None),
+            ("--busy", busy or None),
+        ):
             if value is not None:
                 raise ValueError(f"--serve measures a server that is started as users start it: leave out {option}.")
         server = {"device": device, "dtype": dtype, "threads": threads, "compiled": compiled, "quantize": quantize}
@@ -86,6 +95,7 @@ def bench(
         compiled=compiled,
         quantize=quantize,
         attention=parse_attention(attn),
+        busy=busy,
     )
     if not turns:
         run_bench(settings, against=against, output=output, report_progress=typer.echo)

@@ -105,6 +105,10 @@ def _draw_controls(axes: Any, episode: PlayedEpisode, predictions: Predictions) 
     _show(axes[1], np.zeros_like(episode.scene), title, TABLE)
     _draw_fan(axes[1], episode, predictions.black, BLACK)
     for first, attention, name in ((2, predictions.attention, target), (4, predictions.other_attention, other)):
+        if attention is None:
+            for axis in axes[first : first + 2]:
+                axis.set_axis_off()
+            continue
         for camera, title in enumerate((f"where it looks,\nasked for the {name}", "\nwrist camera")):
             overlay = overlay_attention(episode.frames[LOOK, camera], attention[camera], attention.max())
             _show(axes[first + camera], overlay, title, (THIRD_PERSON, WRIST)[camera])

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from vla_adapter_hf.checkpoints.exported import ExportedModel
 from vla_adapter_hf.recording.played_episode import PlayedEpisode
 from vla_adapter_hf.robots import get_robot
 from vla_adapter_hf.simulation.libero.suite import object_instruction
@@ -26,7 +27,8 @@ class Predictions:
         asked: with the episode's instruction and frames.
         other: with the instruction that asks for another object.
         black: with the episode's instruction and black frames.
-        attention: (2, rows, columns) over the patches of both cameras at the moment `LOOK`, as asked.
+        attention: (2, rows, columns) over the patches of both cameras at the moment `LOOK`, as asked. `None` for an
+            exported checkpoint, which returns no attention.
         other_attention: the same when another object is asked for.
         seconds: (k,) time of every prediction, images and prompt included.
     """
@@ -34,8 +36,8 @@ class Predictions:
     asked: np.ndarray
     other: np.ndarray
     black: np.ndarray
-    attention: np.ndarray
-    other_attention: np.ndarray
+    attention: np.ndarray | None
+    other_attention: np.ndarray | None
     seconds: np.ndarray
 
 
@@ -63,12 +65,12 @@ def predict_episode(model: Any, processor: Any, episode: PlayedEpisode, unnorm_k
             if name == "asked":
                 seconds.append(time.perf_counter() - begin)
             chunks[name].append(robot.to_environment(actions[0, :between]))
-            if moment == LOOK and name != "black":
+            if moment == LOOK and name != "black" and not isinstance(model, ExportedModel):
                 attention[name] = predict_with_attention(model, inputs, unnorm_key)[1][0]
     return Predictions(
         **{name: np.stack(values) for name, values in chunks.items()},
-        attention=attention["asked"],
-        other_attention=attention["other"],
+        attention=attention.get("asked"),
+        other_attention=attention.get("other"),
         seconds=np.array(seconds),
     )
 

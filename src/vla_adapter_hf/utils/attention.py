@@ -42,8 +42,10 @@ def predict_with_attention(
         attention `(batch, cameras, rows, columns)`, float32, whose sum over an observation's patches is 1.
 
     Raises:
-        ValueError: if the model is compiled.
+        ValueError: if the model is compiled or exported.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError("an exported checkpoint returns no attention; use the checkpoint that it was exported from.")
     if getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError("a compiled model returns no attention; load it again, without compile_for_inference.")
     calls: list[tuple[dict[str, Any], Any]] = []

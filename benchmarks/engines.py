@@ -1,0 +1,124 @@
+"""A checkpoint in torch and exported to OpenVINO: time of a prediction in turns, loading and memory, as a table.
+
+    python benchmarks/engines.py FOLDER [--checkpoint CHECKPOINT] [--calibrate DATASET] [--runs 5] [--busy 0,2]
+    python benchmarks/engines.py FOLDER --also "original=python original.py"
+
+FOLDER keeps the exports, so that the next run finds them; without --checkpoint, also random weights of the published
+size (2.6 GiB). Eight bits need --calibrate, demonstrations in the checkpoint's sizes. Every layer is rounded then,
+because only trained weights show which ones to keep (--error-ratio 2).
+
+All programs are loaded first and then predict once each in turn, while no and while some other processes compute.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from vla_adapter_hf.bench.busy import busy_processes
+from vla_adapter_hf.bench.random_weights import write_random
+from vla_adapter_hf.bench.turns import OtherProgram
+from vla_adapter_hf.checkpoints.exported import RECORD
+from vla_adapter_hf.utils.files import atomic_path
+
+
+COMMAND = [sys.executable, "-m", "vla_adapter_hf.cli"]
+TORCH = "torch bfloat16"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--checkpoint", help="by default random weights of --size")
+    parser.add_argument("--size", default="full", help="full, shallow or small")
+    parser.add_argument("--calibrate", help="demonstrations for eight bits; without them there is no such row")
+    parser.add_argument("--cameras", nargs="+", help="the columns of the cameras in --calibrate")
+    parser.add_argument("--samples", default="8", help="observations for eight bits")
+    parser.add_argument("--error-ratio", default="inf", help="for eight bits, see vla-adapter export --help")
+    parser.add_argument("--prompt-tokens", default="128")
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--busy", default="0,2", help="numbers of other processes that compute")
+    parser.add_argument("--threads", default=str(torch.get_num_threads()))
+    parser.add_argument("--also", action="append", default=[], help="NAME=COMMAND of another program, see turns.py")
+    arguments = parser.parse_args()
+    checkpoint = arguments.checkpoint or str(random_weights(arguments.folder, arguments.size))
+    programs = {TORCH: [checkpoint, "--dtype", "bfloat16"], **exports(checkpoint, arguments)}
+    programs = {name: [*words, "--threads", arguments.threads] for name, words in programs.items()}
+    loading = {name: measure_loading(words, arguments.folder) for name, words in programs.items()}
+    commands = {name: shlex.join([*COMMAND, "bench", *words, "--turns"]) for name, words in programs.items()}
+    commands |= dict(entry.split("=", 1) for entry in arguments.also)
+    numbers = [int(number) for number in arguments.busy.split(",")]
+    seconds = take_turns(commands, arguments.runs, numbers)
+    print("| | " + " | ".join(f"ms with {busy} busy | times as fast" for busy in numbers) + " | load, s | peak, GiB |")
+    print("|---|" + "---:|" * (2 * len(numbers) + 2))
+    for name in commands:
+        cells = []
+        for busy in numbers:
+            ratio = np.median(np.divide(seconds[busy][TORCH], seconds[busy][name]))
+            cells += [f"{1e3 * np.median(seconds[busy][name]):.0f}", f"{ratio:.2f}"]
+        load = loading.get(name, {})
+        cells += [f"{load[key]:.2f}" if key in load else "" for key in ("seconds", "peak")]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+
+
+def random_weights(folder: Path, size: str) -> Path:
+    drawn = folder / f"random-{size}"
+    if not drawn.exists():
+        with atomic_path(drawn) as temporary:
+            write_random(str(temporary), size, torch.bfloat16)
+    return drawn
+
+
+def exports(checkpoint: str, arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """Words of `vla-adapter bench` for each export. Those that are not in the folder are made."""
+    found = {}
+    for precision in ("bf16", "int8") if arguments.calibrate else ("bf16",):
+        folder = arguments.folder / f"openvino-{precision}"
+        if not (folder / RECORD).exists():
+            words = [*COMMAND, "export", checkpoint, str(folder), "--to", "openvino", "--precision", precision]
+            words += ["--prompt-tokens", arguments.prompt_tokens]
+            if precision == "int8":
+                words += ["--calibrate", arguments.calibrate, "--samples", arguments.samples]
+                words += ["--error-ratio", arguments.error_ratio]
+                words += ["--cameras", *arguments.cameras] if arguments.cameras else []
+            subprocess.run(words, check=True)
+        found[f"OpenVINO {precision}"] = [str(folder)]
+    return found
+
+
+def measure_loading(words: list[str], folder: Path) -> dict[str, float]:
+    """Seconds to load, and GiB at the peak up to the first prediction, in a process of its own."""
+    output = folder / "loading.json"
+    subprocess.run(
+        [*COMMAND, "bench", *words, "--runs", "1", "--warmup", "0", "--output", str(output)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+    report = json.loads(output.read_text(encoding="utf-8"))
+    output.unlink()
+    return {"seconds": report["load"]["seconds"], "peak": report["memory"]["peak"] / 2**30}
+
+
+def take_turns(commands: dict[str, str], runs: int, numbers: list[int]) -> dict[int, dict[str, list[float]]]:
+    """Seconds of each program's predictions, by the number of busy processes and by name."""
+    seconds: dict[int, dict[str, list[float]]] = {busy: {name: [] for name in commands} for busy in numbers}
+    with ExitStack() as stack:
+        programs = {name: stack.enter_context(OtherProgram(command)) for name, command in commands.items()}
+        for program in programs.values():
+            program.predict()
+        for busy in numbers:
+            with busy_processes(busy):
+                for _ in range(runs):
+                    for name, program in programs.items():
+                        seconds[busy][name].append(program.predict())
+    return seconds
+
+
+if __name__ == "__main__":
+    main()
