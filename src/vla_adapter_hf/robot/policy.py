@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from vla_adapter_hf.checkpoints.attention import choose_attention
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
 from vla_adapter_hf.robots import ROBOTS, RobotPreset, get_robot
@@ -49,6 +50,7 @@ class LocalPolicy:
         self.robot = None if robot in (None, "none") else get_robot(robot)
         opened = open_checkpoint(checkpoint)
         self.processor, self.model = opened.load_processor(), opened.load_model(dtype, device)
+        choose_attention(self.model)
         config = self.model.config
         self.unnorm_key, stats = select_norm_stats(config.norm_stats, unnorm_key)
         if robot is None and not all(stats["action"].get("mask", [True])):

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vla_adapter_hf.checkpoints.attention import choose_attention
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.quantization import quantization_config
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
@@ -117,6 +118,8 @@ class ServedPolicy:
         processor = checkpoint.load_processor()
         if settings.quantize is None:
             model = checkpoint.load_model(dtype, settings.device)
+            if not settings.compiled:
+                choose_attention(model)
         else:
             quantization = quantization_config(settings.quantize, settings.device)
             model = checkpoint.load_model(dtype, quantization_config=quantization, device_map={"": settings.device})
