@@ -9,16 +9,30 @@ import numpy as np
 import pytest
 from data_fixtures import DEMOS
 from model_fixtures import FIXTURES
+from serving_fixtures import recorded_observation
 from transformers import AutoModel, AutoProcessor
 
 from vla_adapter_hf import VLAAdapterProcessor
+from vla_adapter_hf.bench.run import bench
+from vla_adapter_hf.bench.settings import BenchSettings
 from vla_adapter_hf.checkpoints.embedded import embedded_folder
+from vla_adapter_hf.checkpoints.exported import ENGINES
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.saving import synthetic_observation
+from vla_adapter_hf.demo.run import demo
 from vla_adapter_hf.doctor.check import check
 from vla_adapter_hf.doctor.settings import PolicySettings
+from vla_adapter_hf.export.engines import CONVERTERS, SHAPE_KINDS, OpenVINOConverter
 from vla_adapter_hf.export.export import ExportSettings, export
+from vla_adapter_hf.export.graph import example_inputs, trace
 from vla_adapter_hf.export.sensitivity import action_errors, groups_to_keep, layer_groups, rounded_layers
+from vla_adapter_hf.robot.policy import LocalPolicy
+from vla_adapter_hf.serving.observations import Observation
+from vla_adapter_hf.serving.policy import ServedPolicy
+from vla_adapter_hf.serving.settings import ServeSettings
+from vla_adapter_hf.simulation import environment
+from vla_adapter_hf.simulation.policies import CheckpointPolicy, Request
+from vla_adapter_hf.utils.attention import predict_with_attention
 
 
 pytest.importorskip("openvino", reason="needs the extra [openvino]")
@@ -123,6 +137,102 @@ def test_eight_bits_stay_within_the_allowed_error(checkpoint, tmp_path, engine):
     record = json.loads((folder / "export.json").read_text())
     assert record["precision"] == "int8" and 0 < record["errors"]["mean"]
     assert len(record["kept"]) < len(layer_groups(open_checkpoint(checkpoint).load_model()))
+
+
+def test_only_layers_are_rounded(checkpoint):
+    """Sums, norms and attention between them stay in higher precision."""
+    model = open_checkpoint(checkpoint).load_model(dtype="float32")
+    converter = OpenVINOConverter(trace(model, 16))
+    inputs = [array.numpy() for array in example_inputs(model.config, 16, 1)]
+    kept = ["vision_projector.fc1", "policy.fc_out"]
+    rounded = {
+        port.get_node().get_type_name()
+        for node in converter.quantized([inputs], kept).get_ops()
+        if node.get_type_name() == "FakeQuantize"
+        for port in node.output(0).get_target_inputs()
+    }
+    assert rounded <= {"MatMul", "Convolution", *SHAPE_KINDS}
+
+
+@pytest.mark.parametrize("engine", ["openvino", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_any_layer_can_be_kept(checkpoint, engine):
+    """A layer is one product of the graph, or none where its input is constant."""
+    model = open_checkpoint(checkpoint).load_model(dtype="float32")
+    converter = CONVERTERS[engine](trace(model, 128))
+    nodes = {layer: converter._node_name(layer) for layers in layer_groups(model).values() for layer in layers}
+    found = [name for name in nodes.values() if name is not None]
+    assert len(set(found)) == len(found)
+    constant = {layer for layer, name in nodes.items() if name is None}
+    assert constant <= {
+        "policy.fc_in",
+        *(f"policy.blocks.0.attention.{name}" for name in ("q_proj", "k_self", "v_self")),
+    }
+
+
+def test_bench_measures_an_export_with_its_memory_and_loading(in_openvino, tmp_path):
+    lines = []
+    settings = BenchSettings(checkpoint=str(in_openvino), runs=1, warmup=0)
+    report = bench(settings, output=tmp_path / "bench.json", report_progress=lines.append)
+    assert report["precision"] == "openvino fp32" and report["predictions"]["1"]["p50"] > 0
+    assert report["load"]["seconds"] > 0 and report["load"]["read_seconds"] > 0
+    assert report["memory"]["weights"] == sum((in_openvino / name).stat().st_size for name in ENGINES["openvino"])
+    assert any("openvino fp32" in line for line in lines)
+    with pytest.raises(ValueError, match="takes no attn_implementation"):
+        bench(BenchSettings(checkpoint=str(in_openvino), attention="eager"), report_progress=lines.append)
+
+
+class TestWhereACheckpointIsTaken:
+    """Everything that takes a checkpoint takes an export of it, and gets the same actions."""
+
+    @pytest.fixture(scope="class")
+    def export_of_embedded(self, tmp_path_factory):
+        with embedded_folder() as folder:
+            return exported(str(folder / "checkpoint"), tmp_path_factory.mktemp("embedded") / "exported")
+
+    @pytest.fixture(scope="class")
+    def expected(self, embedded_policy):
+        """The actions `(chunk_size, action_dim)` of the embedded policy in float32 for the recorded observation."""
+        seen = recorded_observation()
+        frames = [seen["image"], seen["wrist_image"]]
+        inputs = embedded_policy.processor(images=frames, text=seen["prompt"], state=seen["state"])
+        return embedded_policy.model.predict_action(**inputs)[0]
+
+    def test_the_robot_loop(self, export_of_embedded, expected):
+        seen = recorded_observation()
+        policy = LocalPolicy(export_of_embedded, robot="none")
+        images = {"image": seen["image"], "wrist_image": seen["wrist_image"]}
+        actions = policy.predict(images, seen["prompt"], seen["state"])
+        assert np.abs(actions - expected).max() < 1e-4
+
+    def test_the_server(self, export_of_embedded, embedded_policy):
+        seen = recorded_observation()
+        observation = Observation((seen["image"], seen["wrist_image"]), seen["prompt"], seen["state"], arrived=0.0)
+        served = ServedPolicy.load(str(export_of_embedded), ServeSettings())
+        chunks = [policy.predict([policy.prepare(observation)] * 2) for policy in (served, embedded_policy)]
+        for ours, exact in zip(*chunks, strict=True):
+            assert np.abs(ours.robot_actions - exact.robot_actions).max() < 1e-4
+
+    def test_evaluation(self, export_of_embedded, embedded_policy):
+        policy, torch_policy = (
+            CheckpointPolicy(folder, "libero", suite="libero_object", name="policy")
+            for folder in (export_of_embedded, embedded_policy.model.config.name_or_path)
+        )
+        seen = recorded_observation()
+        view = environment.Observation((seen["image"], seen["wrist_image"]), seen["state"])
+        request = Request(view, seen["prompt"], 0, 0, 0)
+        assert np.abs(policy.predict([request])[0] - torch_policy.predict([request])[0]).max() < 1e-4
+        # A run is not resumed with other weights.
+        described = policy.describe()
+        assert described == policy.describe() and described["weights"] != torch_policy.describe()["weights"]
+
+    def test_the_demo(self, export_of_embedded, tmp_path):
+        found = demo(str(export_of_embedded), tmp_path / "demo.png", report_progress=lambda line: None)
+        assert found["errors"]["asked"] < found["errors"]["other"] and found["picture"].stat().st_size > 0
+
+    def test_attention_is_refused(self, export_of_embedded):
+        opened = open_checkpoint(export_of_embedded)
+        with pytest.raises(ValueError, match="returns no attention"):
+            predict_with_attention(opened.load_model(), {})
 
 
 def test_rounding_a_layer_changes_the_actions_and_leaves_no_trace(checkpoint, tiny_inputs):

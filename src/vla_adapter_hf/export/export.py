@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from vla_adapter_hf.checkpoints.checkpoint import Checkpoint
 from vla_adapter_hf.checkpoints.exported import ENGINES, GRAPH_INPUTS, MODEL_TYPE, RECORD, ExportedModel
 from vla_adapter_hf.checkpoints.model_card import fill_model_card
 from vla_adapter_hf.checkpoints.open import open_checkpoint
@@ -46,7 +47,7 @@ class ExportSettings:
         prompt_tokens: length that prompts are padded to. Longer ones are refused at prediction.
         dynamic_batch: leave the batch size open. A graph of batch 1 is quicker and predicts batches row after row.
         error_ratio: for int8, how many times the error of bfloat16 the mean error of an action may be. Layers that err
-            most stay in higher precision until it is met.
+            most stay in higher precision until it is met. `inf` rounds every layer, whatever the error.
         unnorm_key: statistics for the report in the action's units.
 
     Raises:
@@ -125,7 +126,8 @@ def export(
         processor.save_pretrained(temporary)
         write_json(temporary / "config.json", {**model.config.to_diff_dict(), "model_type": MODEL_TYPE})
         if settings.precision == "int8":
-            record = _write_int8(converter, temporary, model, samples, exact, settings, report_progress)
+            allowed = _allowed_error(checkpoint, samples, exact, settings)
+            record = _write_int8(converter, temporary, model, samples, exact, allowed, settings, report_progress)
         else:
             converter.save(converter.model, temporary, half_weights=settings.precision == "bf16")
             record = _record(settings, [])
@@ -182,24 +184,33 @@ def _observations(config: Any, settings: ExportSettings) -> Iterator[dict[str, A
         yield {"images": sample["images"], "text": sample["text"], "state": sample["state"]}
 
 
+def _allowed_error(
+    checkpoint: Checkpoint, samples: Sequence[Arrays], exact: np.ndarray, settings: ExportSettings
+) -> float:
+    """The mean error of a normalised action that eight bits may cause: a multiple of that of bfloat16."""
+    if settings.error_ratio == math.inf:
+        return math.inf
+    half = checkpoint.load_model(dtype="bfloat16")
+    return settings.error_ratio * float(np.abs(_predictions(half, samples) - exact).mean())
+
+
 def _write_int8(
     converter: Converter,
     folder: Path,
     model: Any,
     samples: Sequence[Arrays],
     exact: np.ndarray,
+    target: float,
     settings: ExportSettings,
     report_progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Write the graph in eight bits, with as few layers in higher precision as the error allows."""
-    half = copy.deepcopy(model).to(torch.bfloat16)
-    target = settings.error_ratio * float(np.abs(_predictions(half, samples) - exact).mean())
-    del half
-    report_progress(f"Measuring the blocks' sensitivity; a mean error of {target:.2e} (normalised) is allowed")
+    """Write the graph in eight bits, with as few layers in higher precision as the mean error `target` allows."""
     groups = layer_groups(model)
-    errors = action_errors(
-        model, [_tensors(sample) for sample in samples[:SENSITIVITY_SAMPLES]], groups, report_progress
-    )
+    errors: dict[str, float] = {}
+    if target < math.inf:
+        report_progress(f"Measuring the blocks' sensitivity; a mean error of {target:.2e} (normalised) is allowed")
+        inputs = [_tensors(sample) for sample in samples[:SENSITIVITY_SAMPLES]]
+        errors = action_errors(model, inputs, groups, report_progress)
     aim = target
     for _ in range(ROUNDS):
         kept = groups_to_keep(errors, aim)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -64,18 +64,27 @@ def trace(
         prompt_tokens (`int`): length that prompts are padded to.
         dynamic_batch (`bool`): whether the batch size stays open; otherwise it is 1.
     """
-    copied = copy.deepcopy(model).eval()
-    if copied.policy.rotary is not None:
-        copied.policy.rotary = ConstantTables(model.policy.rotary())
     # A dimension of 1 would be taken for a constant.
     inputs = example_inputs(model.config, prompt_tokens, 2 if dynamic_batch else 1)
     shapes = None
     if dynamic_batch:
         batch = torch.export.Dim("batch", min=1, max=1024)
         shapes = tuple({0: batch} for _ in inputs)
-    with torch.no_grad(), warnings.catch_warnings():
+    with constant_tables(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        return torch.export.export(ActionGraph(copied), inputs, dynamic_shapes=shapes)
+        return torch.export.export(ActionGraph(model.eval()), inputs, dynamic_shapes=shapes)
+
+
+@contextmanager
+def constant_tables(model: VLAAdapterForActionPrediction) -> Iterator[None]:
+    """Give the model its rotary tables as [`ConstantTables`] while the block runs. The weights are not copied."""
+    rotary = model.policy.rotary
+    try:
+        if rotary is not None:
+            model.policy.rotary = ConstantTables(rotary())
+        yield
+    finally:
+        model.policy.rotary = rotary
 
 
 def example_inputs(config: VLAAdapterConfig, prompt_tokens: int, batch_size: int) -> tuple[torch.Tensor, ...]:
