@@ -118,3 +118,26 @@ def test_the_citation_is_of_this_version():
 
 def test_the_changelog_has_an_entry_for_this_version():
     assert f"\n## {vla_adapter_hf.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_a_prediction_imports_no_training_data_or_drawing_library():
+    """These take seconds and hundreds of megabytes, and a robot's computer may not have them."""
+    program = """
+import sys
+import numpy as np
+import vla_adapter_hf
+from transformers import AutoModel, AutoProcessor
+from vla_adapter_hf.checkpoints.embedded import embedded_folder
+
+with embedded_folder() as folder:
+    processor = AutoProcessor.from_pretrained(folder / "checkpoint")
+    model = AutoModel.from_pretrained(folder / "checkpoint")
+frame = np.zeros((128, 128, 3), np.uint8)
+actions = model.predict_action(**processor(images=[frame, frame], text="pick up the cup", state=np.zeros(8)))
+assert actions.shape == (1, 8, 7)
+heavy = ("datasets", "pyarrow", "pandas", "transformers.trainer", "peft", "matplotlib", "openvino", "nncf")
+print(*(name for name in heavy if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == ""

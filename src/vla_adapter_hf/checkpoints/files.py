@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Shapes = dict[str, tuple[int, ...]]
 
 ZIP_MAGIC = b"PK\x03\x04"
-BLOCK_BYTES = 2**27
+BLOCK_BYTES = 2**25
 DTYPE_NAMES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
