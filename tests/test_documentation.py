@@ -44,7 +44,7 @@ NEEDS = {
     "a checkpoint or files of the reader's": r"\bCHECKPOINT\b|\bSTART\b|path/to/|results/|outputs/trained|task_ABC_D/",
     "minutes and gigabytes": r"--size full|benchmarks/|bench --serve",
     "an installation": r"^(pip|apt-get|git clone|make|export|pre-commit)\b|for .* in |^done",
-    "another test": r"^python (-m pytest|tests/|examples/finetune\.py)",
+    "another test": r"^([A-Z]+=\S+ )?python (-m pytest|tests/|examples/finetune\.py)",
     "a service that keeps running": r"vla-adapter serve\b",
     "LeRobot": r"^lerobot-",
 }
