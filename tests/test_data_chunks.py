@@ -55,7 +55,7 @@ def write(folder):
             states=rng.normal(size=(rows, 8)).astype(np.float32),
             actions=executed[steps],
             chunks=chunks[-1],
-            steps=steps,
+            numbers={"step": steps},
         )
     assemble(folder, rows_per_file=7)
     return np.concatenate(chunks)
@@ -211,7 +211,7 @@ def test_without_a_robot_the_chunk_is_all_that_is_stored_as_it_is(tmp_path):
     layout = LeRobotLayout(("front",), 4, ("a",), ("a", "b"), fps=5, chunk_size=11)
     chunk = np.arange(22, dtype=np.float32).reshape(1, 11, 2)
     frame = {"front": [encode_image(np.zeros((4, 4, 3), np.uint8))]}
-    save_episode(tmp_path, "0", layout, "go", frame, np.zeros((1, 1)), chunk[:, 0], chunk, np.zeros(1))
+    save_episode(tmp_path, "0", layout, "go", frame, np.zeros((1, 1)), chunk[:, 0], chunk, {"step": np.zeros(1)})
     assemble(tmp_path)
     for dataset in (VLAAdapterDataset.from_lerobot(tmp_path), VLAAdapterStreamingDataset.from_lerobot(tmp_path)):
         assert dataset.chunk_size == 11
@@ -318,7 +318,7 @@ def test_a_robot_whose_chunks_are_longer_is_named(tmp_path):
     layout = LeRobotLayout(("primary",), 4, ("a",) * 14, ("a",) * 14, fps=5, chunk_size=10)
     frame = {"primary": [encode_image(np.zeros((4, 4, 3), np.uint8))]}
     chunk = np.zeros((1, 10, 14), np.float32)
-    save_episode(tmp_path, "0", layout, "go", frame, chunk[:, 0], chunk[:, 0], chunk, np.zeros(1))
+    save_episode(tmp_path, "0", layout, "go", frame, chunk[:, 0], chunk[:, 0], chunk, {"step": np.zeros(1)})
     assemble(tmp_path)
     with pytest.raises(ValueError, match=r"chunk_size=25 \(robot 'aloha'\), but column 'action_chunk' holds 10"):
         VLAAdapterDataset.from_lerobot(tmp_path, cameras=["primary"], robot="aloha")

@@ -53,7 +53,7 @@ def test_chunks_are_drawn_at_the_control_steps_at_which_they_were_recorded(tmp_p
     chunks = np.stack([executed[step : step + 8] for step in steps])
     frames = {"image": [encode_image(np.full((28, 28, 3), step, np.uint8)) for step in steps]}
     states = np.random.default_rng(1).normal(size=(len(steps), 8)).astype(np.float32)
-    save_episode(tmp_path / "demos", "0", layout, "go", frames, states, executed[steps], chunks, steps)
+    save_episode(tmp_path / "demos", "0", layout, "go", frames, states, executed[steps], chunks, {"step": steps})
     assemble(tmp_path / "demos")
     dataset = VLAAdapterDataset.from_lerobot(tmp_path / "demos", image_transform=ImageResize(28))
     model = model_fixtures.tiny_model(cameras=["image"], chunk_size=8, norm_stats=dataset.norm_stats)
