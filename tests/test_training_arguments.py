@@ -33,6 +33,14 @@ def test_a_bare_yes_or_no_for_the_jpeg_round_trip_is_yes_or_no(parse, text, mean
     assert data.jpeg_round_trip == meaning
 
 
+def test_a_check_of_the_training_needs_held_out_episodes_and_samples_of_five(parse):
+    with pytest.raises(ValueError, match="check_every=500 needs held-out episodes"):
+        parse("check_every: 500")
+    with pytest.raises(ValueError, match="check_samples=19; expected a number of at least 20"):
+        parse("check_every: 500\nvalidation: 0.1\ncheck_samples: 19")
+    assert parse("check_every: 500\nvalidation: 0.1")[1].check_every == 500
+
+
 def test_an_action_mask_is_a_list_of_true_and_false(parse):
     _, data, _ = parse("action_mask: [true, false]")
     assert data.mask_of_actions() == [True, False]

@@ -125,10 +125,11 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Every so many steps compare the error on held-out samples with that for other frames and for "
-            "another instruction: whether the policy begins to look and to listen. Drawn into training.png."
+            "another instruction: whether the policy begins to look and to listen. Drawn into training.png. Needs "
+            "--validation."
         },
     )
-    check_samples: int = field(default=32, metadata={"help": "Held-out samples of --check_every."})
+    check_samples: int = field(default=32, metadata={"help": "Held-out samples of --check_every, at least 20."})
 
     def __post_init__(self) -> None:
         # In YAML a bare yes or no is a boolean.
@@ -137,11 +138,16 @@ class DataArguments:
         if self.robot is not None:
             get_robot(self.robot)
         self.mask_of_actions()
-        least_values = {"chunk_size": 1, "validation": 0, "picture_episodes": 1, "check_every": 1, "check_samples": 4}
+        least_values = {"chunk_size": 1, "validation": 0, "picture_episodes": 1, "check_every": 1, "check_samples": 20}
         for name, least in least_values.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value}; expected a number of at least {least}.")
+        if self.check_every is not None and not self.validation:
+            raise ValueError(
+                f"check_every={self.check_every} needs held-out episodes, and validation={self.validation} holds none "
+                "out. Give validation, such as 0.1, or leave check_every out."
+            )
 
     def mask_of_actions(self) -> list[bool] | None:
         """`action_mask` as booleans.
