@@ -120,7 +120,7 @@ def test_a_policy_that_looks_a_little_is_said_to(dataset):
 
 
 def test_with_one_instruction_nothing_is_said_about_listening(tmp_path):
-    folder = write_dataset(tmp_path / "data", episodes=4, instructions=INSTRUCTIONS[:1])
+    folder = write_dataset(tmp_path / "data", episodes=6, instructions=INSTRUCTIONS[:1])
     found, report = answers(perfect, folder)
     assert found["listens"] == "cannot be decided"
     assert not report.named("the policy does not listen")
@@ -171,6 +171,26 @@ def test_samples_are_swapped_with_those_of_other_episodes(dataset):
         one["images"] is probe.samples[partner]["images"] and one["state"] is sample["state"]
         for one, partner, sample in zip(swapped, probe.partners, probe.samples, strict=True)
     )
+
+
+@pytest.mark.parametrize("episodes", [1, 2, 4])
+def test_with_fewer_than_five_episodes_nothing_is_decided_and_their_number_is_named(episodes, tmp_path):
+    folder = write_dataset(tmp_path / "data", episodes=episodes)
+    for predict in (perfect, without(0)):
+        found, report = answers(predict, folder)
+        assert set(found.values()) == {"cannot be decided"}
+        assert report.findings == []
+    assert f"{episodes} episode" in report.verdicts[0].reason and "5 are needed" in report.verdicts[0].reason
+
+
+def test_the_verdicts_name_the_number_of_episodes(dataset):
+    _, report = answers(perfect, dataset)
+    assert all(verdict.reason.endswith("; 12 episodes") for verdict in report.verdicts)
+
+
+def test_fewer_samples_than_five_episodes_need_are_refused():
+    with pytest.raises(ValueError, match="samples=19 is too small; give 20 or more"):
+        PolicySettings(samples=19)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +261,7 @@ def test_a_wrong_unnorm_key_is_named_and_the_best_one_is_chosen():
 
 def test_data_that_does_not_fit_the_policy_is_a_finding(dataset):
     with embedded_folder() as folder:
-        report = check(dataset, checkpoint=folder / "checkpoint", policy=PolicySettings(samples=8))
+        report = check(dataset, checkpoint=folder / "checkpoint", policy=PolicySettings(samples=20))
     assert report.named("the data does not fit the policy").severity == "high"
     assert report.verdicts == []
 

@@ -91,7 +91,7 @@ def test_float32_exports_predict_what_torch_predicts(checkpoint, engine, request
 @pytest.mark.parametrize("engine", ["in_openvino", "in_onnx"])
 def test_an_export_is_checked_on_demonstrations_without_pictures_of_attention(engine, request, tmp_path, monkeypatch):
     monkeypatch.setenv("VLA_ADAPTER_CACHE", str(tmp_path))
-    policy = PolicySettings(samples=8, episodes=[0, 1])
+    policy = PolicySettings(samples=20, episodes=[0, 1])
     report = check(FIXTURES / "held_out", robot="libero", checkpoint=request.getfixturevalue(engine), policy=policy)
     assert [verdict.question for verdict in report.verdicts][:2] == ["better than the mean action", "looks"]
     captions = " ".join(report.pictures)

@@ -11,6 +11,7 @@ from vla_adapter_hf.doctor.frames import CHANGES
 from vla_adapter_hf.doctor.measuring import CAMERAS_SWAPPED, Measured
 from vla_adapter_hf.doctor.verdicts import (
     CLEAR,
+    LEAST_EPISODES,
     NOTHING,
     Errors,
     Estimate,
@@ -26,8 +27,9 @@ PARTS_OF_EPISODE = 5
 RULE = (
     "Yes, a little or no follow from the share of the error that the right input takes away, compared with a wrong "
     f"one: no if it may be as small as {NOTHING:.0%} and is surely below {CLEAR:.0%}, a little below {CLEAR:.0%}, yes "
-    "from there on. In brackets its 95 % interval, from drawing episodes with replacement. A policy leans on the "
-    "state if the right state takes away that much, and more than twice as much as the right frames."
+    "from there on. In brackets its 95 % interval, from drawing whole episodes with replacement. With fewer than "
+    f"{LEAST_EPISODES} episodes nothing is decided. A policy leans on the state if the right state takes "
+    "away that much, and more than twice as much as the right frames."
 )
 
 
@@ -59,10 +61,14 @@ def _verdicts(measured: Measured, gains: dict[str, Estimate]) -> list[Verdict]:
         "listens": (OTHER_INSTRUCTION, "the right instruction takes away {} of the error"),
         "better than the mean action": (MEAN, "the policy takes away {} of the error of predicting the mean"),
     }
-    found = {}
+    found, episodes = {}, len(np.unique(measured.probe.episodes))
+    is_enough = episodes >= LEAST_EPISODES
+    count = f"{episodes} episode{'s' if episodes > 1 else ''}"
+    if not is_enough:
+        count += f", and {LEAST_EPISODES} are needed"
     for question, (condition, text) in words.items():
         if condition in gains:
-            found[question] = Verdict(question, answer(gains[condition]), text.format(gains[condition]))
+            found[question] = Verdict(question, answer(gains[condition]), f"{text.format(gains[condition])}; {count}")
         else:
             reason = "the samples have one instruction only, so there is no other to ask for"
             found[question] = Verdict(question, "cannot be decided", reason)
@@ -71,11 +77,15 @@ def _verdicts(measured: Measured, gains: dict[str, Estimate]) -> list[Verdict]:
     if leans != "cannot be decided":
         leans = "yes" if leans == "yes" and state.value > 2 * frames.value else "no"
     question = "leans on the state"
-    found[question] = Verdict(question, leans, f"the right state takes away {state} of the error")
+    found[question] = Verdict(question, leans, f"the right state takes away {state} of the error; {count}")
     black = {camera: gains[f"black {camera}"] for camera in measured.cameras}
     carrying = carrying_cameras(black)
     detail = "; ".join(f"{name} takes away {gained} of the error with black frames" for name, gained in black.items())
-    found["carries"] = Verdict("which camera carries", " and ".join(carrying) or "none", detail)
+    found["carries"] = Verdict(
+        "which camera carries",
+        (" and ".join(carrying) or "none") if is_enough else "cannot be decided",
+        f"{detail}; {count}",
+    )
     return [found[name] for name in ("better than the mean action", "looks", "carries", "listens",
                                      "leans on the state")]  # fmt: skip
 
@@ -90,7 +100,9 @@ def _conditions(measured: Measured) -> list[dict[str, Any]]:
             {
                 "condition": name,
                 "chunk, %": round(100 * share.value, 1),
-                "95 % interval": [round(100 * share.low, 1), round(100 * share.high, 1)],
+                "95 % interval": [round(100 * share.low, 1), round(100 * share.high, 1)]
+                if np.isfinite(share.high)
+                else "too few episodes",
                 "first action": round(100 * _share(errors.first, mean.first, measured.scale), 1),
                 "other actions": round(100 * _share(errors.rest, mean.rest, measured.scale), 1),
             }
@@ -143,7 +155,7 @@ def _over_time(measured: Measured) -> list[dict[str, Any]]:
 
 def _findings(measured: Measured, gains: dict[str, Estimate], answers: dict[str, str]) -> list[Finding]:
     findings = []
-    if answers["better than the mean action"] != "yes":
+    if answers["better than the mean action"] in ("no", "a little"):
         findings.append(
             Finding(
                 "the policy is hardly better than predicting the mean",

@@ -59,6 +59,7 @@ def plot_conditions(measured: Measured) -> Figure:
     shares = [ratio(measured.errors[name].total, mean, measured.probe.episodes) for name in names]
     values = np.array([share.value for share in shares])
     spread = np.abs(np.array([[share.low, share.high] for share in shares]).T - values)
+    spread[~np.isfinite(spread)] = 0  # too few episodes for an interval
     figure = new_figure(figsize=(6.4, 0.34 * len(names) + 0.9), layout="constrained")
     axis = figure.subplots()
     colors = [COLORS.get(name, "tab:blue") for name in names]

@@ -76,6 +76,6 @@ class PolicySettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, minimum in {"samples": 8, "batch_size": 1}.items():
+        for name, minimum in {"samples": 20, "batch_size": 1}.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name}={getattr(self, name)} is too small; give {minimum} or more")

@@ -2,7 +2,7 @@
 
 The rule is the same for all inputs. The gain of an input is the share of the error that the right input takes away,
 compared with a wrong one: 1 - error as it is / error with the wrong input. Its interval comes from drawing episodes
-with replacement.
+with replacement. With fewer than five episodes there is no interval, and nothing is decided.
 
 - no: the gain's lower bound is not above 2 %, and its upper bound is below 20 %;
 - cannot be decided: the lower bound is not above 2 %, and the upper bound is 20 % or more: too few samples;
@@ -20,6 +20,7 @@ import numpy as np
 NOTHING = 0.02  # a gain that could be chance
 CLEAR = 0.2  # the gain from which on the answer is yes
 DRAWS = 2000
+LEAST_EPISODES = 5  # with fewer, an interval from drawing them is far too narrow
 
 
 @dataclass(frozen=True)
@@ -61,30 +62,34 @@ def measure(predicted: np.ndarray, recorded: np.ndarray, is_real: np.ndarray, sc
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval."""
+    """A number with its 95 % interval, which is infinite if there are too few episodes."""
 
     value: float
     low: float
     high: float
 
     def __str__(self) -> str:
+        if not np.isfinite(self.high):
+            return f"{self.value:.0%}"
         return f"{self.value:.0%} ({self.low:.0%} to {self.high:.0%})"
 
 
 def ratio(above: np.ndarray, below: np.ndarray, episodes: np.ndarray, seed: int = 0) -> Estimate:
     """The mean of `above` (N,) over that of `below` (N,), with an interval from drawing whole episodes.
 
-    With one episode, samples are drawn instead. Their errors depend on each other, so the interval is too small.
+    With fewer than `LEAST_EPISODES` episodes the interval is infinite: samples of one episode depend on each other.
     """
-    owners = episodes if len(np.unique(episodes)) > 1 else np.arange(len(episodes))
-    groups = np.unique(owners, return_inverse=True)[1].reshape(-1)
+    value = float(above.mean() / max(below.mean(), 1e-12))
+    groups = np.unique(episodes, return_inverse=True)[1].reshape(-1)
     count = int(groups.max()) + 1
+    if count < LEAST_EPISODES:
+        return Estimate(value, -np.inf, np.inf)
     sums = np.stack([np.bincount(groups, values, count) for values in (above, below)])
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), DRAWS)  # (draws, groups)
     upper, lower = draws @ sums.T.astype(np.float64)[:, 0], draws @ sums.T.astype(np.float64)[:, 1]
     drawn = upper / np.maximum(lower, 1e-12)
     low, high = np.quantile(drawn, [0.025, 0.975])
-    return Estimate(float(above.mean() / max(below.mean(), 1e-12)), float(low), float(high))
+    return Estimate(value, float(low), float(high))
 
 
 def gain(as_it_is: Errors, wrong: Errors, episodes: np.ndarray) -> Estimate:
