@@ -307,6 +307,17 @@ class TestInterface:
         frames, state = RobotInterface(RecordingRobot(), ["top"], state_names=["b.pos", "a.pos"]).read()
         assert state.tolist() == [1.0, 0.0] and list(frames) == ["top"]
 
+    @pytest.mark.parametrize("answer", [None, True, [1.0, 2.0, 3.0], np.ones(3), {}])
+    def test_a_robot_that_returns_no_values_by_name_is_believed_to_have_sent_the_action(self, answer):
+        robot = RecordingRobot()
+        robot.send_action = lambda action: answer
+        assert RobotInterface(robot, ["top"]).write(np.array([0.1, 0.2, 0.3])).tolist() == [0.1, 0.2, 0.3]
+
+    def test_values_that_the_robot_says_it_sent_are_taken(self):
+        robot = RecordingRobot()
+        robot.send_action = lambda action: {"b.pos": 0.0}
+        assert RobotInterface(robot, ["top"]).write(np.array([0.1, 0.2, 0.3])).tolist() == [0.1, 0.0, 0.3]
+
     def test_joints_are_taken_in_the_policys_order_where_it_knows_their_names(self):
         robot, policy = RecordingRobot(), CountingPolicy()
         policy.state_names, policy.action_names = ["b.pos", "gripper.pos", "a.pos"], ["gripper.pos", "b.pos", "a.pos"]

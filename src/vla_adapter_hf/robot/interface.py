@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -101,9 +101,11 @@ class RobotInterface:
         return frames, state
 
     def write(self, action: np.ndarray) -> np.ndarray:
-        """Send an action (A,). Returns what the robot says was sent, or the action if it says nothing."""
+        """Send an action (A,). Returns what was really sent: the robot's values by name, or else this action."""
         named = {name: float(value) for name, value in zip(self.action_names, action, strict=True)}
-        sent = {**named, **(self.robot.send_action(named) or {})}
+        answer = self.robot.send_action(named)
+        # The motion has been sent: an answer of another kind must not end the loop now.
+        sent = {**named, **answer} if isinstance(answer, Mapping) else named
         return np.array([float(sent[name]) for name in self.action_names])
 
 
