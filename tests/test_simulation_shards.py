@@ -63,6 +63,47 @@ def test_joined_shards_are_the_whole_run(tmp_path):
     assert CliRunner().invoke(app, ["scores", str(tmp_path / "parts")]).stdout == result.stdout
 
 
+def test_a_trial_in_the_same_folder_does_not_hide_the_shards(tmp_path):
+    whole = play(tmp_path / "whole", None)
+    trial = EvaluationSettings(tasks=[2], episodes=1, processes=0)
+    evaluate(NoopPolicy("libero"), SUITE, tmp_path / "parts", trial, lambda line: None)
+    for number in (1, 2):
+        play(tmp_path / "parts", f"{number}/2")
+    result = CliRunner().invoke(app, ["scores", str(tmp_path / "parts")])
+    assert result.exit_code == 0, result.output
+    assert "| noop | 0.0 (0.0–29.9)" in result.stdout
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    summary = json.loads((tmp_path / "parts" / "summary.json").read_text())
+    assert (summary["episodes"], "timing" in summary) == (whole["episodes"], False)  # the trial's time is not theirs
+
+
+def test_a_folder_with_episodes_of_no_shard_is_refused_and_kept(tmp_path):
+    trial = EvaluationSettings(tasks=[2], episodes=[7, 8], processes=0)
+    evaluate(NoopPolicy("libero"), SUITE, tmp_path, trial, lambda line: None)
+    files = [tmp_path / "episodes.jsonl", tmp_path / "summary.json"]
+    before = [path.read_bytes() for path in files]
+    for number in (1, 2):
+        play(tmp_path, f"{number}/2")
+    with pytest.raises(ValueError, match="holds 2 episodes that are in no shard, the first is task 2 episode 7"):
+        join_shards(tmp_path)
+    assert [path.read_bytes() for path in files] == before
+
+
+def test_shards_are_not_forgotten_while_some_are_missing(tmp_path):
+    play(tmp_path, None)
+    play(tmp_path, "1/2")
+    result = CliRunner().invoke(app, ["scores", str(tmp_path)])
+    assert result.exit_code == 1 and "of 2 shards these are missing: 2" in result.stderr
+
+
+def test_films_and_actions_stay_in_the_shards(tmp_path):
+    for number in (1, 2):
+        play(tmp_path, f"{number}/2", save_actions=True)
+    join_shards(tmp_path)
+    assert not (tmp_path / "actions").exists()
+    assert len(list(tmp_path.glob("shard-*/actions/*.npy"))) == 9
+
+
 def test_a_shard_goes_on_after_an_interruption(tmp_path):
     play(tmp_path, "2/3")
     path = tmp_path / "shard-2-of-3" / "episodes.jsonl"

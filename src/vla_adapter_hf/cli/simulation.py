@@ -20,7 +20,7 @@ from vla_adapter_hf.simulation.evaluate import evaluate as run_evaluation
 from vla_adapter_hf.simulation.grid import evaluate_grid, evaluate_grids
 from vla_adapter_hf.simulation.results import joined_table
 from vla_adapter_hf.simulation.settings import DelaySettings
-from vla_adapter_hf.simulation.shards import Shard, join_shards
+from vla_adapter_hf.simulation.shards import Shard, has_shards, join_shards
 
 
 TASKS = Text(lambda text: parse_numbers(text, "--tasks"))
@@ -173,8 +173,8 @@ def scores(
 ) -> None:
     """Join finished evaluations into one table of the published form, ready for a model card.
 
-    Outputs with several delays become one table of delays and strategies. In a folder of shards (eval --shard), the
-    shards are joined first. Its files are then those of one run.
+    Outputs with several delays become one table of delays and strategies. Shards in a folder
+    (eval --shard) are joined first. The folder then has the lines and the summary of one run.
 
     \b
     Examples:
@@ -185,7 +185,7 @@ def scores(
         if output is not None:
             raise ValueError(f"output={str(output)!r} is for evaluations with several delays.")
         for folder in folders:
-            if not (folder / "summary.json").is_file() and any(folder.glob("shard-*-of-*")):
+            if has_shards(folder):
                 join_shards(folder)
         typer.echo(joined_table(folders, name), nl=False)
         return

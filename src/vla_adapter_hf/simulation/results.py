@@ -391,7 +391,7 @@ def write_summary(
     results: Sequence[EpisodeResult],
     tasks: Sequence[str],
     settings: Mapping[str, Any],
-    timing: Timing,
+    timing: Timing | None,
 ) -> dict[str, Any]:
     """Writes `summary.json` and `summary.md` of an evaluation and returns the former's content.
 
@@ -400,7 +400,8 @@ def write_summary(
         results: its episodes.
         tasks: the instructions of the suite's tasks.
         settings: as in `settings.json`; they name the policy and every control.
-        timing: of this call. If it played no episode, the timing of the call before is kept.
+        timing: of this call. If it played no episode, the timing of the call before is kept. None: the summary has no
+            timing, because the episodes were played elsewhere.
     """
     summary = summarise(results, tasks)
     suite, policy = summary["suite"], settings["policy"]
@@ -420,9 +421,9 @@ def write_summary(
     text += published_table({policy: {suite: summary}}, compare=is_published) + "\n"
     text += subtask_table(summary["subtasks"]) if is_sequences else task_table(summary)
     path = output / "summary.json"
-    if timing.episodes:
+    if timing is not None and timing.episodes:
         summary["timing"] = {name: round(value, 3) for name, value in vars(timing).items()}
-    elif path.exists():
+    elif timing is not None and path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))
         summary |= {name: before[name] for name in ("timing",) if name in before}
     if "timing" in summary:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vla_adapter_hf.simulation.results import EpisodeResult, ResultsFile, Timing, read_results, write_summary
+from vla_adapter_hf.simulation.results import EpisodeResult, ResultsFile, read_results, write_summary
 from vla_adapter_hf.utils.files import exclusive_folder, record_settings
 
 
@@ -67,8 +67,16 @@ class Shard:
             raise ValueError(f"{folder} holds a part of other episodes. Choose another output.")
 
 
+def has_shards(output: str | Path) -> bool:
+    """Whether an evaluation's output holds shards, finished or not."""
+    return any(Path(output).glob(f"shard-*-of-*/{PLAN}"))
+
+
 def join_shards(output: str | Path) -> dict[str, Any]:
-    """Joins the shards in an evaluation's output: afterwards it holds what one run would have left there.
+    """Joins the shards in an evaluation's output.
+
+    Afterwards the output has the lines, the settings and the summary of one run. Films and actions stay in the shards'
+    folders. An episode that the output held before, of a short trial for instance, is replaced by the shard's.
 
     Args:
         output: the folder that was the `output` of every shard.
@@ -77,8 +85,8 @@ def join_shards(output: str | Path) -> dict[str, Any]:
         The content of `summary.json`.
 
     Raises:
-        ValueError: no shards, shards of several divisions or with other settings, or episodes that are missing. Says
-            which.
+        ValueError: no shards, shards of several divisions or with other settings, episodes that are missing, or an
+            output that holds other episodes than the shards. Says which.
     """
     output = Path(output)
     found = sorted(path.parent for path in output.glob(f"shard-*-of-*/{PLAN}"))
@@ -97,11 +105,16 @@ def join_shards(output: str | Path) -> dict[str, Any]:
     results = _all_results(folders, [tuple(key) for key in plan["selected"]])
     with exclusive_folder(output):
         joined = ResultsFile(output, settings)
-        for result in results:
-            if result.key not in joined.done:
-                joined.append(result)
+        others = sorted(joined.done - {result.key for result in results})
+        if others:
+            task, episode = others[0]
+            raise ValueError(
+                f"{joined.path} holds {len(others)} episodes that are in no shard, the first is task {task} episode "
+                f"{episode}. Move the shards' folders to a folder of their own and name that one."
+            )
+        joined.results = results
         joined.sort()
-        return write_summary(output, joined.results, plan["instructions"], settings, Timing())
+        return write_summary(output, results, plan["instructions"], settings, timing=None)
 
 
 def _equal_settings(folders: Sequence[Path]) -> dict[str, Any]:
