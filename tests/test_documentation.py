@@ -41,7 +41,8 @@ NEEDS = {
     "the Hub": r"\bVLA-Adapter/|libero-object-pro|\bme/|Stanford-ILIAD/|facebook/|Qwen/",
     "the simulator": r"vla-adapter (eval|calvin-check|demonstrate|scores)\b|--policy |"
     r"make (demo-loop|simulator|policy)",
-    "a checkpoint or files of the reader's": r"\bCHECKPOINT\b|\bSTART\b|path/to/|results/|outputs/trained|calvin_abc_rlds",
+    "a checkpoint or files of the reader's": r"\bCHECKPOINT\b|\bSTART\b|path/to/|results/|outputs/trained|"
+    r"calvin_abc_rlds",
     "minutes and gigabytes": r"--size full|benchmarks/|bench --serve",
     "an installation": r"^(pip|apt-get|git clone|make|export|pre-commit)\b|for .* in |^done",
     "another test": r"^([A-Z]+=\S+ )?python (-m pytest|tests/|examples/finetune\.py)",
