@@ -206,18 +206,24 @@ def test_messages_speak_of_options(message, expected):
 @pytest.mark.parametrize(
     "imports, given, expected",
     [
-        ("vla_adapter_hf", {}, "passive"),
-        ("vla_adapter_hf", {"OMP_WAIT_POLICY": "active"}, "active"),
+        ("vla_adapter_hf", {}, "passive 0 True"),
+        ("vla_adapter_hf", {"OMP_WAIT_POLICY": "active"}, "active None False"),
+        ("vla_adapter_hf", {"OMP_WAIT_POLICY": "passive"}, "passive None True"),
+        ("vla_adapter_hf", {"GOMP_SPINCOUNT": "300000"}, "None 300000 False"),
         # OpenMP has read its settings, so the environment must not claim something else.
-        ("torch, vla_adapter_hf", {}, "None"),
+        ("torch, vla_adapter_hf", {}, "None None False"),
     ],
 )
 def test_threads_wait_passively_unless_torch_was_imported_before_or_the_user_says_otherwise(imports, given, expected):
     """Every command and `python -m vla_adapter_hf.cli` import the package before torch."""
-    program = f"import os, {imports}; print(os.environ.get('OMP_WAIT_POLICY'))"
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    variables = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    program = (
+        f"import os, {imports}; from vla_adapter_hf.utils.devices import waits_passively; "
+        f"print(*map(os.environ.get, {variables}), waits_passively())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name not in variables} | given
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [expected]
+    assert done.stdout.strip() == expected
 
 
 def test_the_overview_of_commands_does_not_import_torch():

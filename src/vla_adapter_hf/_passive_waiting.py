@@ -2,13 +2,12 @@
 
 By default they spin. Where other programs want the cores, that makes a prediction a hundred times slower, see
 docs/speed.md. OpenMP reads the setting once, when torch is imported, so a program that imported torch before is left
-as it is.
+as it is. So is one whose user has chosen either variable.
 """
 
 import os
 import sys
 
 
-if "torch" not in sys.modules:
-    for variable, value in {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}.items():
-        os.environ.setdefault(variable, value)
+if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    os.environ.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"})

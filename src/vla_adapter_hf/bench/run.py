@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,7 @@ from vla_adapter_hf.bench.subject import Subject, checkpoint_source, load_subjec
 from vla_adapter_hf.bench.turns import OtherProgram, answer_turns, split_command
 from vla_adapter_hf.checkpoints.exported import ENGINES
 from vla_adapter_hf.processing import jpeg_round_trip_vla_adapter as jpeg
+from vla_adapter_hf.utils.devices import waits_passively
 from vla_adapter_hf.utils.files import write_json
 
 
@@ -150,7 +150,7 @@ def _describe(subject: Subject, settings: BenchSettings) -> dict[str, Any]:
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "compiled": settings.compiled,
         "busy": settings.busy,
-        "waiting": os.environ.get("OMP_WAIT_POLICY", "active"),
+        "waiting": "passive" if waits_passively() else "active",
         "attention": {
             part: "the engine" if subject.exported else getattr(config, part)._attn_implementation
             for part in ("dinov2_config", "siglip_config", "text_config")

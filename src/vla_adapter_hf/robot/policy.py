@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from vla_adapter_hf.checkpoints.attention import choose_attention
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
 from vla_adapter_hf.robots import ROBOTS, RobotPreset, get_robot
+from vla_adapter_hf.utils.devices import waits_passively
 
 
 logger = logging.getLogger(__name__)
@@ -42,9 +42,9 @@ class LocalPolicy:
         device: str = "cpu",
         dtype: str = "float32",
     ) -> None:
-        if device == "cpu" and os.environ.get("OMP_WAIT_POLICY", "").lower() != "passive":
+        if device == "cpu" and not waits_passively():
             logger.warning(
-                "OMP_WAIT_POLICY is not passive: predictions become very slow where other programs want the cores. "
+                "Threads do not wait passively: predictions become very slow where other programs want the cores. "
                 "Set OMP_WAIT_POLICY=passive and GOMP_SPINCOUNT=0 before the program starts."
             )
         self.robot = None if robot in (None, "none") else get_robot(robot)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 
@@ -22,3 +24,11 @@ def check_device(device: str, name: str = "device") -> torch.device:
     if checked.type == "cuda" and (checked.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"{name} {device}: torch finds {torch.cuda.device_count()} CUDA devices on this machine.")
     return checked
+
+
+def waits_passively() -> bool:
+    """Whether OpenMP's threads are set to sleep while they wait. `GOMP_SPINCOUNT` counts before the policy."""
+    turns = os.environ.get("GOMP_SPINCOUNT")
+    if turns is not None:
+        return turns.strip() == "0"
+    return os.environ.get("OMP_WAIT_POLICY", "").strip().lower() == "passive"
