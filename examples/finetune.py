@@ -9,9 +9,11 @@ For a policy take published weights, a GPU and your own dataset (folder or Hub i
 import argparse
 from pathlib import Path
 
+
+import vla_adapter_hf as vla  # isort: skip  # before torch, so that its threads wait passively
+
 from transformers import AutoConfig, AutoModel, AutoProcessor, set_seed
 
-import vla_adapter_hf as vla
 from vla_adapter_hf.training.presets import PRESETS
 from vla_adapter_hf.utils.plotting import plot_chunks, plot_training, save_figure
 

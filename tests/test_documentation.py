@@ -233,6 +233,22 @@ def test_a_python_block_compiles_and_its_names_exist(block):
             assert hasattr(aliases[node.value.id], node.attr), f"{node.value.id} has no {node.attr}"
 
 
+@pytest.mark.parametrize("block", blocks("python"), ids=str)
+def test_a_python_block_imports_the_package_before_torch(block):
+    """In the other order OpenMP's threads spin, see docs/speed.md."""
+    assert_package_comes_first(block.text)
+
+
+def test_the_example_of_finetuning_imports_the_package_before_torch():
+    assert_package_comes_first((ROOT / "examples/finetune.py").read_text(encoding="utf-8"))
+
+
+def assert_package_comes_first(program: str) -> None:
+    """Of the packages that are imported: transformers imports torch."""
+    imported = re.findall(r"^(?:import|from) (torch|transformers|vla_adapter_hf)\b", program, flags=re.MULTILINE)
+    assert "vla_adapter_hf" not in imported or imported[0] == "vla_adapter_hf"
+
+
 @pytest.mark.parametrize("block", blocks("yaml"), ids=str)
 def test_a_yaml_block_is_a_mapping(block):
     assert isinstance(yaml.safe_load(block.text), dict)
