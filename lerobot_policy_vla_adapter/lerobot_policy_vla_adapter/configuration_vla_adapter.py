@@ -41,6 +41,8 @@ class VLAAdapterConfig(PreTrainedConfig):
         n_action_steps: actions of a chunk that `select_action` hands out before it asks the model again; by default
             the whole chunk.
         norm_type: bounds_q99, bounds or normal; by default the robot's, else the start checkpoint's.
+        action_mask: for each of the action's values whether it is normalised; by default the robot's, else all are. A
+            gripper with two values need not be. `vla-adapter check` suggests it.
         unnorm_key: which of the model's statistics to use, where it has several.
         start_robot: robot preset of a published start checkpoint.
         augment: crop and colour augmentation in training, as published.
@@ -73,6 +75,7 @@ class VLAAdapterConfig(PreTrainedConfig):
     chunk_size: int | None = None
     n_action_steps: int | None = None
     norm_type: str | None = None
+    action_mask: list[bool] | None = None
     unnorm_key: str | None = None
     start_robot: str | None = None
     augment: bool = DataArguments.augment

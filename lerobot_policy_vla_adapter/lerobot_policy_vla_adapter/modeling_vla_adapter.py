@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections import deque
 from collections.abc import Iterator
@@ -20,12 +21,16 @@ from vla_adapter_hf.checkpoints.lerobot.checkpoint import LeRobotCheckpoint
 from vla_adapter_hf.checkpoints.lerobot.layout import POLICY_TYPE
 from vla_adapter_hf.checkpoints.model_card import fill_model_card
 from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction
+from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
 from vla_adapter_hf.training.presets import ADAPTER_NAME, merged_state_dict
 from vla_adapter_hf.utils.files import write_text
 
 from .configuration_vla_adapter import VLAAdapterConfig
 from .processor_vla_adapter import MODEL_INPUT
-from .starting import load_for_training, stored_config
+from .starting import check_fixed_options, load_for_training, refuse_rename_map, stored_config
+
+
+logger = logging.getLogger(__name__)
 
 
 class VLAAdapterPolicy(PreTrainedPolicy):
@@ -94,11 +99,13 @@ class VLAAdapterPolicy(PreTrainedPolicy):
         if config is None:
             config = PreTrainedConfig.from_pretrained(source, revision=revision, **hub)
         if dataset_meta is not None:
+            refuse_rename_map()
             model, processor = load_for_training(source, config, dataset_meta, revision)
             config.pretrained_path = config.pretrained_revision = None
         else:
             known = {name: hub[name] for name in ("token", "cache_dir", "local_files_only") if hub.get(name)}
             start = config.open_start(source, revision, **known)
+            check_fixed_options(config, start)
             processor = start.load_processor()
             model = start.load_model(config.dtype)
             config.model = stored_config(model)
@@ -150,6 +157,7 @@ class VLAAdapterPolicy(PreTrainedPolicy):
     def reset(self) -> None:
         """Forget the chunk. LeRobot calls it at the beginning of every episode."""
         self._queue: deque[Tensor] = deque()
+        self._late_answers = 0
 
     def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict | None]:
         """The loss of a batch: mean absolute error in normalised space. Steps past an episode's end do not count.
@@ -186,16 +194,46 @@ class VLAAdapterPolicy(PreTrainedPolicy):
             inference_delay: control steps that LeRobot expects to pass before the chunk is there. Their actions are
                 dropped then, so they are left as they were.
             prev_chunk_left_over: actions `(steps, values)` of the chunk before that were not executed when the
-                observation was taken, in physical units; LeRobot fills them up with zeros. Actions about which both
-                chunks say something are blended.
+                observation was taken, in physical units. LeRobot cuts them, or fills them up with zeros, to
+                `--inference.rtc.execution_horizon` steps. Actions about which both chunks say something are blended.
             kwargs: not used.
+
+        Raises:
+            ValueError: answers take as long as a chunk lasts, so that LeRobot drops one after the other whole.
         """
+        self._check_delay(inference_delay, prev_chunk_left_over)
         inputs = _model_inputs(batch)
         actions = self.network.predict_action(**inputs, unnorm_key=self.config.unnorm_key)
         chunk = torch.from_numpy(actions).to(self.network.device, torch.float32)
         if prev_chunk_left_over is None:
             return chunk
-        return blend_chunks(chunk, prev_chunk_left_over.to(chunk), inference_delay or 0, self.config.blend)
+        _, stats = select_norm_stats(self.network.config.norm_stats, self.config.unnorm_key)
+        mask = stats["action"].get("mask", [True] * chunk.shape[-1])
+        blended = torch.tensor(mask, dtype=torch.bool, device=chunk.device)
+        return blend_chunks(
+            chunk, prev_chunk_left_over.to(chunk), inference_delay or 0, self.config.blend, blended=blended
+        )
+
+    def _check_delay(self, delay: int | None, left_over: Tensor | None) -> None:
+        """Refuse to go on when nothing of two chunks in succession reached the robot. The first may have been late
+        because the model was still warming up: that is a warning.
+
+        Raises:
+            ValueError: see above.
+        """
+        chunk_size = self.network.config.chunk_size
+        spent = left_over is not None and not left_over.any()
+        self._late_answers = self._late_answers + 1 if spent and (delay or 0) >= chunk_size else 0
+        if not self._late_answers:
+            return
+        message = (
+            f"an answer takes {delay} control steps and a chunk has {chunk_size} actions: the robot stands still, "
+            f"because LeRobot drops the actions of the steps that went by. Use --inference.type=sync, a lower --fps, "
+            f"or a policy trained with --policy.chunk_size of at least {2 * delay}."
+        )
+        if self._late_answers > 1:
+            raise ValueError(message)
+        logger.warning(message)
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
@@ -220,7 +258,7 @@ def _seeded(seed: int, batch: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def blend_chunks(chunk: Tensor, left_over: Tensor, delay: int, share: float) -> Tensor:
+def blend_chunks(chunk: Tensor, left_over: Tensor, delay: int, share: float, blended: Tensor | None = None) -> Tensor:
     """A chunk that continues the one before.
 
     Args:
@@ -229,14 +267,18 @@ def blend_chunks(chunk: Tensor, left_over: Tensor, delay: int, share: float) -> 
             LeRobot's filling.
         delay: steps that go by until the chunk is there: the actions before are executed meanwhile.
         share: of the new chunk after that, where both say something.
+        blended: which of the values are blended, boolean `(values,)`; by default all. Of the others, such as a gripper
+            with two values, the new chunk's are taken.
     """
     said = left_over.any(dim=-1).nonzero()
     count = min(int(said[-1]) + 1 if len(said) else 0, chunk.shape[1])
-    weights = torch.full((count, 1), share, device=chunk.device, dtype=chunk.dtype)
+    weights = torch.full((count, chunk.shape[-1]), share, device=chunk.device, dtype=chunk.dtype)
+    if blended is not None:
+        weights[:, ~blended] = 1
     weights[:delay] = 0
-    blended = chunk.clone()
-    blended[:, :count] = weights * chunk[:, :count] + (1 - weights) * left_over[:count]
-    return blended
+    continued = chunk.clone()
+    continued[:, :count] = weights * chunk[:, :count] + (1 - weights) * left_over[:count]
+    return continued
 
 
 def _model_inputs(batch: dict[str, Any]) -> dict[str, Any]:

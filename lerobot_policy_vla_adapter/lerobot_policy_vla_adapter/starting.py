@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+from lerobot.configs import parser
 from torch import nn
 
 from vla_adapter_hf.checkpoints.checkpoint import Checkpoint
@@ -19,6 +21,10 @@ from vla_adapter_hf.training.presets import ADAPTER_NAME, apply_preset
 from vla_adapter_hf.training.train import config_overrides, load_start
 
 from .configuration_vla_adapter import VLAAdapterConfig
+
+
+# Weights, statistics and processors follow these options. After the training, another value would have no effect.
+FIXED_OPTIONS = ("robot", "cameras", "chunk_size", "norm_type", "action_mask", "jpeg_round_trip")
 
 
 def load_for_training(
@@ -90,8 +96,43 @@ def arguments_of(
         chunk_column="none",
         augment=config.augment,
         jpeg_round_trip=config.jpeg_round_trip,
+        action_mask=None if config.action_mask is None else [str(entry) for entry in config.action_mask],
     )
     return model, data
+
+
+def check_fixed_options(config: VLAAdapterConfig, start: Checkpoint) -> None:
+    """Compare options that only a training can change with those that the checkpoint was trained with.
+
+    A checkpoint of another layout has no robot of its own: `robot` is free there.
+
+    Raises:
+        ValueError: an option differs.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    stored = start.policy if isinstance(start, LeRobotCheckpoint) else {"robot": config.robot}
+    of_model = {name: getattr(start.config, name) for name in ("cameras", "chunk_size", "norm_type")}
+    of_model["jpeg_round_trip"] = "yes" if start.config.image_jpeg_round_trip else "no"
+    for name in FIXED_OPTIONS:
+        given, kept = getattr(config, name), stored.get(name, defaults[name])
+        if name == "robot":
+            given, kept = given or "none", kept or "none"
+        trained = of_model.get(name, kept)
+        if given not in (kept, trained):
+            raise ValueError(
+                f"policy.{name}={given!r} would have no effect: {start.source} was trained with {trained!r}, and only "
+                "a training can change it. Leave the option out."
+            )
+
+
+def refuse_rename_map() -> None:
+    """In training LeRobot hands `--rename_map` only to processors that it reads from a file.
+
+    Raises:
+        ValueError: it is on the command line.
+    """
+    if parser.parse_arg("rename_map") not in (None, "{}"):
+        raise ValueError("--rename_map has no effect in training; name the dataset's cameras with --policy.cameras.")
 
 
 def dataset_name(dataset_meta: Any) -> str:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from lerobot_policy_vla_adapter import VLAAdapterPolicy, make_vla_adapter_pre_post_processors
 from lerobot_policy_vla_adapter.modeling_vla_adapter import blend_chunks
-from lerobot_policy_vla_adapter.processor_vla_adapter import MODEL_INPUT, VLAAdapterInputsStep
+from lerobot_policy_vla_adapter.processor_vla_adapter import MODEL_INPUT, _uint8_frames
 from vla_adapter_hf import open_checkpoint
 from vla_adapter_hf.checkpoints.lerobot.convert import from_lerobot, to_lerobot
 from vla_adapter_hf.robots import get_robot
@@ -57,11 +57,8 @@ def own_actions(folder, observation: dict) -> np.ndarray:
 
 def test_frames_come_back_as_the_uint8_frames_that_they_were():
     levels = torch.arange(256, dtype=torch.uint8).repeat(3).reshape(1, 3, 16, 16)
-    step = VLAAdapterInputsStep._take_frames
-    cameras = type("Cameras", (), {"cameras": ["top"]})
-    holder = type("Holder", (), {"processor": type("Processor", (), {"image_processor": cameras})})
-    frames = step(holder, {"observation.images.top": levels.float() / 255})
-    np.testing.assert_array_equal(frames[0][0], levels[0].permute(1, 2, 0).numpy())
+    frames = _uint8_frames(levels.float() / 255, "observation.images.top")
+    np.testing.assert_array_equal(frames[0], levels[0].permute(1, 2, 0).numpy())
 
 
 def test_prepared_inputs_are_bit_for_bit_those_of_our_processor(processors, converted, observation):
@@ -212,3 +209,64 @@ def test_rtc_without_a_chunk_before_is_the_plain_prediction(policy, processors, 
     assert torch.equal(policy.predict_action_chunk(batch, inference_delay=0, prev_chunk_left_over=None), plain)
     spent = torch.zeros(10, 7)
     assert torch.equal(policy.predict_action_chunk(batch, inference_delay=2, prev_chunk_left_over=spent), plain)
+
+
+def test_rtc_takes_values_that_are_not_normalised_from_the_newer_chunk():
+    new, old = torch.ones(1, 6, 2), torch.zeros(4, 2)
+    old[:, 0] = 3.0
+    blended = blend_chunks(new, old, delay=1, share=0.7, blended=torch.tensor([True, False]))[0]
+    assert blended[:, 1].tolist() == [0, 1, 1, 1, 1, 1], "a gripper has two values, and is not averaged"
+    torch.testing.assert_close(blended[1:4, 0], torch.full((3,), 0.7 + 0.3 * 3))
+
+
+def test_rtc_blends_the_arm_and_not_the_gripper_of_a_policy(policy, processors, observation):
+    batch = processors[0]({name: value[:1] for name, value in observation.items()})
+    plain = policy.predict_action_chunk(batch)[0]
+    before = torch.full((4, 7), 0.5)
+    chunk = policy.predict_action_chunk(batch, inference_delay=1, prev_chunk_left_over=before)[0]
+    assert torch.equal(chunk[0], before[0])
+    torch.testing.assert_close(chunk[1:, :6], 0.7 * plain[1:, :6] + 0.3 * 0.5)
+    assert torch.equal(chunk[1:, 6], plain[1:, 6])
+
+
+def test_rtc_ends_with_an_error_when_every_answer_takes_as_long_as_a_chunk(policy, processors, observation, caplog):
+    """LeRobot drops such answers whole, and the robot would stand still."""
+    batch, dropped = processors[0](dict(observation)), torch.zeros(10, 7)
+    policy.reset()
+    policy.predict_action_chunk(batch, inference_delay=0, prev_chunk_left_over=None)
+    policy.predict_action_chunk(batch, inference_delay=4, prev_chunk_left_over=dropped)
+    assert "an answer takes 4 control steps and a chunk has 4 actions" in caplog.text
+    with pytest.raises(ValueError, match="takes 4 .* has 4 .*inference.type=sync.*chunk_size of at least 8"):
+        policy.predict_action_chunk(batch, inference_delay=4, prev_chunk_left_over=dropped)
+
+
+def test_rtc_goes_on_after_a_slow_first_answer(policy, processors, observation):
+    batch, dropped = processors[0](dict(observation)), torch.zeros(10, 7)
+    policy.reset()
+    policy.predict_action_chunk(batch, inference_delay=9, prev_chunk_left_over=dropped)
+    policy.predict_action_chunk(batch, inference_delay=9, prev_chunk_left_over=torch.ones(3, 7))
+    policy.predict_action_chunk(batch, inference_delay=9, prev_chunk_left_over=dropped)
+
+
+@pytest.mark.parametrize(
+    ("option", "kept"),
+    [
+        ("robot=aloha", "libero"),
+        ("chunk_size=8", "4"),
+        ("norm_type=normal", "bounds_q99"),
+        ('cameras=["wrist_image", "image"]', r"\['image', 'wrist_image'\]"),
+        ("jpeg_round_trip=no", "yes"),
+        ("action_mask=[true, true, true, true, true, true, true]", "None"),
+    ],
+)
+def test_options_of_training_are_refused_where_they_would_have_no_effect(option, kept, converted):
+    config = PreTrainedConfig.from_pretrained(converted, cli_overrides=[f"--{option}"])
+    name = option.split("=")[0]
+    with pytest.raises(ValueError, match=f"policy.{name}=.* would have no effect: .* was trained with '?{kept}'?,"):
+        VLAAdapterPolicy.from_pretrained(converted, config=config)
+
+
+def test_options_that_repeat_what_the_checkpoint_has_are_accepted(converted):
+    words = ["--robot=libero", "--chunk_size=4", "--norm_type=bounds_q99", "--jpeg_round_trip=yes"]
+    config = PreTrainedConfig.from_pretrained(converted, cli_overrides=words)
+    VLAAdapterPolicy.from_pretrained(converted, config=config)

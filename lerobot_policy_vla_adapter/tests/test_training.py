@@ -189,3 +189,21 @@ def test_cameras_in_another_order_are_refused(dataset, start):
 def test_lerobots_own_peft_is_refused(train, start, dataset, tmp_path):
     with pytest.raises(ValueError, match="--policy.preset=lora"):
         train(*words(start, dataset, tmp_path / "run"), "--peft.method_type=LORA")
+
+
+def test_the_action_mask_is_stored_with_the_statistics(train, start, dataset, tmp_path):
+    """As `vla-adapter check` suggests it for a gripper of two values."""
+    mask = [True] * 6 + [False]
+    given = [word for word in words(start, dataset, tmp_path / "run") if "policy.robot" not in word]
+    mask_option = f"--policy.action_mask={json.dumps(mask)}"
+    train(*given, "--policy.robot=none", "--policy.preset=frozen", mask_option, "--steps=1")
+    stored = json.loads((checkpoint(tmp_path / "run", 1) / "config.json").read_text())
+    action = stored["model"]["norm_stats"]["cups"]["action"]
+    assert action["mask"] == mask
+    assert (action["min"][6], action["max"][6]) == (-1.0, 1.0), "the gripper is learnt as it was recorded"
+
+
+def test_a_rename_map_is_refused_in_training(train, start, dataset, tmp_path):
+    rename = '--rename_map={"observation.images.image": "observation.images.top"}'
+    with pytest.raises(ValueError, match="no effect in training; name the dataset's cameras with --policy.cameras"):
+        train(*words(start, dataset, tmp_path / "run"), rename)

@@ -61,7 +61,7 @@ def policy_config(
         "input_features": inputs,
         "output_features": {"action": {"type": "ACTION", "shape": [config.action_dim]}},
         "push_to_hub": False,
-        # lerobot-rollout sends the values to the robot's joints of these names.
+        # With rtc, lerobot-rollout takes the order of the values from these names. Its sync sends them by position.
         "action_feature_names": config.action_names,
         "robot": robot,
         "unnorm_key": unnorm_key,
