@@ -17,6 +17,7 @@ from training_fixtures import write_start
 from typer.testing import CliRunner
 
 from vla_adapter_cli import app
+from vla_adapter_hf.checkpoints.lerobot.convert import to_lerobot
 from vla_adapter_hf.cli.train import parse_arguments
 from vla_adapter_hf.doctor import check as doctor
 from vla_adapter_hf.doctor.check import check, check_recording
@@ -24,7 +25,7 @@ from vla_adapter_hf.doctor.findings import Finding, Report
 from vla_adapter_hf.doctor.frames import blockiness
 from vla_adapter_hf.doctor.page import as_page
 from vla_adapter_hf.doctor.rotations import ENCODINGS, from_axis_angle, to_axis_angle
-from vla_adapter_hf.doctor.settings import CheckSettings
+from vla_adapter_hf.doctor.settings import CheckSettings, PolicySettings
 from vla_adapter_hf.recording.lerobot_writer import LeRobotLayout, assemble, encode_image, save_episode
 from vla_adapter_hf.training.train import train
 
@@ -247,6 +248,14 @@ def test_the_suggested_command_runs_as_it_is_and_leaves_a_binary_gripper_unnorma
     train(*parse_arguments([*words, "--picture_episodes", "1"]), report_progress=lambda line: None)
     config = json.loads((output / "config.json").read_text())
     assert config["norm_stats"]["data"]["action"]["mask"] == [True, True, False]
+    # The gripper was learnt as -1 and +1. That is neither a fault of this data nor a preset's convention.
+    found = check(tmp_path / "data", settings=QUICK, checkpoint=output, policy=PolicySettings(samples=20))
+    assert found.verdicts and not found.named("the gripper is written in another way than the policy's")
+    with pytest.raises(
+        ValueError, match=r"learnt as -1\.\.\.1, and presets convert 0\.\.\.1 only. Give robot as none"
+    ):
+        to_lerobot(str(output), tmp_path / "lerobot")
+    to_lerobot(str(output), tmp_path / "lerobot", robot="none")
 
 
 # Parts

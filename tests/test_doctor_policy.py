@@ -13,7 +13,7 @@ from vla_adapter_cli import app
 from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.data import ImageResize, load_demonstrations
 from vla_adapter_hf.doctor.check import check
-from vla_adapter_hf.doctor.expectations import check_statistics, choose_key
+from vla_adapter_hf.doctor.expectations import check_gripper_convention, check_statistics, choose_key
 from vla_adapter_hf.doctor.findings import Report
 from vla_adapter_hf.doctor.judgement import judge
 from vla_adapter_hf.doctor.measuring import measure_policy
@@ -248,6 +248,22 @@ def test_statistics_are_compared_with_the_data():
     assert degrees.evidence["guess"] == "degrees and radians"
     shifted = data_findings(values + [0, 0, 1.5], {"mine": mine})
     assert list(shifted["states lie outside the range that the policy knows"].evidence["share outside"]) == ["joint 2"]
+
+
+@pytest.mark.parametrize(
+    ("learnt", "here", "is_found"),
+    [
+        ((0, 1), (0, 1), False),
+        ((0, 1), (-1, 1), True),
+        ((-1, 1), (-1, 1), False),
+        ((-1, 1), (0, 1), True),
+        ((-1, 1), (1, 1), False),
+    ],
+)
+def test_a_gripper_is_compared_with_the_range_that_the_policy_learnt(learnt, here, is_found):
+    stats = {"min": [learnt[0]], "max": [learnt[1]], "mask": [False]}
+    found = check_gripper_convention(stats, np.resize(np.array(here, float), (40, 1)))
+    assert [finding.severity for finding in found] == ["high"] * is_found
 
 
 def test_a_wrong_unnorm_key_is_named_and_the_best_one_is_chosen():

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from model_fixtures import UNNORM_KEY, norm_stats
 from safetensors.torch import load_file, save_file
 
 from vla_adapter_hf import VLAAdapterProcessor, open_checkpoint
@@ -17,6 +18,9 @@ from vla_adapter_hf.checkpoints.info import checkpoint_info
 from vla_adapter_hf.checkpoints.lerobot.convert import from_lerobot, to_lerobot
 from vla_adapter_hf.checkpoints.lerobot.layout import PROCESSOR_FILES, STATE_FILE
 from vla_adapter_hf.checkpoints.model_card import fill_model_card
+from vla_adapter_hf.robot.policy import LocalPolicy
+from vla_adapter_hf.serving.policy import ActionRules
+from vla_adapter_hf.serving.settings import ServeSettings
 
 
 CARD = "README.md"
@@ -105,6 +109,21 @@ def test_a_binary_gripper_needs_a_robot_before_anything_is_written(own, tmp_path
     with pytest.raises(ValueError, match="actions of 14 values"):
         to_lerobot(str(own), tmp_path / "policy", robot="aloha")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_preset_is_refused_for_a_gripper_that_was_learnt_as_minus_one_to_one(tmp_path, processor, tiny_model):
+    stats = norm_stats()
+    stats[UNNORM_KEY]["action"]["min"][-1], stats[UNNORM_KEY]["action"]["max"][-1] = -1.0, 1.0
+    model = tiny_model(norm_stats=stats)
+    model.save_pretrained(tmp_path / "own")
+    VLAAdapterProcessor.from_model_config(model.config, processor.tokenizer).save_pretrained(tmp_path / "own")
+    with pytest.raises(ValueError, match=r"-1\.\.\.1: it might open where it should close. Give robot as none"):
+        to_lerobot(str(tmp_path / "own"), tmp_path / "policy", robot="libero")
+    with pytest.raises(ValueError, match="it might open where it should close"):
+        LocalPolicy(tmp_path / "own", robot="libero")
+    with pytest.raises(ValueError, match="might open where it should close"):
+        ActionRules.of(model.config, ServeSettings(robot="libero"))
+    assert to_lerobot(str(tmp_path / "own"), tmp_path / "policy", robot="none").is_dir()
 
 
 def test_a_published_checkpoint_is_sent_to_convert(published_pro, tmp_path):

@@ -7,9 +7,10 @@ the published VLA-Adapter configurations (arXiv 2509.09372).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import numpy as np
 
@@ -258,6 +259,65 @@ def get_robot(name: str | RobotPreset) -> RobotPreset:
     if preset is None:
         raise ValueError(f"robot={name!r} is not known; use one of {', '.join(ROBOTS)}, or a RobotPreset of your own")
     return preset
+
+
+def learnt_range(stats: Mapping[str, Any], dim: int = -1) -> tuple[float, float] | None:
+    """Lowest and highest value of an action dimension in training; None if the statistics do not say.
+
+    Args:
+        stats: statistics of actions. Which entries there are depends on the kind of normalisation.
+        dim: which dimension, by default the last, which presets convert.
+    """
+    for low, high in (("min", "max"), ("q01", "q99")):
+        if low in stats and high in stats:
+            return float(stats[low][dim]), float(stats[high][dim])
+    return None
+
+
+def is_zero_to_one(learnt: tuple[float, float] | None) -> bool:
+    """Whether a gripper may have been learnt as 0...1, as presets convert it; not if it goes down to -1."""
+    return learnt is None or (learnt[0] > -0.5 and learnt[1] < 2.0)
+
+
+def why_to_name_a_robot(stats: Mapping[str, Any], option: str = "robot") -> str | None:
+    """What is not known about a gripper that was not normalised, and which robot to name; None if all were normalised.
+
+    Args:
+        stats: statistics of actions.
+        option: what the setting is called.
+    """
+    ranges = [learnt_range(stats, dim) for dim, normalised in enumerate(stats.get("mask") or []) if not normalised]
+    if not ranges:
+        return None
+    other = next((learnt for learnt in ranges if not is_zero_to_one(learnt)), None)
+    if other is not None:
+        return (
+            f"a gripper that is learnt as {other[0]:g}...{other[1]:g}, and presets convert 0...1 only. Give {option} "
+            "as none to send it as it was learnt."
+        )
+    return (
+        f"a gripper that is learnt as 0...1, and robots take other values. Give {option} as one of "
+        f"{', '.join(ROBOTS)}, or none to send it as it was learnt."
+    )
+
+
+def check_learnt_gripper(preset: RobotPreset, stats: Mapping[str, Any]) -> None:
+    """Refuse a preset that converts a gripper from 0...1 for statistics in which it has another range.
+
+    Args:
+        preset: whose convention the robot's actions would have.
+        stats: statistics of actions of the preset's size.
+
+    Raises:
+        ValueError: naming both ranges. The preset would turn such a gripper round.
+    """
+    learnt = learnt_range(stats)
+    if preset.gripper is not GripperConvention.NONE and not is_zero_to_one(learnt):
+        raise ValueError(
+            f"robot={preset.name!r} converts a gripper that is learnt as 0...1, and in this policy's statistics it is "
+            f"{learnt[0]:g}...{learnt[1]:g}: it might open where it should close. Give robot as none to send it as "
+            "it was learnt."
+        )
 
 
 def quaternion_to_axis_angle(quaternion: np.ndarray) -> np.ndarray:

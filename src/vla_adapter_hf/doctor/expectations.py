@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from vla_adapter_hf.doctor.findings import Finding
+from vla_adapter_hf.doctor.gripper import is_binary
 from vla_adapter_hf.doctor.ranges import unit_guess
+from vla_adapter_hf.robots import is_zero_to_one, learnt_range
 
 
 PARTS = {"action": "actions", "proprio": "states"}
@@ -186,23 +188,29 @@ def check_conventions(
     return findings
 
 
-def check_gripper_convention(mask: Sequence[bool], actions: np.ndarray) -> list[Finding]:
-    """A gripper that the policy learnt as 0 (closed) or 1 (open), and a dataset with other numbers.
+def check_gripper_convention(stats: Mapping[str, Any], actions: np.ndarray) -> list[Finding]:
+    """A gripper that the policy learnt with other numbers than those of a dataset.
 
     Args:
-        mask: of the checkpoint's actions, false for dimensions that are not normalised.
+        stats: of the checkpoint's actions; the mask is false for dimensions that are not normalised.
         actions: (n, A) of the dataset, as the chosen robot preset has them.
     """
-    for dim in np.flatnonzero(~np.asarray(mask, bool)):
-        low, high = actions[:, dim].min(), actions[:, dim].max()
-        if low < -0.05 or high > 1.05:
+    for dim in np.flatnonzero(~np.asarray(stats.get("mask") or [True], bool)):
+        learnt = learnt_range(stats, dim) or (0.0, 1.0)
+        ends, width = np.array([actions[:, dim].min(), actions[:, dim].max()]), max(learnt[1] - learnt[0], 1e-6)
+        outside = max(learnt[0] - ends[0], ends[1] - learnt[1]) > 0.05 * width
+        # Two values, one of which is far from both ends: 0 and 1 where -1 and 1 were learnt.
+        between = np.abs(ends[:, None] - learnt).min(1).max() > 0.25 * width and is_binary(actions[:, dim])
+        if outside or between:
             return [
                 Finding(
                     "the gripper is written in another way than the policy's",
                     "high",
-                    {"range here": [low, high], "range that the policy learnt": [0, 1]},
+                    {"range here": ends, "range that the policy learnt": list(learnt)},
                     "Its predictions of the gripper cannot be compared, and on a robot they open and close wrongly.",
-                    "Give the robot preset of the recording, such as --robot libero.",
+                    "Give the robot preset of the recording, such as --robot libero."
+                    if is_zero_to_one(learnt)
+                    else "Bring the gripper of the recording into the range that the policy learnt.",
                 )
             ]
     return []

@@ -169,12 +169,11 @@ def _compare(config: Any, data: VLAAdapterDataset, key: str, statistics: dict[st
     for part, size in (("action", actions.shape[1]), ("proprio", states.shape[1])):
         if len(names[part]) != size:
             names[part] = [f"{'state' if part == 'proprio' else part} {dim}" for dim in range(size)]
-    mask = config.norm_stats[key]["action"].get("mask") or [True] * actions.shape[1]
     frames = data.select_episodes(data.episode_indices[:1])[0]["images"]
     sizes = {name: frame.shape[:2] for name, frame in zip(data.camera_names, frames, strict=True)}
     return [
         *check_statistics(config.norm_stats, key, statistics, {"action": actions, "proprio": states}, names),
-        *check_gripper_convention(mask, actions),
+        *check_gripper_convention(config.norm_stats[key]["action"], actions),
         *check_conventions(config, data, data.source.frames_are_jpeg(), sizes),
     ]
 

@@ -11,7 +11,7 @@ import numpy as np
 from vla_adapter_hf.checkpoints.attention import choose_attention
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
-from vla_adapter_hf.robots import ROBOTS, RobotPreset, get_robot
+from vla_adapter_hf.robots import RobotPreset, check_learnt_gripper, get_robot, why_to_name_a_robot
 from vla_adapter_hf.utils.devices import waits_passively
 
 
@@ -53,11 +53,9 @@ class LocalPolicy:
         choose_attention(self.model)
         config = self.model.config
         self.unnorm_key, stats = select_norm_stats(config.norm_stats, unnorm_key)
-        if robot is None and not all(stats["action"].get("mask", [True])):
-            raise ValueError(
-                f"the statistics {self.unnorm_key!r} have a gripper that is learnt as 0...1, and robots take other "
-                f"values. Give robot={' or '.join(map(repr, ROBOTS))}, or robot='none' to send it as it was learnt"
-            )
+        reason = why_to_name_a_robot(stats["action"])
+        if robot is None and reason is not None:
+            raise ValueError(f"the statistics {self.unnorm_key!r} have {reason}")
         self.cameras, self.state_dim, self.action_dim = config.cameras, config.proprio_dim, config.action_dim
         self.state_names, self.action_names, self.fps = config.state_names, config.action_names, config.fps
         if self.robot is not None and self.robot.action_dim != self.action_dim:
@@ -65,6 +63,8 @@ class LocalPolicy:
                 f"robot={self.robot.name!r} has actions of {self.robot.action_dim} values, the checkpoint "
                 f"{self.action_dim}"
             )
+        if self.robot is not None:
+            check_learnt_gripper(self.robot, stats["action"])
 
     def predict(self, images: Mapping[str, np.ndarray], instruction: str, state: np.ndarray) -> np.ndarray:
         """The chunk (K, A) for one observation."""

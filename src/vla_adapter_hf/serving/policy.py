@@ -15,7 +15,7 @@ from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.quantization import quantization_config
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
-from vla_adapter_hf.robots import ROBOTS, RobotPreset, get_robot
+from vla_adapter_hf.robots import ROBOTS, RobotPreset, check_learnt_gripper, get_robot, why_to_name_a_robot
 from vla_adapter_hf.serving.errors import InvalidRequest, StateOutOfRange
 from vla_adapter_hf.serving.example import example_observation
 from vla_adapter_hf.serving.observations import Observation, ObservationReader, decode_image, pad_to_square
@@ -268,16 +268,14 @@ def _robot(name: str | None, unnorm_key: str, stats: dict[str, Any], action_dim:
     if name is None:
         name = next((robot for robot in ROBOTS if unnorm_key.lower().startswith(robot)), None)
     if name is None:
-        if all(stats.get("mask", [True])):
+        reason = why_to_name_a_robot(stats, "--robot")
+        if reason is None:
             return None
-        raise ValueError(
-            f"the statistics {unnorm_key!r} have a gripper that is learnt as 0...1, and robots take other values. "
-            f"Give --robot {' or '.join(ROBOTS)} to answer as that robot takes it, or --robot {PHYSICAL} to answer it "
-            "as learnt."
-        )
+        raise ValueError(f"the statistics {unnorm_key!r} have {reason}")
     robot = get_robot(name)
     if robot.action_dim != action_dim:
         raise ValueError(f"--robot {name} has actions of {robot.action_dim} values, the checkpoint has {action_dim}.")
+    check_learnt_gripper(robot, stats)
     return robot
 
 

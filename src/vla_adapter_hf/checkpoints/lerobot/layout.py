@@ -19,7 +19,7 @@ import torch
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
 from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
-from vla_adapter_hf.robots import ROBOTS, RobotPreset, get_robot
+from vla_adapter_hf.robots import RobotPreset, check_learnt_gripper, get_robot, why_to_name_a_robot
 
 
 # The policy's name in LeRobot: `type` in its config.json, and `--policy.type`.
@@ -100,21 +100,20 @@ def check_robot(config: VLAAdapterConfig, robot: str | None, unnorm_key: str | N
 
     Raises:
         ValueError: an unknown robot or key, a robot with actions of another size, or no robot for a policy whose
-            gripper was learnt as 0...1.
+            gripper was not normalised, or a robot that converts another gripper than the policy learnt.
     """
     _, stats = select_norm_stats(config.norm_stats, unnorm_key)
     if robot in (None, "none"):
-        if robot is None and not all(stats["action"].get("mask", [True])):
-            raise ValueError(
-                "the policy has a gripper that is learnt as 0...1, and robots take other values. Give robot as one "
-                f"of {', '.join(ROBOTS)}, or none to send the gripper as it was learnt."
-            )
+        reason = why_to_name_a_robot(stats["action"])
+        if robot is None and reason is not None:
+            raise ValueError(f"the policy has {reason}")
         return None
     preset = get_robot(robot)
     if preset.action_dim != config.action_dim:
         raise ValueError(
             f"robot={robot!r} has actions of {preset.action_dim} values, the policy has {config.action_dim}."
         )
+    check_learnt_gripper(preset, stats["action"])
     return preset
 
 
