@@ -12,7 +12,6 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from vla_adapter_hf.checkpoints.attention import choose_attention
 from vla_adapter_hf.checkpoints.checkpoint import check_dtype
 from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.checkpoints.exported import ExportedModel
@@ -194,8 +193,8 @@ class CheckpointPolicy:
         check_gripper(stats["action"], robot)
         self.camera_order = camera_order(opened.config.cameras, get_robot(robot).cameras)
         self.processor = opened.load_processor()
+        # With the default attention: a resumed run, a shard and a replica must compute the same.
         self.model = opened.load_model(dtype=dtype, device=device)
-        choose_attention(self.model)
 
     def describe(self) -> dict[str, Any]:
         """What decides its actions (JSON values), so that a retrained checkpoint does not resume another's run."""
