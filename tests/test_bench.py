@@ -33,7 +33,7 @@ from vla_adapter_hf.bench.random_weights import SIZES, random_checkpoint
 from vla_adapter_hf.bench.run import bench, serve_turns
 from vla_adapter_hf.bench.settings import BenchSettings
 from vla_adapter_hf.bench.turns import OtherProgram, answer_turns
-from vla_adapter_hf.cli.bench import parse_attention
+from vla_adapter_hf.cli.options import parse_attention
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 
 

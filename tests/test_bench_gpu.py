@@ -104,6 +104,8 @@ def test_rates_are_positive_numbers():
     ("message", "words"),
     [
         ("leave out --compile", ["--compile"]),
+        ("leave out --busy", ["--busy", "2"]),
+        ("leave out --serve-seconds", ["--serve-seconds", "3"]),
         ("leave out CHECKPOINT", ["folder"]),
         ("--minutes must be more than 0", ["--device", "cpu", "--minutes", "0"]),
         ("--size must be one of", ["--device", "cpu", "--size", "huge"]),
@@ -113,3 +115,9 @@ def test_rates_are_positive_numbers():
 def test_options_that_make_no_sense_are_refused(message, words):
     result = CliRunner().invoke(app, ["bench", "--gpu", *words])
     assert result.exit_code == 1 and message in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize("words", [["--minutes", "3"], ["--backend", "eager"], ["--serve-clients", "2"]])
+def test_options_of_other_measurements_are_refused(words):
+    result = CliRunner().invoke(app, ["bench", *words])
+    assert result.exit_code == 1 and f"leave out {words[0]}: it needs" in " ".join(result.output.split())

@@ -11,7 +11,7 @@ from vla_adapter_hf.bench.gpu import GpuBenchSettings, bench_gpu
 from vla_adapter_hf.bench.run import bench as run_bench
 from vla_adapter_hf.bench.run import serve_turns
 from vla_adapter_hf.bench.settings import BenchSettings
-from vla_adapter_hf.cli.options import parse_dtype
+from vla_adapter_hf.cli.options import parse_attention, parse_dtype
 from vla_adapter_hf.utils.extras import install_hint
 
 
@@ -47,41 +47,51 @@ def bench(
     ] = None,
     turns: Annotated[bool, typer.Option(help="Be that program: predict once for each line of input.")] = False,
     serve: Annotated[bool, typer.Option("--serve", help="Measure the policy server instead (extra: serve).")] = False,
-    serve_clients: Annotated[str, typer.Option(help="With --serve: how many clients ask at once.")] = "1,4,16",
-    serve_seconds: Annotated[float, typer.Option(help="With --serve: seconds of load for each of them.")] = 10.0,
-    serve_minutes: Annotated[float, typer.Option(help="With --serve: minutes of load while memory is read.")] = 0.0,
+    serve_clients: Annotated[
+        str | None, typer.Option(help="With --serve: how many clients ask at once, by default 1,4,16.")
+    ] = None,
+    serve_seconds: Annotated[
+        float | None, typer.Option(help="With --serve: seconds of load for each of them, by default 10.")
+    ] = None,
+    serve_minutes: Annotated[
+        float | None, typer.Option(help="With --serve: minutes of load while memory is read, by default none.")
+    ] = None,
     gpu: Annotated[
         bool, typer.Option("--gpu", help="One table of a GPU: eager, compiled, int8, batches (extra: quantization).")
     ] = False,
     minutes: Annotated[
-        float, typer.Option(help="With --gpu: nothing is compiled that would not be done by then.")
-    ] = GpuBenchSettings.minutes,
+        float | None,
+        typer.Option(help="With --gpu: compile nothing that would not be done by then; 10 by default."),
+    ] = None,
     backend: Annotated[str | None, typer.Option(help="With --gpu: torch.compile's backend.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="JSON file to write the report to; with --gpu the table goes next to it.")
     ] = None,
 ) -> None:
     """Measure the time of each stage of a prediction, the share of the machine's speed, memory and loading."""
+    load = {"clients": serve_clients, "seconds": serve_seconds, "memory_minutes": serve_minutes}
+    if not serve:
+        _refuse({f"--serve-{name.removeprefix('memory_')}": value for name, value in load.items()}, "it needs --serve")
+    if not gpu:
+        _refuse({"--minutes": minutes, "--backend": backend}, "it needs --gpu")
     if gpu:
         refused = {"CHECKPOINT": checkpoint, "--dtype": dtype, "--threads": threads, "--quantize": quantize}
-        refused |= {"--attn": attn, "--against": against, "--turns": turns, "--compile": compiled, "--serve": serve}
+        refused |= {"--attn": attn, "--against": against, "--turns": turns or None, "--compile": compiled or None}
+        refused |= {"--serve": serve or None, "--busy": busy or None}
+        _refuse(refused, "--gpu measures random weights in every way that it knows")
         given = {"device": device, "size": size, "batch_sizes": batch and parse_batch_sizes(batch), "backend": backend}
-        _bench_gpu(refused, {**given, "runs": runs, "warmup": warmup, "minutes": minutes}, output)
+        _bench_gpu({**given, "runs": runs, "warmup": warmup, "minutes": minutes}, output)
         return
     device = device or BenchSettings.device
     if serve:
-        for option, value in (
-            ("--size", size),
-            ("--attn", attn),
-            ("--against", against),
-            ("--turns", turns or None),
-            ("--busy", busy or None),
-        ):
-            if value is not None:
-                raise ValueError(f"--serve measures a server that is started as users start it: leave out {option}.")
+        refused = {"--size": size, "--attn": attn, "--against": against, "--turns": turns or None}
+        refused |= {"--busy": busy or None, "--batch": batch}
+        _refuse(refused, "--serve measures a server that is started as users start it")
         server = {"device": device, "dtype": dtype, "threads": threads, "compiled": compiled, "quantize": quantize}
-        load = {"clients": parse_batch_sizes(serve_clients, "--serve-clients"), "seconds": serve_seconds}
-        _bench_server(checkpoint, server, load | {"requests": runs, "memory_minutes": serve_minutes}, output)
+        if serve_clients is not None:
+            load["clients"] = parse_batch_sizes(serve_clients, "--serve-clients")
+        load = {name: value for name, value in load.items() if value is not None}
+        _bench_server(checkpoint, server, {**load, "requests": runs}, output)
         return
     settings = BenchSettings(
         checkpoint=checkpoint,
@@ -105,10 +115,13 @@ def bench(
         serve_turns(settings, report_progress=lambda line: typer.echo(line, err=True))
 
 
-def _bench_gpu(refused: dict[str, Any], given: dict[str, Any], output: Path | None) -> None:
-    for option, value in refused.items():
-        if value:
-            raise ValueError(f"--gpu measures random weights in every way that it knows: leave out {option}.")
+def _refuse(options: dict[str, Any], reason: str) -> None:
+    for option, value in options.items():
+        if value is not None:
+            raise ValueError(f"leave out {option}: {reason}.")
+
+
+def _bench_gpu(given: dict[str, Any], output: Path | None) -> None:
     settings = GpuBenchSettings(**{name: value for name, value in given.items() if value is not None})
     bench_gpu(settings, output, report_progress=typer.echo)
 
@@ -122,21 +135,6 @@ def _bench_server(checkpoint: str | None, server: dict[str, Any], load: dict[str
 
     settings = ServeBenchSettings(checkpoint=checkpoint, server=ServeSettings(**server), **load)
     bench_server(settings, output, report_progress=typer.echo)
-
-
-def parse_attention(text: str | None) -> str | dict[str, str] | None:
-    """The attention implementation of all parts, or `{configuration: implementation}`.
-
-    Raises:
-        ValueError: a part that does not exist.
-    """
-    if text is None or "=" not in text:
-        return text
-    parts = {"dinov2": "dinov2_config", "siglip": "siglip_config", "language_model": "text_config"}
-    pairs = [entry.partition("=") for entry in text.split(",")]
-    if not all(part in parts and implementation for part, _, implementation in pairs):
-        raise ValueError(f"--attn must be an implementation, or one for each of {', '.join(parts)}, got {text!r}.")
-    return {parts[part]: implementation for part, _, implementation in pairs}
 
 
 def parse_batch_sizes(text: str, option: str = "--batch") -> tuple[int, ...]:

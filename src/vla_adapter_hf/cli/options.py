@@ -71,3 +71,18 @@ def parse_numbers(text: str, option: str) -> list[int]:
 def format_numbers(numbers: Sequence[int]) -> str:
     """Consecutive numbers as [`parse_numbers`] reads them: 0, 1, 2 and 3 are `"0-3"`."""
     return f"{numbers[0]}-{numbers[-1]}"
+
+
+def parse_attention(text: str | None) -> str | dict[str, str] | None:
+    """The attention implementation of all parts, or `{configuration: implementation}`.
+
+    Raises:
+        ValueError: a part that does not exist.
+    """
+    if text is None or "=" not in text:
+        return text
+    parts = {"dinov2": "dinov2_config", "siglip": "siglip_config", "language_model": "text_config"}
+    pairs = [entry.partition("=") for entry in text.split(",")]
+    if not all(part in parts and implementation for part, _, implementation in pairs):
+        raise ValueError(f"--attn must be an implementation, or one for each of {', '.join(parts)}, got {text!r}.")
+    return {parts[part]: implementation for part, _, implementation in pairs}
