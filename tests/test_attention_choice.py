@@ -16,6 +16,7 @@ from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.robot.policy import LocalPolicy
 from vla_adapter_hf.serving.policy import ServedPolicy
 from vla_adapter_hf.serving.settings import ServeSettings
+from vla_adapter_hf.simulation.policies import CheckpointPolicy
 
 
 PARTS = ("dinov2_config", "siglip_config", "text_config")
@@ -41,15 +42,16 @@ def implementations(model) -> dict[str, str]:
 
 
 def test_the_towers_get_it_and_the_log_says_so(opened, plain_wins, caplog):
+    """At the level that transformers shows by default, and once."""
     model = opened.load_model("bfloat16")
-    attention.logger.addHandler(caplog.handler)
-    with caplog.at_level(logging.INFO, attention.logger.name):
-        assert choose_attention(model) == CHOSEN
-    attention.logger.removeHandler(caplog.handler)
+    attention.logger.warning_once.cache_clear()
+    assert choose_attention(model) == CHOSEN
+    assert choose_attention(opened.load_model("bfloat16")) == CHOSEN
+    assert [record.levelno for record in caplog.records if "ttention of" in record.message] == [logging.WARNING]
     assert implementations(model) == {**CHOSEN, "text_config": "sdpa"}
-    assert "attention of dinov2 and siglip: eager" in caplog.text
+    assert "Attention of dinov2 and siglip: eager" in caplog.text
     # Both cameras, 64 patches; DINOv2 has a class token and four registers more.
-    assert [shape for shape, _ in plain_wins] == [(2, 2, 69, 64), (2, 2, 64, 64)]
+    assert [shape for shape, _ in plain_wins[:2]] == [(2, 2, 69, 64), (2, 2, 64, 64)]
 
 
 @pytest.mark.parametrize(
@@ -83,6 +85,22 @@ def test_the_robot_loop_the_server_and_bench_choose(opened, plain_wins):
         settings = BenchSettings(dtype=torch.bfloat16, attention=given, runs=1, warmup=0)
         report = bench(settings, report_progress=lambda line: None)
         assert report["attention"]["siglip_config"] == expected
+
+
+@pytest.mark.parametrize("given", ["sdpa", "eager", {"siglip_config": "eager"}])
+def test_a_choice_of_the_user_stays(opened, plain_wins, given):
+    policy = LocalPolicy(opened.source, robot="none", dtype="bfloat16", attn_implementation=given)
+    served = ServedPolicy.load(opened.source, ServeSettings(dtype="bfloat16", attention=given))
+    for model in (policy.model, served.model):
+        expected = given if isinstance(given, dict) else dict.fromkeys(PARTS, given)
+        assert implementations(model) == dict.fromkeys(PARTS, "sdpa") | expected
+    assert plain_wins == []
+
+
+def test_an_evaluation_keeps_the_default(opened, plain_wins):
+    """A measurement that turns out otherwise must not change the actions of a resumed run, a shard or a replica."""
+    policy = CheckpointPolicy(opened.source, "libero", suite="libero_object", dtype="bfloat16")
+    assert implementations(policy.model) == dict.fromkeys(PARTS, "sdpa") and plain_wins == []
 
 
 def test_it_is_measured_once(monkeypatch):

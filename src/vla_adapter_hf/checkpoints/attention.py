@@ -26,8 +26,8 @@ CLEARLY = 0.95
 def choose_attention(model: Any) -> dict[str, str]:
     """Let the vision towers of a model use plain attention where that is quicker on this machine.
 
-    Nothing is changed unless the model computes with bfloat16 on a CPU and with the default attention, `"sdpa"`.
-    Actions stay within the error of bfloat16.
+    Nothing is changed unless the model computes with bfloat16 on a CPU and with `"sdpa"`, the default. Do not call it
+    where the user has chosen `"sdpa"`. Actions stay within the error of bfloat16.
 
     Args:
         model: a [`VLAAdapterForActionPrediction`]; exported checkpoints are left as they are.
@@ -50,7 +50,10 @@ def choose_attention(model: Any) -> dict[str, str]:
     if chosen:
         model.set_attn_implementation(chosen)
         parts = " and ".join(part.removesuffix("_config") for part in chosen)
-        logger.info(f"attention of {parts}: eager, which is quicker here in bfloat16 than torch's kernel.")
+        logger.warning_once(
+            f"Attention of {parts}: eager, measured to be quicker here in bfloat16 than torch's kernel. To choose it "
+            "yourself, give attn_implementation (--attn), such as sdpa."
+        )
     return chosen
 
 

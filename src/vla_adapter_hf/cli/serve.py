@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from vla_adapter_hf.cli.command import split_names
+from vla_adapter_hf.cli.options import parse_attention
 from vla_adapter_hf.cli.settings import Text, takes_settings
 from vla_adapter_hf.serving.settings import ServeSettings
 from vla_adapter_hf.utils.extras import install_hint
@@ -14,8 +15,17 @@ from vla_adapter_hf.utils.extras import install_hint
 
 @takes_settings(
     ServeSettings,
-    texts={"cameras": Text(lambda words: parse_cameras(split_names(words)), None, list[str] | None)},
-    names={"cameras": "--camera", "compiled": "--compile", "without_key": "--without-key", "clip": "--clip"},
+    texts={
+        "cameras": Text(lambda words: parse_cameras(split_names(words)), None, list[str] | None),
+        "attention": Text(parse_attention),
+    },
+    names={
+        "cameras": "--camera",
+        "attention": "--attn",
+        "compiled": "--compile",
+        "without_key": "--without-key",
+        "clip": "--clip",
+    },
 )
 def serve(
     checkpoint: Annotated[str | None, typer.Argument(help="Folder or Hub id; by default the embedded one.")] = None,

@@ -116,13 +116,14 @@ class ServedPolicy:
         make_reader(checkpoint.config, settings)
         dtype = settings.dtype or ("float32" if torch.device(settings.device).type == "cpu" else "auto")
         processor = checkpoint.load_processor()
+        options = {"attn_implementation": settings.attention}
         if settings.quantize is None:
-            model = checkpoint.load_model(dtype, settings.device)
-            if not settings.compiled:
+            model = checkpoint.load_model(dtype, settings.device, **options)
+            if not settings.compiled and settings.attention is None:
                 choose_attention(model)
         else:
-            quantization = quantization_config(settings.quantize, settings.device)
-            model = checkpoint.load_model(dtype, quantization_config=quantization, device_map={"": settings.device})
+            options["quantization_config"] = quantization_config(settings.quantize, settings.device)
+            model = checkpoint.load_model(dtype, device_map={"": settings.device}, **options)
         return cls(model, processor, settings, rules)
 
     def prepare(self, observation: Observation) -> PreparedObservation:

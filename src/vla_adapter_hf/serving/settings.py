@@ -36,6 +36,8 @@ class ServeSettings:
         device: `cpu`, `cuda`, `cuda:1`, ...
         dtype: `float32`, `bfloat16` or `float16`; by default float32 on the CPU and the checkpoint's own on a GPU.
         threads: CPU threads, by default as many as torch chooses.
+        attention: transformers' attention: `sdpa`, `eager`, ..., or by part, as in dinov2=eager,siglip=eager. By
+            default the quicker one is measured for a model in bfloat16 on a CPU.
         compiled: predict after `compile_for_inference`.
         quantize: weights in `int8` or `int4`; needs the extra quantization.
         unnorm_key: which of the checkpoint's statistics to use.
@@ -69,6 +71,7 @@ class ServeSettings:
     device: str = "cpu"
     dtype: str | None = None
     threads: int | None = None
+    attention: str | Mapping[str, str] | None = None
     compiled: bool = False
     quantize: str | None = None
     unnorm_key: str | None = None
