@@ -9,7 +9,7 @@ PYTHON312 ?= python3.12
 # pip asks nobody and prints its errors only.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-loop policy simulator test test-lerobot lint docs commands package oldest conformance test-gpu bench-gpu clean
+.PHONY: demo demo-loop policy simulator test test-slow test-lerobot lint docs commands package oldest conformance test-gpu bench-gpu clean
 
 # Predictions of the small policy over a recorded episode, as a picture.
 demo: $(VENV)/demo-installed
@@ -30,6 +30,10 @@ simulator: $(VENV)/simulator-installed
 # Two workers, each with one thread of torch (tests/conftest.py).
 test: $(VENV)/test-installed lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# The findings of `vla-adapter check` on many simulated recordings and policies.
+test-slow: $(VENV)/test-installed
+	$(BIN)/python -m pytest -m slow tests/test_doctor.py tests/test_doctor_policy.py
 
 # The plugin with LeRobot itself, in an environment of its own with Python 3.12 and a PyTorch with CUDA libraries, which runs on
 # the CPU: 7 GB on disk and 3 minutes to install, then about 10 minutes on two idle cores.
