@@ -92,8 +92,10 @@ def test_large_euler_angles_are_no_sign_that_differs_between_episodes(without_pl
     ],
 )
 def test_the_meaning_of_actions_is_found(kind, meaning, frame):
-    facts = check_recording(replace(make_recording(kind, seed=2), read_images=None), QUICK).facts
+    report = check_recording(replace(make_recording(kind, seed=2), read_images=None), QUICK)
+    facts = report.facts
     assert facts["actions"]["kind"] == meaning
+    assert (len(report.targets) > 0) == (meaning == "absolute")
     assert facts["actions"]["steps from action to motion"] == (1 if meaning == "absolute" else 0)
     if frame is not None:
         assert facts["actions"]["frame"] == frame

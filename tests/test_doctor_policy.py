@@ -16,11 +16,11 @@ from vla_adapter_hf.doctor.check import check
 from vla_adapter_hf.doctor.expectations import check_gripper_convention, check_statistics, choose_key
 from vla_adapter_hf.doctor.findings import Report
 from vla_adapter_hf.doctor.judgement import judge
-from vla_adapter_hf.doctor.measuring import measure_policy
+from vla_adapter_hf.doctor.measuring import Hold, measure_policy
 from vla_adapter_hf.doctor.policy import _choose_episodes
 from vla_adapter_hf.doctor.settings import PolicySettings
 from vla_adapter_hf.doctor.verdicts import Estimate, answer, carrying_cameras, ratio
-from vla_adapter_hf.training.probing import choose_samples
+from vla_adapter_hf.training.probing import Probe, choose_samples
 
 
 HELD_OUT = FIXTURES / "held_out"
@@ -69,10 +69,14 @@ def without(dimension):
     return predict
 
 
+def mean_of(probe):
+    return Hold(probe.actions[:, 0].mean(0), {})
+
+
 def answers(predict, folder, **options):
     probe = probe_of(folder, **options)
     report = Report("test")
-    measured = measure_policy(probe, predict, ["front", "wrist"], probe.actions[:, 0], np.ones(3))
+    measured = measure_policy(probe, predict, ["front", "wrist"], mean_of(probe), np.ones(3))
     measured.action_names = ["by_frames", "by_instruction", "by_state"]
     judge(report, measured)
     return {verdict.question: verdict.answer for verdict in report.verdicts}, report
@@ -131,7 +135,7 @@ def test_the_mean_action_is_said_to_be_no_policy(dataset):
     mean = probe_of(dataset).actions.mean(0)
     found, report = answers(lambda samples: np.broadcast_to(mean, (len(samples), *mean.shape)), dataset)
     assert (found["better than the mean action"], found["looks"], found["listens"]) == ("no", "no", "no")
-    assert report.named("the policy is hardly better than predicting the mean").severity == "high"
+    assert report.named("the policy is hardly better than the mean action").severity == "high"
 
 
 @pytest.mark.parametrize(
@@ -154,7 +158,7 @@ def test_frames_that_fit_the_policy_better_after_a_change_are_named(dataset, tur
 def test_errors_are_in_the_robots_units_by_dimension_and_for_first_and_other_actions(dataset):
     probe = probe_of(dataset)
     measured = measure_policy(
-        probe, lambda samples: probe.actions + np.array([0.1, -0.2, 0.0]), ["front", "wrist"], probe.actions[:, 0],
+        probe, lambda samples: probe.actions + np.array([0.1, -0.2, 0.0]), ["front", "wrist"], mean_of(probe),
         np.ones(3),
     )  # fmt: skip
     own = measured.errors["as it is"]
@@ -218,6 +222,85 @@ def test_the_interval_comes_from_whole_episodes():
     few = ratio(above, np.ones(12), np.arange(12))
     many = ratio(above.repeat(10), np.ones(120), np.arange(12).repeat(10))
     assert many.high - many.low == pytest.approx(few.high - few.low, rel=0.1)
+
+
+# Absolute targets: the state and a small motion
+
+
+@pytest.fixture(scope="module")
+def joints():
+    """Samples of four joints; the frames show where they go next, or their states say it (`by_state`)."""
+
+    def make(by_state=False):
+        rng, samples = np.random.default_rng(0), []
+        for place in range(96):
+            state = rng.uniform(-1, 1, 4)
+            way = ways_of(state) if by_state else rng.choice([-1.0, 1.0], 4)
+            actions = state + 0.04 * np.arange(1, 9)[:, None] * way + rng.normal(0, 0.01, (8, 4))
+            images = [np.concatenate([way, [place]])[None, None]]
+            samples.append({"images": images, "text": "go", "state": state, "actions": actions,
+                            "action_is_pad": np.zeros(8, bool)})  # fmt: skip
+        episodes = np.repeat(np.arange(12), 8)
+        partners = np.roll(np.arange(96), 8)
+        return Probe(samples, episodes, np.tile(np.linspace(0, 1, 8), 12), partners, [None] * 96)
+
+    return make
+
+
+def ways_of(state):
+    return np.sign(np.sin(20 * state))
+
+
+def answers_of_joints(probe, policy):
+    states = np.stack([sample["state"] for sample in probe.samples])
+    hold = Hold.fit(probe.actions[:, 0], states, {dim: dim for dim in range(4)})
+    steps = np.arange(1, 9)[:, None]
+
+    def predict(samples):
+        return np.stack([policy(sample["state"], sample["images"][0][0, 0], steps) for sample in samples])
+
+    measured = measure_policy(probe, predict, ["front"], hold, np.ones(4))
+    measured.action_names = list("abcd")
+    report = Report("test")
+    judge(report, measured)
+    return {verdict.question: verdict.answer for verdict in report.verdicts}, report
+
+
+def test_an_absolute_policy_that_stands_still_is_said_to_be_no_policy(joints):
+    found, report = answers_of_joints(joints(), lambda state, image, steps: np.tile(state, (8, 1)))
+    assert found["better than holding the state"] == "no"
+    assert report.named("the policy is hardly better than holding the state").severity == "high"
+    rows = {row["condition"] for row in next(iter(report.tables.values()))}
+    assert {"mean action", "hold the state"} <= rows
+
+
+def test_an_absolute_policy_that_takes_its_motion_from_the_frames_does_not_lean_on_the_state(joints):
+    found, report = answers_of_joints(joints(), lambda state, image, steps: state + 0.04 * steps * image[:4])
+    assert (found["better than holding the state"], found["looks"], found["leans on the state"]) == (
+        "yes",
+        "yes",
+        "no",
+    )
+    assert report.findings == []
+
+
+def test_an_absolute_policy_that_reads_its_targets_off_the_frames_does_not_lean_on_the_state(joints):
+    probe = joints()
+    found, _ = answers_of_joints(probe, lambda state, image, steps: probe.actions[int(image[4])])
+    assert found["leans on the state"] == "no"
+
+
+def test_an_absolute_policy_that_takes_its_motion_from_the_state_leans_on_it(joints):
+    found, _ = answers_of_joints(
+        joints(by_state=True), lambda state, image, steps: state + 0.04 * steps * ways_of(state)
+    )
+    assert (found["looks"], found["leans on the state"]) == ("no", "yes")
+
+
+def test_holding_the_state_knows_other_units():
+    states = np.random.default_rng(0).uniform(-1, 1, (100, 2))
+    hold = Hold.fit(np.column_stack([np.ones(100), np.degrees(states[:, 0]) + 5]), states, {1: 0})
+    np.testing.assert_allclose(hold.actions([{"state": np.array([0.5, 9])}]), [[[1, np.degrees(0.5) + 5]]])
 
 
 # What a checkpoint expects

@@ -28,7 +28,7 @@ from vla_adapter_hf.doctor.pictures import report_pictures
 from vla_adapter_hf.doctor.policy import check_policy
 from vla_adapter_hf.doctor.ranges import check_ranges, clipping_cost
 from vla_adapter_hf.doctor.recording import FrameSample, Recording, sample_frames
-from vla_adapter_hf.doctor.semantics import Semantics, check_semantics, find_semantics
+from vla_adapter_hf.doctor.semantics import Semantics, absolute_targets, check_semantics, find_semantics
 from vla_adapter_hf.doctor.settings import CheckSettings, PolicySettings
 from vla_adapter_hf.doctor.suggest import suggest, train_command
 from vla_adapter_hf.doctor.timing import (
@@ -120,6 +120,7 @@ def check_recording(
     report.add(check_frames(recording, sample))
     idle = idle_share(recording, grippers)
     if recording.consecutive:
+        report.targets = absolute_targets(semantics)
         report.add(check_semantics(recording, semantics, settings))
         report.add(check_dropped_steps(recording, semantics))
         report.add(_without_consequences(report, check_consistency(recording, semantics, settings)))

@@ -67,6 +67,7 @@ class Report:
         verdicts: about a policy, if one was checked.
         rule: how the verdicts follow from the numbers.
         tables: by title, rows of plain values by column.
+        targets: action dimensions that are absolute targets, each with the state dimension that follows it.
     """
 
     dataset: str
@@ -78,6 +79,7 @@ class Report:
     verdicts: list[Verdict] = field(default_factory=list)
     rule: str = ""
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    targets: dict[int, int] = field(default_factory=dict)
 
     def add(self, findings: list[Finding]) -> None:
         """Take more findings, and keep the most severe first."""

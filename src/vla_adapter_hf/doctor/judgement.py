@@ -8,7 +8,7 @@ import numpy as np
 
 from vla_adapter_hf.doctor.findings import Finding, Report, Verdict
 from vla_adapter_hf.doctor.frames import CHANGES
-from vla_adapter_hf.doctor.measuring import CAMERAS_SWAPPED, Measured
+from vla_adapter_hf.doctor.measuring import CAMERAS_SWAPPED, HOLD, Measured
 from vla_adapter_hf.doctor.verdicts import (
     CLEAR,
     LEAST_EPISODES,
@@ -24,12 +24,14 @@ from vla_adapter_hf.training.probing import AS_IS, MEAN, OTHER_FRAMES, OTHER_INS
 
 
 PARTS_OF_EPISODE = 5
+BETTER = {MEAN: "better than the mean action", HOLD: "better than holding the state"}
 RULE = (
     "Yes, a little or no follow from the share of the error that the right input takes away, compared with a wrong "
     f"one: no if it may be as small as {NOTHING:.0%} and is surely below {CLEAR:.0%}, a little below {CLEAR:.0%}, yes "
     "from there on. In brackets its 95 % interval, from drawing whole episodes with replacement. With fewer than "
     f"{LEAST_EPISODES} episodes nothing is decided. A policy leans on the state if the right state takes "
-    "away that much, and more than twice as much as the right frames."
+    "away that much, and more than twice as much as the right frames. Where actions are absolute targets, holding the "
+    "state is a prediction that needs no policy, and with another state only the motion from there is compared."
 )
 
 
@@ -59,7 +61,10 @@ def _verdicts(measured: Measured, gains: dict[str, Estimate]) -> list[Verdict]:
     words = {
         "looks": (OTHER_FRAMES, "the right frames take away {} of the error"),
         "listens": (OTHER_INSTRUCTION, "the right instruction takes away {} of the error"),
-        "better than the mean action": (MEAN, "the policy takes away {} of the error of predicting the mean"),
+        BETTER[measured.baseline]: (
+            measured.baseline,
+            f"the policy takes away {{}} of the error of '{measured.baseline}'",
+        ),
     }
     found, episodes = {}, len(np.unique(measured.probe.episodes))
     is_enough = episodes >= LEAST_EPISODES
@@ -86,7 +91,7 @@ def _verdicts(measured: Measured, gains: dict[str, Estimate]) -> list[Verdict]:
         (" and ".join(carrying) or "none") if is_enough else "cannot be decided",
         f"{detail}; {count}",
     )
-    return [found[name] for name in ("better than the mean action", "looks", "carries", "listens",
+    return [found[name] for name in (BETTER[measured.baseline], "looks", "carries", "listens",
                                      "leans on the state")]  # fmt: skip
 
 
@@ -118,7 +123,7 @@ def _share(errors: np.ndarray, mean: np.ndarray, scale: np.ndarray) -> float:
 def _dimensions(measured: Measured) -> list[dict[str, Any]]:
     """A row for each action dimension, in the robot's units."""
     errors, own = measured.errors, measured.errors[AS_IS]
-    shown = [name for name in (OTHER_FRAMES, OTHER_INSTRUCTION, OTHER_STATE, MEAN) if name in errors]
+    shown = [name for name in (OTHER_FRAMES, OTHER_INSTRUCTION, OTHER_STATE, MEAN, HOLD) if name in errors]
     return [
         {
             "dimension": name,
@@ -141,7 +146,7 @@ def parts_of_episode(measured: Measured) -> list[np.ndarray]:
 def _over_time(measured: Measured) -> list[dict[str, Any]]:
     """A row for each fifth of the episodes: the error as a share of that of the mean action over all of them."""
     usual = measured.errors[MEAN].total.mean()
-    shown = [name for name in (AS_IS, OTHER_FRAMES, OTHER_INSTRUCTION, MEAN) if name in measured.errors]
+    shown = [name for name in (AS_IS, OTHER_FRAMES, OTHER_INSTRUCTION, MEAN, HOLD) if name in measured.errors]
     return [
         {
             "part of the episode": f"{20 * place} to {20 * place + 20} %",
@@ -155,12 +160,13 @@ def _over_time(measured: Measured) -> list[dict[str, Any]]:
 
 def _findings(measured: Measured, gains: dict[str, Estimate], answers: dict[str, str]) -> list[Finding]:
     findings = []
-    if answers["better than the mean action"] in ("no", "a little"):
+    baseline = measured.baseline
+    if answers[BETTER[baseline]] in ("no", "a little"):
         findings.append(
             Finding(
-                "the policy is hardly better than predicting the mean",
-                "high" if gains[MEAN].value < NOTHING else "medium",
-                {"share of the mean's error that it takes away": str(gains[MEAN])},
+                f"the policy is hardly {BETTER[baseline]}",
+                "high" if gains[baseline].value < NOTHING else "medium",
+                {f"share of the error of '{baseline}' that it takes away": str(gains[baseline])},
                 "It has not learnt these demonstrations, or the data is not what it was trained on.",
                 "Compare statistics, cameras and conventions above; otherwise train longer.",
             )

@@ -23,6 +23,7 @@ from vla_adapter_hf.training.probing import (
 
 
 CAMERAS_SWAPPED = "cameras in reverse order"
+HOLD = "hold the state"
 
 
 @dataclass
@@ -46,6 +47,42 @@ class Measured:
     cameras: list[str]
     scale: np.ndarray
     facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def baseline(self) -> str:
+        """The better of the predictions that need no policy: the mean action, and for absolute targets the state."""
+        return min(
+            (name for name in (MEAN, HOLD) if name in self.errors), key=lambda name: self.errors[name].total.mean()
+        )
+
+
+@dataclass(frozen=True)
+class Hold:
+    """The action that holds the arm where it is: for absolute targets a line of the state, else the mean action.
+
+    Args:
+        mean: (A,), the mean action of the dataset.
+        lines: by action dimension that is a target, its state dimension, slope and offset.
+    """
+
+    mean: np.ndarray
+    lines: dict[int, tuple[int, float, float]]
+
+    @classmethod
+    def fit(cls, actions: np.ndarray, states: np.ndarray, targets: dict[int, int]) -> Hold:
+        """Lines through actions (n, A) and states (n, S) of the same steps, so that their units may differ."""
+        lines = {
+            dim: (state_dim, *map(float, np.polyfit(states[:, state_dim].astype(np.float64), actions[:, dim], 1)))
+            for dim, state_dim in targets.items()
+        }
+        return cls(actions.mean(0, dtype=np.float64), lines)
+
+    def actions(self, samples: list[Sample]) -> np.ndarray:
+        """(N, 1, A) for the states of N samples."""
+        held = np.tile(self.mean, (len(samples), 1))
+        for dim, (state_dim, slope, offset) in self.lines.items():
+            held[:, dim] = [slope * sample["state"][state_dim] + offset for sample in samples]
+        return held[:, None]
 
 
 def model_inputs(processor: Any, samples: list[Sample]) -> dict[str, Any]:
@@ -79,7 +116,7 @@ def measure_policy(
     probe: Probe,
     predict: Predict,
     cameras: list[str],
-    actions: np.ndarray,
+    hold: Hold,
     scale: np.ndarray,
     report_progress: Callable[[str], None] = lambda line: None,
 ) -> Measured:
@@ -89,7 +126,7 @@ def measure_policy(
         probe: the samples.
         predict: from samples to chunks in the robot's units.
         cameras: short names, in the order of the frames.
-        actions: (n, A) of the dataset, whose mean is the simplest prediction.
+        hold: the simplest predictions.
         scale: (A,), see `verdicts.measure`.
         report_progress: called with a line of text before each condition.
     """
@@ -113,6 +150,13 @@ def measure_policy(
         if name == AS_IS:
             as_it_is = predicted
         errors[name] = measure(predicted, recorded, is_real, scale)
-    mean = np.broadcast_to(actions.mean(0, dtype=np.float64), recorded.shape)
-    errors[MEAN] = measure(mean, recorded, is_real, scale)
+        if name == OTHER_STATE and hold.lines:
+            # A target begins at the state. Counted from there, a motion that follows from the frames stays right.
+            moved = predicted + hold.actions(probe.samples) - hold.actions(samples)
+            from_there = measure(moved, recorded, is_real, scale).dims.mean(0) < errors[name].dims.mean(0)
+            errors[name] = measure(np.where(from_there, moved, predicted), recorded, is_real, scale)
+    errors[MEAN] = measure(np.broadcast_to(hold.mean, recorded.shape), recorded, is_real, scale)
+    if hold.lines:
+        held = np.broadcast_to(hold.actions(probe.samples), recorded.shape)
+        errors[HOLD] = measure(held, recorded, is_real, scale)
     return Measured(probe, errors, as_it_is, [], cameras, scale)

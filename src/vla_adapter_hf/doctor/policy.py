@@ -20,7 +20,7 @@ from vla_adapter_hf.doctor.expectations import (
 )
 from vla_adapter_hf.doctor.findings import Finding, Report
 from vla_adapter_hf.doctor.judgement import judge
-from vla_adapter_hf.doctor.measuring import make_predict, measure_policy
+from vla_adapter_hf.doctor.measuring import Hold, make_predict, measure_policy
 from vla_adapter_hf.doctor.policy_pictures import policy_pictures
 from vla_adapter_hf.doctor.settings import PolicySettings
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
@@ -86,7 +86,8 @@ def check_policy(
     probe = choose_samples([data], settings.samples, settings.seed)
     predict = make_predict(model, processor, key, settings.batch_size)
     scale = _scale(statistics["action"])
-    measured = measure_policy(probe, predict, list(data.camera_names), table.learnt_actions, scale, report_progress)
+    hold = Hold.fit(table.learnt_actions, table.states, report.targets)
+    measured = measure_policy(probe, predict, list(data.camera_names), hold, scale, report_progress)
     measured.action_names = list(config.action_names or data.action_names or [])
     if len(measured.action_names) != config.action_dim:
         measured.action_names = [f"action {dim}" for dim in range(config.action_dim)]

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from vla_adapter_hf.doctor.judgement import parts_of_episode
-from vla_adapter_hf.doctor.measuring import Measured, Sample, model_inputs
+from vla_adapter_hf.doctor.measuring import HOLD, Measured, Sample, model_inputs
 from vla_adapter_hf.doctor.pictures import pixels
 from vla_adapter_hf.doctor.verdicts import ratio
 from vla_adapter_hf.training.probing import AS_IS, MEAN, OTHER_FRAMES, OTHER_INSTRUCTION, OTHER_STATE
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SHOWN = 3  # samples on each side
 SIDE = 160  # pixels of a frame with attention
 COLORS = {AS_IS: "black", OTHER_FRAMES: "tab:orange", OTHER_INSTRUCTION: "tab:green", OTHER_STATE: "tab:purple",
-          MEAN: "tab:gray"}  # fmt: skip
+          MEAN: "tab:gray", HOLD: "tab:olive"}  # fmt: skip
 
 
 def policy_pictures(measured: Measured, model: Any, processor: Any, unnorm_key: str) -> dict[str, np.ndarray]:

@@ -50,6 +50,13 @@ class Semantics:
     fits: Fits | None = None
 
 
+def absolute_targets(semantics: Semantics) -> dict[int, int]:
+    """Action dimensions that are surely absolute targets, each with the state dimension that follows it."""
+    if semantics.kind != "absolute":
+        return {}
+    return {dim: int(semantics.state_dims[dim]) for dim in semantics.dims if semantics.r2[dim] > GOOD}
+
+
 def find_semantics(recording: Recording, settings: CheckSettings, grippers: list[int]) -> Semantics:
     """Fit all explanations and take the best; see `Semantics`."""
     actions = recording.all_actions
