@@ -28,6 +28,7 @@ def write_dataset(
     episodes: int = 24,
     instructions: tuple[str, ...] = INSTRUCTIONS,
     blind: bool = False,
+    short: int | None = None,
 ) -> Path:
     """A LeRobot dataset.
 
@@ -36,6 +37,7 @@ def write_dataset(
 
     Args:
         blind: frames are those of other steps, so that they say nothing.
+        short: an episode that has one step only.
     """
     rng = np.random.default_rng(seed)
     steps = 12
@@ -51,6 +53,9 @@ def write_dataset(
             camera: [encode_image(_frame(rng, side if camera == "front" else 0.0)) for side in shown[episode]]
             for camera in LAYOUT.cameras
         }
+        if episode == short:
+            images = {camera: frames[:1] for camera, frames in images.items()}
+            states, actions = states[:1], actions[:1]
         save_episode(folder, f"{episode:04d}", LAYOUT, text, images, states, actions.astype(np.float32))
     assemble(folder)
     return folder

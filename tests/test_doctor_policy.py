@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from model_fixtures import FIXTURES
+from model_fixtures import FIXTURES, learner_config
 from probe_fixtures import INSTRUCTIONS, train_policy, write_dataset, write_start
 from typer.testing import CliRunner
 
@@ -20,7 +20,10 @@ from vla_adapter_hf.doctor.measuring import Hold, measure_policy
 from vla_adapter_hf.doctor.policy import _choose_episodes
 from vla_adapter_hf.doctor.settings import PolicySettings
 from vla_adapter_hf.doctor.verdicts import Estimate, answer, carrying_cameras, ratio
+from vla_adapter_hf.training.arguments import DataArguments
+from vla_adapter_hf.training.demonstrations import load_data
 from vla_adapter_hf.training.probing import Probe, choose_samples
+from vla_adapter_hf.training.resuming import keep_arguments
 
 
 HELD_OUT = FIXTURES / "held_out"
@@ -368,15 +371,35 @@ def test_data_that_does_not_fit_the_policy_is_a_finding(dataset):
 def test_on_the_data_of_its_training_a_policy_is_asked_about_the_episodes_that_were_held_out(policy, dataset):
     training = load_demonstrations(dataset, cameras=["front", "wrist"], chunk_size=2)
     held_out = training.split_by_episode(4, 3)[1].episode_indices
-    data, whose, findings = _choose_episodes(training, PolicySettings(), policy, is_same=True)
+    data, whose, findings = _choose_episodes(training, PolicySettings(), policy, "data")
     assert (data.episode_indices, whose, findings) == (held_out, "those that its training held out", [])
-    asked = _choose_episodes(training, PolicySettings(episodes=[1]), policy, is_same=True)
+    asked = _choose_episodes(training, PolicySettings(episodes=[1]), policy, "data")
     assert asked[0].episode_indices == [1]
-    other = _choose_episodes(training, PolicySettings(), policy, is_same=False)
+    other = _choose_episodes(training, PolicySettings(), policy, None)
     assert other[0].episode_indices == list(range(12)) and not other[2]
     (policy / "_arguments.json").unlink()
-    _, _, (seen,) = _choose_episodes(training, PolicySettings(), policy, is_same=True)
+    _, _, (seen,) = _choose_episodes(training, PolicySettings(), policy, "data")
     assert seen.name == "the policy was trained on these episodes"
+
+
+@pytest.mark.parametrize(
+    "options", [{"pad_chunks": True}, {"on_bad_episode": "skip"}, {"split": "train"}], ids=lambda option: [*option][0]
+)
+def test_the_held_out_episodes_are_those_of_the_training_however_it_read_the_data(options, tmp_path):
+    """Episode 3 is too short for a chunk unless chunks are padded, and one split has fewer episodes than the data."""
+    folder = write_dataset(tmp_path / "data", episodes=12, short=3)
+    info = json.loads((folder / "meta" / "info.json").read_text())
+    (folder / "meta" / "info.json").write_text(json.dumps(info | {"splits": {"train": "0:9", "test": "9:12"}}))
+    if "split" in options:
+        options = options | {"on_bad_episode": "skip"}
+    arguments = DataArguments([str(folder)], cameras=["front", "wrist"], chunk_size=2, validation=4, **options)
+    demonstrations = load_data(arguments, learner_config(), seed=3)
+    keep_arguments({}, demonstrations.held_out, tmp_path)
+    data = load_demonstrations(folder, cameras=["front", "wrist"], chunk_size=2, on_bad_episode="skip")
+    chosen, whose, _ = _choose_episodes(data, PolicySettings(), tmp_path, "data")
+    assert whose == "those that its training held out"
+    assert not set(chosen.episode_indices) & set(demonstrations.train.episode_indices)
+    assert set(chosen.episode_indices) == set(demonstrations.validation.episode_indices) - {3}
 
 
 # Real policies

@@ -26,7 +26,7 @@ from vla_adapter_hf.doctor.settings import PolicySettings
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
 from vla_adapter_hf.training.demonstrations import check_camera_order
 from vla_adapter_hf.training.probing import choose_samples
-from vla_adapter_hf.training.resuming import ARGUMENTS
+from vla_adapter_hf.training.resuming import ARGUMENTS, HELD_OUT
 from vla_adapter_hf.utils.devices import check_device
 
 
@@ -79,7 +79,7 @@ def check_policy(
     )
     table = data.source.table
     report.add(_compare(config, data, key, statistics))
-    data, whose, seen = _choose_episodes(data, settings, Path(checkpoint), _is_same(used, statistics))
+    data, whose, seen = _choose_episodes(data, settings, Path(checkpoint), key if _is_same(used, statistics) else None)
     report.add(seen)
     report_progress(f"Loading {checkpoint}")
     model, processor = opened.load_model(settings.dtype, settings.device), opened.load_processor()
@@ -114,25 +114,24 @@ def _is_same(used: Mapping[str, Any], statistics: Mapping[str, Any]) -> bool:
 
 
 def _choose_episodes(
-    data: VLAAdapterDataset, settings: PolicySettings, checkpoint: Path, is_same: bool
+    data: VLAAdapterDataset, settings: PolicySettings, checkpoint: Path, key: str | None
 ) -> tuple[VLAAdapterDataset, str, list[Finding]]:
     """The episodes to ask about, which ones they are, and a finding if the policy was trained on them.
 
-    A training leaves its arguments in its output folder. On the same dataset its split is drawn again.
+    A training writes into its output folder which episodes it held out.
+
+    Args:
+        key: of the policy's statistics, if they are those of this dataset; else None.
     """
     if settings.episodes is not None:
         return data.select_episodes(settings.episodes, data.image_transform), "as asked for", []
-    if not is_same:
+    if key is None:
         return data, "all in the dataset", []
     kept = next((path for path in (checkpoint / ARGUMENTS, checkpoint.parent / ARGUMENTS) if path.is_file()), None)
     arguments = {} if kept is None else json.loads(kept.read_text(encoding="utf-8"))
-    share = arguments.get("validation") or 0
-    if share:
-        if arguments.get("episodes"):
-            data = data.select_episodes(arguments["episodes"], data.image_transform)
-        share = int(share) if share >= 1 else share
-        held_out = data.split_by_episode(share, arguments["seed"], data.image_transform)[1]
-        return held_out, "those that its training held out", []
+    held_out = set(arguments.get(HELD_OUT, {}).get(key, ())) & set(data.episode_indices)
+    if held_out:
+        return data.select_episodes(held_out, data.image_transform), "those that its training held out", []
     seen = Finding(
         "the policy was trained on these episodes",
         "medium",

@@ -29,6 +29,11 @@ class Demonstrations:
     """The validation part of each dataset, or the whole of it where nothing is held out; for the pictures."""
     norm_stats: dict[str, Any]
 
+    @property
+    def held_out(self) -> dict[str, list[int]]:
+        """The episodes that are held out, by the name of their dataset's statistics."""
+        return {part.unnorm_key: part.episode_indices for part in self.parts} if self.validation is not None else {}
+
 
 def load_data(
     arguments: DataArguments, config: VLAAdapterConfig, seed: int, progress: bool | None = None

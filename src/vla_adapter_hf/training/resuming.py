@@ -21,6 +21,8 @@ from vla_adapter_hf.utils.files import write_json
 
 # Names with this first letter are not uploaded: the file holds paths of this machine.
 ARGUMENTS = "_arguments.json"
+# In that file, by the name of the statistics: the episodes that were held out.
+HELD_OUT = "held_out"
 # A resumed run may have other values of these. A dataset may have moved: its statistics are compared instead.
 MAY_CHANGE = {"dataset", "picture_episodes", "attn_implementation", "revision", "check_every", "check_samples"}
 
@@ -68,9 +70,9 @@ def run_arguments(model: ModelArguments, data: DataArguments, seed: int) -> dict
     return json.loads(json.dumps({name: value for name, value in arguments.items() if name not in MAY_CHANGE}))
 
 
-def keep_arguments(arguments: dict[str, Any], output: Path) -> None:
-    """Write [`run_arguments`] to the output folder, for [`check_same_run`]."""
-    write_json(output / ARGUMENTS, arguments)
+def keep_arguments(arguments: dict[str, Any], held_out: dict[str, list[int]], output: Path) -> None:
+    """Write [`run_arguments`] to the output folder, for [`check_same_run`], and which episodes were held out."""
+    write_json(output / ARGUMENTS, arguments | {HELD_OUT: held_out})
 
 
 def check_same_run(checkpoint: Path, arguments: dict[str, Any], fields: dict[str, Any]) -> None:

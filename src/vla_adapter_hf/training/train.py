@@ -75,7 +75,7 @@ def train(
     if resume_from is not None:
         check_same_run(resume_from, arguments, fields)
     if training_arguments.process_index == 0:
-        keep_arguments(arguments, output)
+        keep_arguments(arguments, demonstrations.held_out, output)
 
     report_progress(f"Loading {model_arguments.checkpoint}")
     model, processor = load_start(start, model_arguments, fields)
