@@ -25,6 +25,8 @@ Arrays = list[np.ndarray]
 # The types of nodes that layers become, and of those that only move values, in both engines.
 LAYER_KINDS = ("MatMul", "Gemm", "Conv", "Convolution")
 SHAPE_KINDS = ("Constant", "Convert", "Parameter", "Reshape", "Result", "Squeeze", "Transpose", "Unsqueeze")
+# The policy's first layers have constant inputs, so a converter may compute them once and for all.
+CONSTANT_LAYERS = ("policy.fc_in", *(f"policy.blocks.0.attention.{name}" for name in ("q_proj", "k_self", "v_self")))
 
 
 class Converter(ABC):
@@ -36,6 +38,8 @@ class Converter(ABC):
     Raises:
         ImportError: without the engine's packages.
     """
+
+    engine: str
 
     def __init__(self, program: torch.export.ExportedProgram) -> None:
         self.layers = layer_names(program)
@@ -51,13 +55,19 @@ class Converter(ABC):
         Args:
             calibration: inputs of the graph, from which the ranges of activations are taken.
             kept_layers: names of layers that stay in higher precision.
+
+        Raises:
+            RuntimeError: when a layer of the model is not found in the converted graph.
         """
         nncf = import_nncf()
         samples = nncf.Dataset(list(calibration), self._sample)
-        names = [name for layer in kept_layers if (name := self._node_name(layer)) is not None]
+        nodes = self.layer_nodes()
+        kept = [nodes[layer] for layer in kept_layers if layer in nodes]
         # Only layers are rounded. Rounding the sums and norms between them errs ten times as much, and gains no time.
         kinds = sorted(self._kinds() - set(LAYER_KINDS) - set(SHAPE_KINDS))
-        ignored = nncf.IgnoredScope(names=names + self._attention_products(), types=kinds, validate=False)
+        ignored = nncf.IgnoredScope(
+            names=kept + self._attention_products(set(nodes.values())), types=kinds, validate=False
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return nncf.quantize(
@@ -76,16 +86,28 @@ class Converter(ABC):
     def _kinds(self) -> set[str]:
         """The types of the graph's nodes."""
 
+    def layer_nodes(self) -> dict[str, str]:
+        """The products of the converted graph by the names of the model's layers, without those that are constant.
+
+        Raises:
+            RuntimeError: when a layer is not found: it could be neither rounded nor kept.
+        """
+        nodes = {layer: self._node_name(layer) for layer in self.layers}
+        lost = [layer for layer, name in nodes.items() if name is None and layer not in CONSTANT_LAYERS]
+        if lost:
+            raise RuntimeError(
+                f"{len(lost)} layers are not found in the graph that {self.engine} made, {lost[0]} among them: "
+                "it names operations in another way than the releases in constraints.txt. Install those."
+            )
+        return {layer: name for layer, name in nodes.items() if name is not None}
+
     @abstractmethod
-    def _attention_products(self) -> list[str]:
-        """The names of nodes that multiply activations with each other."""
+    def _attention_products(self, layers: set[str]) -> list[str]:
+        """The names of nodes that multiply activations with each other: all products but those of the layers."""
 
     @abstractmethod
     def _node_name(self, layer: str) -> str | None:
-        """What the engine's model calls the product of a layer; `None` where it was computed once and for all.
-
-        The policy's first layers have constant inputs.
-        """
+        """What the engine's model calls the product of a layer; `None` where there is none."""
 
     @abstractmethod
     def save(self, model: Any, folder: Path, half_weights: bool) -> None:
@@ -129,8 +151,7 @@ class OpenVINOConverter(Converter):
         # OpenVINO decomposes the traced graph first, which renames convolutions.
         return self._products.get(self.layers[layer].replace("conv2d", "convolution"))
 
-    def _attention_products(self) -> list[str]:
-        layers = {self._node_name(layer) for layer in self.layers}
+    def _attention_products(self, layers: set[str]) -> list[str]:
         nodes = [node.get_friendly_name() for node in self.model.get_ops() if node.get_type_name() == "MatMul"]
         return [name for name in nodes if name not in layers]
 
@@ -171,8 +192,7 @@ class ONNXConverter(Converter):
     def _node_name(self, layer: str) -> str | None:
         return self._products.get(f"model.{layer}")
 
-    def _attention_products(self) -> list[str]:
-        layers = {self._node_name(layer) for layer in self.layers}
+    def _attention_products(self, layers: set[str]) -> list[str]:
         return [node.name for node in self.model.graph.node if node.op_type == "MatMul" and node.name not in layers]
 
     def _kinds(self) -> set[str]:
