@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from vla_adapter_hf.checkpoints.checkpoint import Checkpoint
 from vla_adapter_hf.checkpoints.exported import ENGINES, GRAPH_INPUTS, MODEL_TYPE, RECORD, ExportedModel
 from vla_adapter_hf.checkpoints.model_card import fill_model_card
 from vla_adapter_hf.checkpoints.open import open_checkpoint
@@ -31,6 +30,8 @@ TOLERANCE = 1e-4
 ROUNDS = 3
 # Samples that the layers' sensitivity is measured with: each costs a prediction per block.
 SENSITIVITY_SAMPLES = 4
+# Every so many observations, one is left out of the calibration. On those an int8 export is judged.
+HELD_OUT = 3
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class ExportSettings:
         calibrate: for int8, a dataset of demonstrations: folder or Hub id.
         robot: for published checkpoints and for the dataset, the robot preset.
         cameras: for the dataset, the columns of the model's cameras; by default found by the model's names.
-        samples: observations that are taken from the dataset.
+        samples: observations that are taken from the dataset. For int8 every third is left out of the calibration, and
+            the errors are measured on those.
         prompt_tokens: length that prompts are padded to. Longer ones are refused at prediction.
         dynamic_batch: leave the batch size open. A graph of batch 1 is quicker and predicts batches row after row.
         error_ratio: for int8, how many times the error of bfloat16 the mean error of an action may be. Layers that err
@@ -83,6 +85,8 @@ class ExportSettings:
         for name in ("samples", "prompt_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}.")
+        if self.precision == "int8" and self.samples < HELD_OUT:
+            raise ValueError(f"--precision int8 needs --samples of at least {HELD_OUT}, got {self.samples}.")
         if not self.error_ratio > 1:
             raise ValueError(f"--error-ratio must be more than 1, got {self.error_ratio}.")
 
@@ -117,6 +121,7 @@ def export(
     model = checkpoint.load_model(dtype="float32")
     processor = checkpoint.load_processor()
     samples = list(_samples(model, processor, settings))
+    calibration, samples = _held_out(samples) if settings.precision == "int8" else ([], samples)
     exact = _predictions(model, samples)
 
     report_progress("Tracing and converting")
@@ -126,14 +131,17 @@ def export(
         processor.save_pretrained(temporary)
         write_json(temporary / "config.json", {**model.config.to_diff_dict(), "model_type": MODEL_TYPE})
         if settings.precision == "int8":
-            allowed = _allowed_error(checkpoint, samples, exact, settings)
-            record = _write_int8(converter, temporary, model, samples, exact, allowed, settings, report_progress)
+            bfloat16 = _errors(_predictions(checkpoint.load_model(dtype="bfloat16"), samples) - exact)
+            report_progress(f"bfloat16 in torch: {_in_words(bfloat16)}")
+            judged = Judged(samples, exact, settings.error_ratio * bfloat16["mean"])
+            record = _write_int8(converter, temporary, model, calibration, judged, settings, report_progress)
+            record |= {"calibrated_on": len(calibration), "bfloat16_errors": bfloat16}
         else:
             converter.save(converter.model, temporary, half_weights=settings.precision == "bf16")
             record = _record(settings, [])
             write_json(temporary / RECORD, record)
         errors = _check(temporary, samples, exact, settings, model, report_progress)
-        write_json(temporary / RECORD, {**record, "errors": errors})
+        write_json(temporary / RECORD, {**record, "checked_on": len(samples), "errors": errors})
         card = fill_model_card(
             model.config,
             title=destination.name,
@@ -184,43 +192,75 @@ def _observations(config: Any, settings: ExportSettings) -> Iterator[dict[str, A
         yield {"images": sample["images"], "text": sample["text"], "state": sample["state"]}
 
 
-def _allowed_error(
-    checkpoint: Checkpoint, samples: Sequence[Arrays], exact: np.ndarray, settings: ExportSettings
-) -> float:
-    """The mean error of a normalised action that eight bits may cause: a multiple of that of bfloat16."""
-    if settings.error_ratio == math.inf:
-        return math.inf
-    half = checkpoint.load_model(dtype="bfloat16")
-    return settings.error_ratio * float(np.abs(_predictions(half, samples) - exact).mean())
+def _held_out(samples: Sequence[Arrays]) -> tuple[list[Arrays], list[Arrays]]:
+    """Samples to calibrate with, and others to measure the errors on.
+
+    Raises:
+        ValueError: when there are too few.
+    """
+    if len(samples) < HELD_OUT:
+        raise ValueError(f"the dataset of --calibrate has {len(samples)} observations, and {HELD_OUT} are needed.")
+    held_out = list(samples[HELD_OUT - 1 :: HELD_OUT])
+    return [sample for number, sample in enumerate(samples, start=1) if number % HELD_OUT], held_out
+
+
+def _errors(difference: np.ndarray) -> dict[str, Any]:
+    """Mean and largest error of a normalised action, over all and by dimension."""
+    sizes = np.abs(difference)
+    return {
+        "mean": float(sizes.mean()),
+        "largest": float(sizes.max()),
+        "largest_by_dimension": sizes.max(axis=(0, 1)).tolist(),
+    }
+
+
+def _in_words(errors: dict[str, Any]) -> str:
+    largest = errors["largest_by_dimension"]
+    return (
+        f"mean error {errors['mean']:.2e}, largest {errors['largest']:.2e} in dimension {int(np.argmax(largest))} "
+        "(normalised)"
+    )
+
+
+class Judged(NamedTuple):
+    """What an int8 export is judged on."""
+
+    samples: Sequence[Arrays]
+    """Observations that it is not calibrated with."""
+    exact: np.ndarray
+    """Torch's predictions in float32."""
+    allowed: float
+    """The mean error of a normalised action that eight bits may cause."""
 
 
 def _write_int8(
     converter: Converter,
     folder: Path,
     model: Any,
-    samples: Sequence[Arrays],
-    exact: np.ndarray,
-    target: float,
+    calibration: Sequence[Arrays],
+    judged: Judged,
     settings: ExportSettings,
     report_progress: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Write the graph in eight bits, with as few layers in higher precision as the mean error `target` allows."""
+    """Write the graph in eight bits, with as few layers in higher precision as the allowed mean error permits."""
+    target = judged.allowed
     groups = layer_groups(model)
     errors: dict[str, float] = {}
     if target < math.inf:
         report_progress(f"Measuring the blocks' sensitivity; a mean error of {target:.2e} (normalised) is allowed")
-        inputs = [_tensors(sample) for sample in samples[:SENSITIVITY_SAMPLES]]
+        inputs = [_tensors(sample) for sample in calibration[:SENSITIVITY_SAMPLES]]
         errors = action_errors(model, inputs, groups, report_progress)
     aim = target
     for _ in range(ROUNDS):
         kept = groups_to_keep(errors, aim)
         layers = [layer for group in kept for layer in groups[group]]
         report_progress(f"Quantizing {len(groups) - len(kept)} of {len(groups)} blocks")
-        converter.save(converter.quantized(samples, layers), folder, half_weights=True)
+        converter.save(converter.quantized(calibration, layers), folder, half_weights=True)
         record = _record(settings, kept)
         write_json(folder / RECORD, record)
-        error = float(np.abs(_exported_predictions(folder, samples) - exact).mean())
-        report_progress(f"  mean error {error:.2e}")
+        errors_now = _errors(_exported_predictions(folder, judged.samples) - judged.exact)
+        report_progress(f"  {_in_words(errors_now)}")
+        error = errors_now["mean"]
         if error <= target:
             return record
         aim *= 0.7 * target / error
@@ -241,18 +281,16 @@ def _check(
     """Compare what was written with torch float32.
 
     Returns:
-        `dict`: mean and largest error, normalised, and by dimension in the action's units.
+        `dict`: mean and largest error, normalised, the largest by dimension, and the mean in the action's units.
 
     Raises:
         RuntimeError: a float32 export differs.
     """
     difference = np.abs(_exported_predictions(folder, samples) - exact)
-    report_progress(
-        f"Read back: normalised actions within {difference.max():.1e} of torch, {difference.mean():.1e} on average"
-    )
+    errors = _errors(difference)
+    report_progress(f"Read back, against torch on {len(samples)} observations: {_in_words(errors)}")
     if settings.precision == "fp32" and not difference.max() <= TOLERANCE:
         raise RuntimeError(f"verification failed: the exported graph's actions differ by {difference.max():.2e}.")
-    errors = {"mean": float(difference.mean()), "largest": float(difference.max())}
     if model.config.norm_stats:
         key = settings.unnorm_key or next(iter(model.config.norm_stats))
         scale = _units(model.config.norm_stats[key]["action"], model.config.norm_type)
