@@ -103,6 +103,10 @@ def convert_to_published(
     destination = check_destination(destination)
     report_progress(f"Looking into {source}")
     checkpoint = open_checkpoint(source)
+    if checkpoint.layout == "lerobot":
+        raise ValueError(
+            f"{source} has LeRobot's layout: rewrite it first with `vla-adapter from-lerobot {source} DESTINATION`."
+        )
     if not isinstance(checkpoint, OwnCheckpoint) or getattr(checkpoint.config, "quantization_config", None):
         raise ValueError(f"{source} is no checkpoint in this package's own layout with unquantized weights.")
     checkpoint.check()
