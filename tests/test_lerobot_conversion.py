@@ -5,6 +5,7 @@ LeRobot is not needed here. With LeRobot itself: `make test-lerobot`.
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from model_fixtures import UNNORM_KEY, norm_stats
 from safetensors.torch import load_file, save_file
 
 from vla_adapter_hf import VLAAdapterProcessor, open_checkpoint
+from vla_adapter_hf.checkpoints import embedded
+from vla_adapter_hf.checkpoints.convert import convert_to_published
 from vla_adapter_hf.checkpoints.info import checkpoint_info
 from vla_adapter_hf.checkpoints.lerobot.convert import from_lerobot, to_lerobot
 from vla_adapter_hf.checkpoints.lerobot.layout import PROCESSOR_FILES, STATE_FILE
@@ -75,6 +78,33 @@ def test_the_processors_files_are_the_same_bytes(own, converted):
 def test_there_and_back_gives_every_file_again(own, converted, tmp_path):
     back = from_lerobot(str(converted), tmp_path / "back")
     assert files_of(back) == files_of(own)
+
+
+def test_what_our_layout_does_not_hold_is_reported(converted, tmp_path):
+    lines = []
+    from_lerobot(str(converted), tmp_path / "back", lines.append)
+    assert any("not in our layout: robot='libero'" in line for line in lines)
+
+
+def test_to_published_sends_a_policy_of_lerobots_to_from_lerobot(converted, tmp_path):
+    """The published layout has no place for its robot and the name of its statistics."""
+    with pytest.raises(ValueError, match="vla-adapter from-lerobot"):
+        convert_to_published(str(converted), tmp_path / "published", report_progress=lambda line: None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_embedded_checkpoint_is_there_until_it_has_been_copied(own, tmp_path, monkeypatch):
+    """From a zip file, importlib gives a temporary folder that is removed after the block."""
+
+    @contextmanager
+    def unpacked(_):
+        shutil.copytree(own, tmp_path / "unpacked" / "checkpoint")
+        yield tmp_path / "unpacked"
+        shutil.rmtree(tmp_path / "unpacked")
+
+    monkeypatch.setattr(embedded, "as_file", unpacked)
+    policy = to_lerobot("embedded", tmp_path / "policy", robot="libero", report_progress=lambda line: None)
+    assert files_of(policy)["model.safetensors"] == files_of(own)["model.safetensors"]
 
 
 def test_a_checkpoint_in_shards_keeps_its_shards(own, tmp_path):

@@ -19,9 +19,14 @@ def embedded_folder() -> Iterator[Path]:
         yield folder
 
 
-def named_source(source: str) -> str:
-    """The folder of the checkpoint that ships with the package for `embedded`; other names and paths as they are."""
+@contextmanager
+def named_source(source: str) -> Iterator[str]:
+    """The folder of the checkpoint that ships with the package for `embedded`; other names and paths as they are.
+
+    The folder may be a temporary copy that exists only inside the block.
+    """
     if source != "embedded" or Path(source).exists():
-        return source
+        yield source
+        return
     with embedded_folder() as folder:
-        return str(folder / "checkpoint")
+        yield str(folder / "checkpoint")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +21,14 @@ from vla_adapter_hf.checkpoints.lerobot.layout import (
     pack_files,
     pipelines,
     policy_config,
+    unpack_files,
 )
 from vla_adapter_hf.checkpoints.model_card import fill_model_card
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.own import OwnCheckpoint
 from vla_adapter_hf.checkpoints.saving import check_destination
 from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction
-from vla_adapter_hf.utils.files import atomic_path
+from vla_adapter_hf.utils.files import atomic_path, write_json, write_text
 
 
 CARD = "README.md"
@@ -62,7 +62,15 @@ def to_lerobot(
             that exists; nothing is written.
     """
     destination = check_destination(destination)
-    checkpoint = open_checkpoint(named_source(source))
+    with named_source(source) as opened:
+        _write_policy(open_checkpoint(opened), source, destination, robot, unnorm_key)
+    report_progress(f"Done: {destination}, for --policy.path of LeRobot's commands")
+    return destination
+
+
+def _write_policy(
+    checkpoint: Checkpoint, source: str, destination: Path, robot: str | None, unnorm_key: str | None
+) -> None:
     if type(checkpoint) is not OwnCheckpoint:
         raise ValueError(
             f"{source} has the layout {checkpoint.layout!r}; to-lerobot takes our own. A published checkpoint is "
@@ -76,15 +84,13 @@ def to_lerobot(
     with atomic_path(destination) as temporary:
         temporary.mkdir()
         _copy(checkpoint, [*_weights(checkpoint), *([CARD] if CARD in files.names else [])], temporary)
-        _dump(policy_config(model, checkpoint.config, robot, unnorm_key), temporary / "config.json")
+        write_json(temporary / "config.json", policy_config(model, checkpoint.config, robot, unnorm_key))
         for name, pipeline in pipelines(robot).items():
-            _dump(pipeline, temporary / f"{name}.json")
+            write_json(temporary / f"{name}.json", pipeline)
         save_file(pack_files(processor), temporary / STATE_FILE)
         written = open_checkpoint(temporary)
         written.check()
         written.load_processor()
-    report_progress(f"Done: {destination}, for --policy.path of LeRobot's commands")
-    return destination
 
 
 def from_lerobot(source: str, destination: str | Path, report_progress: Callable[[str], None] = print) -> Path:
@@ -111,8 +117,7 @@ def from_lerobot(source: str, destination: str | Path, report_progress: Callable
     with atomic_path(destination) as temporary:
         temporary.mkdir()
         processor.save_pretrained(temporary)
-        for name, tensor in checkpoint.processor_files().items():
-            (temporary / name).write_bytes(tensor.numpy().tobytes())
+        unpack_files(checkpoint.processor_files(), temporary)
         _copy(checkpoint, _weights(checkpoint), temporary)
         # The code for trust_remote_code, and its entry in config.json, as `save_pretrained` of a model writes them.
         with torch.device("meta"):
@@ -122,8 +127,11 @@ def from_lerobot(source: str, destination: str | Path, report_progress: Callable
             _copy(checkpoint, [CARD], temporary)
         else:
             card = fill_model_card(config, destination.name, "Trained with LeRobot.", destination.name)
-            (temporary / CARD).write_text(card, encoding="utf-8")
+            write_text(temporary / CARD, card)
         open_checkpoint(temporary).check()
+    for option in ("robot", "unnorm_key"):
+        if checkpoint.policy.get(option) is not None:
+            report_progress(f"  not in our layout: {option}={checkpoint.policy[option]!r}; name it where it is needed")
     report_progress(f"Done: {destination}")
     return destination
 
@@ -135,7 +143,3 @@ def _weights(checkpoint: Checkpoint) -> list[str]:
 def _copy(checkpoint: Checkpoint, names: list[str], folder: Path) -> None:
     for name in names:
         shutil.copyfile(checkpoint.files.path(name), folder / name)
-
-
-def _dump(value: dict, path: Path) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

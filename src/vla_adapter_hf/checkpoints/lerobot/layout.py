@@ -20,6 +20,7 @@ from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
 from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
 from vla_adapter_hf.robots import RobotPreset, check_learnt_gripper, get_robot, why_to_name_a_robot
+from vla_adapter_hf.utils.files import write_bytes
 
 
 # The policy's name in LeRobot: `type` in its config.json, and `--policy.type`.
@@ -131,7 +132,7 @@ def unpack_files(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
     for name, tensor in tensors.items():
         if name not in PROCESSOR_FILES or tensor.dtype != torch.uint8:
             raise ValueError(f"{STATE_FILE} holds {name!r}, which is no file of the processor.")
-        (folder / name).write_bytes(tensor.cpu().numpy().tobytes())
+        write_bytes(folder / name, tensor.cpu().numpy().tobytes())
 
 
 def pack_processor(processor: VLAAdapterProcessor, folder: Path) -> dict[str, torch.Tensor]:
