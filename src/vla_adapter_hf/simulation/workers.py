@@ -236,8 +236,8 @@ def begin_episode(environment: Environment, message: Begin, suite: Suite) -> tup
     if text == "other":
         if not others:
             raise ValueError(
-                f"instruction='other' needs a scene with something else to ask for, which task {message.task} of "
-                f"{suite.name!r} has not"
+                f"instruction='other' needs a scene with something else to ask for; task {message.task} of "
+                f"{suite.name!r} has none"
             )
         # Each has its turn, whatever the number of processes.
         text = others[(message.episode + message.task) % len(others)]

@@ -79,9 +79,8 @@ def draw_arrangement(placement: str, scene: Scene, generator: np.random.Generato
 
     With `shuffle` two things swap places, or come as near to it as there is room. With `jitter` each moves by up to
     `AMPLITUDE` in x and in y. With `both` both happen. A thing in or on a fixture stays in its region. A thing with
-    anchors moves by the mean of
-    their shifts, so that what is next to the plate, or between the plate and the ramekin, stays so. In a swap it may
-    come to another side of its only anchor, at the same distance.
+    anchors moves by the mean of their shifts, so that what is next to the plate, or between the plate and the ramekin,
+    stays so. In a swap it may come to another side of its only anchor, at the same distance.
 
     Raises:
         ValueError: there is nothing to swap, or no free arrangement after many draws.
