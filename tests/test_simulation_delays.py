@@ -55,6 +55,12 @@ def test_every_delay_meets_every_strategy_and_no_delay_is_played_once(tmp_path):
     assert (tmp_path / "delays.md").read_text(encoding="utf-8") == delay_table(cells)
 
 
+def test_a_shard_of_a_grid_is_refused_before_anything_is_played(tmp_path):
+    with pytest.raises(ValueError, match="shard=1/2 is for one delay and one strategy"):
+        play_grid(tmp_path, shard="1/2")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_plot_is_small_enough_for_documentation(tmp_path):
     pytest.importorskip("matplotlib")
     play_grid(tmp_path)

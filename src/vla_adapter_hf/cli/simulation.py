@@ -73,8 +73,6 @@ def evaluate(
         raise ValueError(f"--policy must be embedded, oracle or noop, got {policy!r}; a checkpoint is --checkpoint.")
     table = "summary.md"
     if len(settings.delays) > 1 or len(settings.strategies) > 1:
-        if settings.shard is not None:
-            raise ValueError("shard is for one delay and one strategy; play them one by one")
         evaluate_delays(checkpoint or policy, suite, output, settings, report=typer.echo)
         table = "delays.md"
     else:

@@ -80,8 +80,10 @@ def evaluate_delays(
         The cells.
 
     Raises:
-        ValueError: a strategy that the suite or the policy cannot play; otherwise as for `evaluate`.
+        ValueError: a shard, or a strategy that the suite or the policy cannot play; otherwise as for `evaluate`.
     """
+    if settings.shard is not None:
+        raise ValueError(f"shard={settings.shard} is for one delay and one strategy; play the cells one by one")
     if isinstance(suite, str):
         suite = make_suite(suite, settings)
     if isinstance(policy, str):
