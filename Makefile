@@ -9,7 +9,7 @@ PYTHON312 ?= python3.12
 # pip asks nobody and prints its errors only.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-loop policy simulator test test-slow test-lerobot lint docs commands package oldest conformance test-gpu bench-gpu clean
+.PHONY: demo demo-loop policy simulator test test-slow test-lerobot test-ray lint docs commands package oldest conformance test-gpu bench-gpu clean
 
 # Predictions of the small policy over a recorded episode, as a picture.
 demo: $(VENV)/demo-installed
@@ -39,6 +39,10 @@ test-slow: $(VENV)/test-installed
 # the CPU: 7 GB on disk and 3 minutes to install, then about 10 minutes on two idle cores.
 test-lerobot: $(LEROBOT)/installed
 	$(LEROBOT)/bin/python -m pytest lerobot_policy_vla_adapter
+
+# Evaluations and recordings on a Ray cluster of two nodes on this machine.
+test-ray: $(VENV)/ray-installed
+	RAY_raylet_start_wait_time_s=200 $(BIN)/python -m pytest tests/test_simulation_ray.py
 
 # What needs a GPU, on as many as there are.
 test-gpu: $(VENV)/test-installed
@@ -87,6 +91,10 @@ $(VENV)/demo-installed: setup.cfg constraints.txt | $(VENV)/bin/python
 
 $(VENV)/test-installed: setup.cfg constraints.txt | $(VENV)/bin/python
 	$(INSTALL) --editable '.[test]'
+	touch $@
+
+$(VENV)/ray-installed: setup.cfg constraints.txt | $(VENV)/bin/python
+	$(INSTALL) --editable '.[test,ray]'
 	touch $@
 
 $(VENV)/docs-installed: setup.cfg constraints.txt | $(VENV)/bin/python
