@@ -75,13 +75,13 @@ def evaluate(
         RuntimeError: an environment failed. Finished episodes are kept.
     """
     settings = settings or EvaluationSettings()
+    if settings.ray is not None:
+        import_ray()
     if isinstance(suite, str):
         suite = make_suite(suite, settings)
     if settings.episodes is None:
         settings = replace(settings, episodes=getattr(suite, "episodes", DEFAULT_EPISODES))
     _chunk_strategy(suite, settings)
-    if settings.ray is not None:
-        import_ray()
     load: Callable[[], Policy] = partial(_same, policy)
     if isinstance(policy, str):
         load = partial(load_policy, policy, suite, settings)
