@@ -59,11 +59,11 @@ def demonstrate(
         ImportError: LIBERO is not installed.
     """
     settings = settings or RecordingSettings()
+    if settings.ray is not None:
+        import_ray()
     tasks = choose_tasks(settings.tasks, len(LiberoSuite(settings.suite).tasks))
     driver = None if settings.driver is None else Driver.from_settings(settings)
     described = {} if driver is None else driver.load().describe()
-    if settings.ray is not None:
-        import_ray()
     # Processes on other machines have other working directories.
     output, began = Path(output).resolve(), time.perf_counter()
     recorded = 0
@@ -84,7 +84,7 @@ def demonstrate(
             )
 
         jobs = _plan_jobs(output, tasks, settings, driver)
-        run_jobs(_record_job, jobs, settings.workers, settings.minutes, finished, settings.ray)
+        run_jobs(_record_job, jobs, settings.workers, settings.minutes, finished, settings.ray, report)
         info = assemble(output)
         failed = len(failed_episodes(output))
     return {

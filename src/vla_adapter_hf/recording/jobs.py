@@ -57,6 +57,7 @@ def run_jobs(
     minutes: float | None,
     finished: Callable[[Outcome, float], None],
     ray: str | None = None,
+    report: Callable[[str], None] = print,
 ) -> None:
     """Runs `work(job)` for all jobs, in order, in `workers` processes, here or on a Ray cluster.
 
@@ -67,16 +68,19 @@ def run_jobs(
         minutes: begin no new job after this time.
         finished: receives each outcome and the minutes since the call.
         ray: address of the cluster.
+        report: receives a line for each job that the cluster lost and runs again.
 
     Raises:
         Exception: whatever `work` raised. The other jobs are stopped at once.
+        ChildProcessError: the cluster loses jobs again and again.
     """
     if not jobs:
         return
     began = time.perf_counter()
-    with process_pool(min(workers, len(jobs))) if ray is None else task_pool(ray) as pool:
+    workers = min(workers, len(jobs))
+    with process_pool(workers) if ray is None else task_pool(ray, workers, report) as pool:
         waiting = list(reversed(jobs))
-        running = {pool.submit(work, waiting.pop()) for _ in range(min(workers, len(jobs)))}
+        running = {pool.submit(work, waiting.pop()) for _ in range(workers)}
         while running:
             future = next(as_completed(running))
             running.remove(future)

@@ -5,9 +5,10 @@ A machine that dies takes only running episodes with it. They begin again elsewh
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -22,7 +23,8 @@ Job = TypeVar("Job")
 Outcome = TypeVar("Outcome")
 
 LOSSES = 5
-"""How many environments in a row may die before any episode ends."""
+"""How many processes in a row may be lost before any of them finishes something; twice their number, if that is more.
+"""
 
 
 def import_ray() -> Any:
@@ -61,6 +63,44 @@ def connected(address: str) -> Iterator[Any]:
         ray.shutdown()
 
 
+class _Losses:
+    """Counts the processes of one kind that a cluster loses.
+
+    Args:
+        ray: from `connected`.
+        what: what they are, for the message.
+        count: how many there are at once: a machine may take all of them with it.
+    """
+
+    def __init__(self, ray: Any, what: str, count: int) -> None:
+        known = ray.exceptions
+        self.errors = (
+            known.RayActorError,
+            known.WorkerCrashedError,
+            known.NodeDiedError,
+            known.ObjectLostError,
+            known.OutOfMemoryError,  # Ray ends a process where a machine runs out of memory; it is none of the others
+        )
+        self._what, self._limit, self._in_a_row = what, max(LOSSES, 2 * count), 0
+
+    def add(self, error: Exception) -> None:
+        """One is lost.
+
+        Raises:
+            ChildProcessError: too many in a row.
+        """
+        self._in_a_row += 1
+        if self._in_a_row > self._limit:
+            raise ChildProcessError(
+                f"{self._what} end unexpectedly on every machine ({error}). What is finished is kept; the same call "
+                "does the rest."
+            ) from error
+
+    def clear(self) -> None:
+        """One has finished something."""
+        self._in_a_row = 0
+
+
 class _RemoteEnvironment:
     """In a process of the cluster: environments of a suite, one after the other."""
 
@@ -92,7 +132,7 @@ class RayPool:
         self._remote = ray.remote(num_cpus=1, max_restarts=0, max_task_retries=0)(_RemoteEnvironment)
         self._actors = {worker: self._remote.remote(suite) for worker in range(count)}
         self._answers: dict[Any, int] = {}
-        self._losses = 0
+        self._losses = _Losses(ray, "environments", count)
 
     def __enter__(self) -> RayPool:
         return self
@@ -118,14 +158,10 @@ class RayPool:
             worker = self._answers.pop(answer)
             try:
                 report = check(ray.get(answer))
-                self._losses = 0 if report.finished else self._losses
-            except ray.exceptions.RayActorError as error:
-                self._losses += 1
-                if self._losses > max(LOSSES, 2 * len(self)):
-                    raise ChildProcessError(
-                        f"environments end unexpectedly on every machine ({error}). Finished episodes are kept; the "
-                        "same call plays the rest."
-                    ) from error
+                if report.finished:
+                    self._losses.clear()
+            except self._losses.errors as error:
+                self._losses.add(error)
                 report = None
                 self._actors[worker] = self._remote.remote(self._suite)
             reports.append((worker, report))
@@ -154,8 +190,8 @@ class _Replica:
 class ReplicatedPolicy:
     """A policy in several copies on a cluster, between which a batch is divided.
 
-    A copy that is lost is replaced. What it did not answer, and what comes while no copy is there, is answered here:
-    the environments may hold the CPU for which a new copy waits.
+    A lost copy is replaced. Requests that it did not answer are answered here, and so are all requests while there is
+    no copy: a new copy may wait for a CPU that an environment holds.
 
     Args:
         ray: from `connected`.
@@ -163,12 +199,16 @@ class ReplicatedPolicy:
         load: loads it on another machine.
         count: how many copies.
         gpus: GPUs of each copy.
+
+    Raises:
+        ChildProcessError: from `predict`, if copies are lost again and again.
     """
 
     def __init__(self, ray: Any, policy: Policy, load: Callable[[], Policy], count: int, gpus: float) -> None:
         self._ray, self._policy, self._load = ray, policy, load
         self.name, self.needs_observation = policy.name, policy.needs_observation
         self._remote = ray.remote(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0)(_Replica)
+        self._losses = _Losses(ray, "copies of the policy", count)
         self._ready: list[Any] = []
         self._coming = dict(self._new_copy() for _ in range(count))
         ray.wait(list(self._coming), num_returns=1)
@@ -187,7 +227,9 @@ class ReplicatedPolicy:
         for copy, part, answer in asked:
             try:
                 chunks += self._ray.get(answer)
-            except self._ray.exceptions.RayActorError:
+                self._losses.clear()
+            except self._losses.errors as error:
+                self._losses.add(error)
                 self._ready.remove(copy)
                 self._coming |= [self._new_copy()]
                 chunks += self._policy.predict([requests[index] for index in part])
@@ -214,7 +256,8 @@ class ReplicatedPolicy:
             copy = self._coming.pop(answer)
             try:
                 there = self._ray.get(answer)
-            except self._ray.exceptions.RayActorError:
+            except self._losses.errors as error:
+                self._losses.add(error)
                 self._coming |= [self._new_copy()]
                 continue
             if there != here:
@@ -227,18 +270,64 @@ def _describe(policy: Policy) -> dict[str, Any]:
 
 
 class _TaskPool:
-    """Submits functions to the cluster, as an executor of `concurrent.futures` does to processes."""
+    """Runs functions on the cluster, as an executor of `concurrent.futures` does in processes.
 
-    def __init__(self, ray: Any) -> None:
-        self._ray = ray
+    A job of a process or machine that dies runs again elsewhere. A future raises `ChildProcessError` if they die again
+    and again.
+    """
+
+    def __init__(self, ray: Any, workers: int, report: Callable[[str], None]) -> None:
+        self._ray, self._report = ray, report
+        self._losses = _Losses(ray, "jobs", workers)
+        self._threads = ThreadPoolExecutor(workers)  # each waits for one job
+        self._lock = threading.Lock()
+        self._running: set[Any] = set()
+        self._closed = False
 
     def submit(self, work: Callable[[Job], Outcome], job: Job) -> Future:
-        # A job of a machine that dies runs again elsewhere.
-        return self._ray.remote(num_cpus=1, max_retries=-1)(work).remote(job).future()
+        return self._threads.submit(self._run, work, job)
+
+    def close(self) -> None:
+        """Ends what is running at once."""
+        with self._lock:
+            self._closed = True
+            for answer in self._running:
+                self._ray.cancel(answer, force=True)
+        self._threads.shutdown(cancel_futures=True)
+
+    def _run(self, work: Callable[[Job], Outcome], job: Job) -> Outcome:
+        task = self._ray.remote(num_cpus=1, max_retries=0)(work)
+        while True:
+            with self._lock:
+                if self._closed:
+                    raise CancelledError
+                answer = task.remote(job)
+                self._running.add(answer)
+            try:
+                outcome = self._ray.get(answer)
+            except self._losses.errors as error:
+                with self._lock:
+                    if self._closed:
+                        raise
+                    self._losses.add(error)
+                self._report(f"a job is lost ({type(error).__name__}); again: {job}")
+            else:
+                with self._lock:
+                    self._losses.clear()
+                return outcome
+            finally:
+                with self._lock:
+                    self._running.discard(answer)
 
 
 @contextmanager
-def task_pool(address: str) -> Iterator[_TaskPool]:
-    """An executor whose jobs run on a cluster, with a CPU each; `address` as for `connected`."""
-    with connected(address) as ray:
-        yield _TaskPool(ray)
+def task_pool(address: str, workers: int, report: Callable[[str], None]) -> Iterator[_TaskPool]:
+    """An executor whose jobs run on a cluster, with a CPU each.
+
+    Args:
+        address: as for `connected`.
+        workers: jobs at a time.
+        report: receives a line for each job that is lost and runs again.
+    """
+    with connected(address) as ray, closing(_TaskPool(ray, workers, report)) as pool:
+        yield pool
