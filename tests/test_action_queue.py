@@ -8,6 +8,8 @@ import pytest
 
 from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.robot.action_queue import ActionChunkQueue
+from vla_adapter_hf.robot.policy import LocalPolicy
+from vla_adapter_hf.robot.strategies import ChunkStrategy, StrategySettings
 from vla_adapter_hf.simulation.policies import camera_order, make_policy
 
 
@@ -67,6 +69,31 @@ def test_ensemble_weights_are_acts_with_the_oldest_chunk_heaviest():
     queue.add(chunk(11))
     newer = np.exp(-0.5)
     assert queue.pop()[0] == pytest.approx((1 + newer * 11) / (1 + newer), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("settings", "arm"),
+    [
+        (StrategySettings("ensemble", execute=1, ensemble=0.0), 6.0),
+        (StrategySettings("async", blend=0.7), 0.3 * 1 + 0.7 * 11),
+    ],
+)
+def test_a_gripper_of_two_values_is_that_of_the_newest_chunk(settings, arm):
+    strategy = ChunkStrategy(settings, averaged=np.array([True, False]))
+    older, newer = chunk(0), chunk(11)
+    newer[:, 1] = 1.0
+    strategy.ask(0)
+    strategy.answer(older)
+    strategy.next_action()
+    strategy.ask(0)
+    strategy.answer(newer)
+    assert strategy.next_action().tolist() == [pytest.approx(arm), 1.0]
+
+
+def test_a_policy_says_which_values_may_be_averaged():
+    with embedded_folder() as folder:
+        policy = LocalPolicy(folder / "checkpoint", robot="libero")
+    assert policy.averaged.tolist() == [True] * 6 + [False]
 
 
 def test_chunks_that_have_run_out_no_longer_count():

@@ -22,12 +22,20 @@ class ActionChunkQueue:
             must be smaller than the chunk.
         blend: share of the newest chunk in an action about which the chunk before it also says something; 1 takes the
             newest chunk alone.
+        averaged: which of an action's values are averaged or blended, boolean `(A,)`; by default all. Of the others,
+            such as a gripper with two values, the newest chunk's are taken.
 
     Raises:
         ValueError: `execute` is not positive, or `ensemble` is given without `execute`, negative or not finite.
     """
 
-    def __init__(self, execute: int | None = None, ensemble: float | None = None, blend: float = 1.0) -> None:
+    def __init__(
+        self,
+        execute: int | None = None,
+        ensemble: float | None = None,
+        blend: float = 1.0,
+        averaged: np.ndarray | None = None,
+    ) -> None:
         if execute is not None and execute < 1:
             raise ValueError(f"execute must be at least 1 action or None for whole chunks, got {execute}")
         if ensemble is not None:
@@ -38,6 +46,7 @@ class ActionChunkQueue:
         self.execute = execute
         self.ensemble = ensemble
         self.blend = blend
+        self.averaged = averaged
         self.reset()
 
     def reset(self) -> None:
@@ -123,7 +132,9 @@ class ActionChunkQueue:
         candidates = [chunk[step - start] for _, start, chunk in self._about(step)]
         if self.ensemble is not None:
             weights = np.exp(-self.ensemble * np.arange(len(candidates)))
-            return (weights[:, None] * np.stack(candidates)).sum(axis=0) / weights.sum()
-        if len(candidates) == 1 or self.blend == 1.0:
+            action = (weights[:, None] * np.stack(candidates)).sum(axis=0) / weights.sum()
+        elif len(candidates) == 1 or self.blend == 1.0:
             return candidates[-1]
-        return self.blend * candidates[-1] + (1 - self.blend) * candidates[-2]
+        else:
+            action = self.blend * candidates[-1] + (1 - self.blend) * candidates[-2]
+        return action if self.averaged is None else np.where(self.averaged, action, candidates[-1])

@@ -250,7 +250,8 @@ class _Loop:
         self.policy, self.interface, self.instruction, self.settings = policy, interface, instruction, settings
         self.record = record
         self.report = LoopReport()
-        self.strategy = ChunkStrategy(settings.strategy)
+        # Of a policy on a server it is not known; all values are averaged then.
+        self.strategy = ChunkStrategy(settings.strategy, getattr(policy, "averaged", None))
         self.last_action: np.ndarray | None = None
         self.answer: Future | None = None
         self.asked_at = self.acted_at = 0.0  # the last query, and the last action of a chunk

@@ -31,6 +31,10 @@ class LocalPolicy:
         attn_implementation: transformers' attention, such as `"sdpa"`, or one by part: `{"dinov2_config": "eager"}`.
             By default the quicker one is measured for a model in bfloat16 on a CPU.
 
+    Attributes:
+        averaged: boolean `(A,)`, which of an action's values were normalised. The others, such as a gripper with two
+            values, must not be averaged between chunks.
+
     Raises:
         ValueError: unknown statistics or robot, a robot with actions of another size, or a gripper whose convention is
             not known.
@@ -62,6 +66,7 @@ class LocalPolicy:
         if robot is None and reason is not None:
             raise ValueError(f"the statistics {self.unnorm_key!r} have {reason}")
         self.cameras, self.state_dim, self.action_dim = config.cameras, config.proprio_dim, config.action_dim
+        self.averaged = np.array(stats["action"].get("mask", [True] * self.action_dim), bool)
         self.state_names, self.action_names, self.fps = config.state_names, config.action_names, config.fps
         if self.robot is not None and self.robot.action_dim != self.action_dim:
             raise ValueError(

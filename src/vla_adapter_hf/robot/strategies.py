@@ -67,12 +67,14 @@ class ChunkStrategy:
 
     Args:
         settings: which strategy.
+        averaged: which of an action's values may be averaged, see `ActionChunkQueue`.
     """
 
-    def __init__(self, settings: StrategySettings) -> None:
+    def __init__(self, settings: StrategySettings, averaged: np.ndarray | None = None) -> None:
         self.settings = settings
         ensemble = settings.ensemble if settings.name == "ensemble" else None
-        self._queue = ActionChunkQueue(settings.execute, ensemble, settings.blend if settings.is_async else 1.0)
+        blend = settings.blend if settings.is_async else 1.0
+        self._queue = ActionChunkQueue(settings.execute, ensemble, blend, averaged)
         self.reset()
 
     def reset(self) -> None:
