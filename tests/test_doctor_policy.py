@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from vla_adapter_hf.doctor.settings import PolicySettings
 from vla_adapter_hf.doctor.verdicts import Estimate, answer, carrying_cameras, ratio
 from vla_adapter_hf.training.arguments import DataArguments
 from vla_adapter_hf.training.demonstrations import load_data
-from vla_adapter_hf.training.probing import Probe, choose_samples
+from vla_adapter_hf.training.probing import MEAN, OTHER_FRAMES, Probe, choose_samples
 from vla_adapter_hf.training.resuming import keep_arguments
 
 
@@ -169,15 +170,34 @@ def test_errors_are_in_the_robots_units_by_dimension_and_for_first_and_other_act
     np.testing.assert_allclose(own.signed.mean(0), [0.1, -0.2, 0.0], atol=1e-9)
 
 
-def test_samples_are_swapped_with_those_of_other_episodes(dataset):
+def test_samples_are_swapped_with_those_of_other_episodes_at_the_same_time_and_with_the_same_instruction(dataset):
     probe = probe_of(dataset)
     assert (probe.episodes[probe.partners] != probe.episodes).all()
+    assert [probe.samples[partner]["text"] for partner in probe.partners] == [one["text"] for one in probe.samples]
+    np.testing.assert_allclose(probe.times[probe.partners], probe.times)
     assert all(text != sample["text"] for text, sample in zip(probe.instructions, probe.samples, strict=True))
     swapped = probe.with_other_frames()
     assert all(
         one["images"] is probe.samples[partner]["images"] and one["state"] is sample["state"]
         for one, partner, sample in zip(swapped, probe.partners, probe.samples, strict=True)
     )
+
+
+def test_a_policy_that_reads_only_the_time_off_the_frames_is_said_not_to_look(dataset):
+    """Its frames tell how far the episode is, and nothing else."""
+    probe = probe_of(dataset)
+    when = {id(sample["images"]): time for sample, time in zip(probe.samples, probe.times, strict=True)}
+    samples = [
+        sample | {"actions": np.full((1, 3), time)} for sample, time in zip(probe.samples, probe.times, strict=True)
+    ]
+    probe = replace(probe, samples=samples)
+
+    def by_the_clock(samples):
+        return np.array([[[when.get(id(sample["images"]), 0.0)] * 3] for sample in samples])
+
+    measured = measure_policy(probe, by_the_clock, ["front", "wrist"], mean_of(probe), np.ones(3))
+    assert measured.errors[OTHER_FRAMES].total.mean() < 1e-6
+    assert measured.errors[MEAN].total.mean() > 0.2
 
 
 @pytest.mark.parametrize("episodes", [1, 2, 4])

@@ -31,7 +31,8 @@ class Probe:
         samples: N samples of datasets whose `image_transform` has prepared the frames.
         episodes: int (N,), which episode each sample is of.
         times: float (N,), where in its episode each sample begins, 0 to 1.
-        partners: int (N,), a sample of another episode for each; of the same one where there is no other.
+        partners: int (N,), for each a sample of another episode, with the same instruction if there is one, at the
+            nearest relative time; of the same episode where there is no other.
         instructions: another instruction of these samples for each; None where there is only one.
     """
 
@@ -103,11 +104,12 @@ def choose_samples(datasets: Sequence[VLAAdapterDataset], count: int, seed: int 
         episodes += [owner] * len(chosen)
     owners, draw = np.array(episodes), np.random.default_rng(seed)
     texts = {plain_text(sample["text"]): sample["text"] for sample in samples}
+    asked, when = np.array([plain_text(sample["text"]) for sample in samples]), np.array(times)
     return Probe(
         samples,
         owners,
-        np.array(times),
-        np.array([_choose_partner(place, owners, draw) for place in range(len(samples))]),
+        when,
+        np.array([_choose_partner(place, owners, when, asked, draw) for place in range(len(samples))]),
         [_choose_text(sample["text"], texts, draw) for sample in samples],
     )
 
@@ -117,11 +119,18 @@ def _evenly(size: int, count: int) -> list[int]:
     return np.unique(np.linspace(0, size - 1, min(size, count)).round().astype(int)).tolist()
 
 
-def _choose_partner(place: int, episodes: np.ndarray, draw: np.random.Generator) -> int:
+def _choose_partner(
+    place: int, episodes: np.ndarray, times: np.ndarray, texts: np.ndarray, draw: np.random.Generator
+) -> int:
+    """The sample of another episode at the nearest time: neither the clock nor the words tell the two apart."""
     others = np.flatnonzero(episodes != episodes[place])
     if not len(others):
         others = np.delete(np.arange(len(episodes)), place) if len(episodes) > 1 else np.array([place])
-    return int(draw.choice(others))
+        return int(draw.choice(others))
+    same = others[texts[others] == texts[place]]
+    others = same if len(same) else others
+    others = others[episodes[others] == draw.choice(np.unique(episodes[others]))]
+    return int(others[np.abs(times[others] - times[place]).argmin()])
 
 
 def _choose_text(own: str, texts: dict[str, str], draw: np.random.Generator) -> str | None:
