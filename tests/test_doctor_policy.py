@@ -23,6 +23,7 @@ from vla_adapter_hf.doctor.settings import PolicySettings
 from vla_adapter_hf.doctor.verdicts import Estimate, answer, carrying_cameras, ratio
 from vla_adapter_hf.training.arguments import DataArguments
 from vla_adapter_hf.training.demonstrations import load_data
+from vla_adapter_hf.training.looking import mean_action_error
 from vla_adapter_hf.training.probing import MEAN, OTHER_FRAMES, Probe, choose_samples
 from vla_adapter_hf.training.resuming import keep_arguments
 
@@ -198,6 +199,22 @@ def test_a_policy_that_reads_only_the_time_off_the_frames_is_said_not_to_look(da
     measured = measure_policy(probe, by_the_clock, ["front", "wrist"], mean_of(probe), np.ones(3))
     assert measured.errors[OTHER_FRAMES].total.mean() < 1e-6
     assert measured.errors[MEAN].total.mean() > 0.2
+
+
+def test_the_error_of_the_mean_action_counts_every_real_action_once_as_the_loss_does():
+    """One chunk is all recorded, and one runs past the end of its episode after its first action."""
+    stats = {"min": [-1.0], "max": [1.0], "q01": [-1.0], "q99": [1.0], "mean": [0.0], "mask": [True]}
+    config = learner_config(
+        action_dim=1, proprio_dim=1, norm_stats={"data": {"action": stats, "proprio": stats}}, norm_type="bounds_q99"
+    )
+    chunks = np.full((4, 1), 0.2), np.full((4, 1), 0.7)
+    is_pad = np.zeros(4, bool), np.array([False, True, True, True])
+    samples = [
+        {"text": "go", "unnorm_key": "data", "actions": chunk, "action_is_pad": pad}
+        for chunk, pad in zip(chunks, is_pad, strict=True)
+    ]
+    probe = Probe(samples, np.arange(2), np.zeros(2), np.array([1, 0]), [None, None])
+    assert mean_action_error(probe, config) == pytest.approx((4 * 0.2 + 0.7) / 5, abs=1e-3)
 
 
 @pytest.mark.parametrize("episodes", [1, 2, 4])

@@ -63,13 +63,15 @@ class LookingCallback(TrainerCallback):
 
     def _error(self, samples: list[Sample]) -> float:
         size = self.trainer.args.per_device_eval_batch_size
-        total = 0.0
+        total, count = 0.0, 0
         for start in range(0, len(samples), size):
             batch = samples[start : start + size]
             inputs = self.trainer.data_collator(batch)
             loss, _, _ = self.trainer.prediction_step(self.trainer.model, inputs, prediction_loss_only=True)
-            total += float(loss) * len(batch)
-        return total / len(samples)
+            # The loss is a mean over the actions that are there, so batches count by them.
+            real = int(sum((~sample["action_is_pad"]).sum() for sample in batch))
+            total, count = total + float(loss) * real, count + real
+        return total / count
 
 
 def mean_action_error(probe: Probe, config: VLAAdapterConfig) -> float:
@@ -81,5 +83,5 @@ def mean_action_error(probe: Probe, config: VLAAdapterConfig) -> float:
             normalize(np.asarray(values, np.float64), stats["action"], config.norm_type, config.constant_dims)
             for values in (sample["actions"], stats["action"]["mean"])
         )
-        total.append(np.abs(recorded - mean)[~sample["action_is_pad"]].mean())
-    return float(np.mean(total))
+        total.append(np.abs(recorded - mean)[~sample["action_is_pad"]])
+    return float(np.concatenate(total).mean())
