@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,9 @@ from vla_adapter_hf.training.presets import PRESETS
 
 
 PRESET_NAMES = ("lora", "frozen", "full")
+# An opened checkpoint reads its files later, so the embedded folder stays until the process ends.
+_FOLDERS = ExitStack()
+atexit.register(_FOLDERS.close)
 
 
 @PreTrainedConfig.register_subclass(POLICY_TYPE)
@@ -134,7 +139,7 @@ class VLAAdapterConfig(PreTrainedConfig):
 
     def open_start(self, source: str, revision: str | None = None, **hub: Any) -> Checkpoint:
         """Open a checkpoint, or the `embedded` one; `start_robot` is for the published layout."""
-        source = named_source(source)
+        source = _FOLDERS.enter_context(named_source(source))
         start = open_checkpoint(source, revision=revision, **hub)
         if self.start_robot is None or not isinstance(start, PublishedCheckpoint):
             return start
