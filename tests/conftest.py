@@ -9,6 +9,7 @@ import environment  # noqa: F401 - before all others, which read what it sets
 
 # isort: split
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from transformers.utils import logging
 import vla_adapter_hf  # noqa: F401
 
 
+# A shell starts programs in the background with Ctrl-C switched off, and tests of Ctrl-C would wait for ever.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 logging.disable_progress_bar()
 

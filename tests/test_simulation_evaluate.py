@@ -386,7 +386,7 @@ def test_films_can_be_mp4(tmp_path):
         ({"rollout_format": "webm"}, "rollout_format must be 'gif' or 'mp4'"),
         ({"rollouts": -1}, "rollouts must be 0 or more"),
         ({"execute": 0}, "execute must be at least 1"),
-        ({"instruction": "other"}, "instruction='other' needs a suite whose scenes hold other objects"),
+        ({"instruction": "other"}, "instruction='other' needs a scene with something else to ask for"),
     ],
 )
 def test_arguments_that_cannot_work_are_named(tmp_path, arguments, message, processes):

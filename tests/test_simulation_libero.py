@@ -323,8 +323,9 @@ def test_asking_for_other_objects_leaves_the_episode_as_it_is(soup):
     plan = plan_episode("both", 0, 2, soup.movable_objects, plain)
     (alone,) = record_episode(soup, plan, plain)
     *others, itself = record_episode(soup, plan, dataclasses.replace(plain, alternatives=2))
-    for name in ("chunks", "states", "actions", "steps"):
+    for name in ("chunks", "states", "actions"):
         np.testing.assert_array_equal(alone[name], itself[name])
+    np.testing.assert_array_equal(alone["numbers"]["step"], itself["numbers"]["step"])
     assert alone["images"] == itself["images"]
     assert len(others) == 2
     assert len({episode["instruction"] for episode in (*others, itself)}) == 3
@@ -335,7 +336,7 @@ def test_asking_for_other_objects_leaves_the_episode_as_it_is(soup):
         far = np.abs(towards) > 0.05
         assert far.any()
         np.testing.assert_array_equal(np.sign(episode["chunks"][0, 0, :2])[far], np.sign(towards)[far])
-        first = list(itself["steps"]).index(episode["steps"][0])
+        first = list(itself["numbers"]["step"]).index(episode["numbers"]["step"][0])
         assert episode["images"]["image"][0] == itself["images"]["image"][first]
 
 
@@ -355,7 +356,7 @@ def test_a_policy_that_drives_gets_the_experts_chunks(soup):
     number, target = episode["extra"]["episode"], episode["extra"]["target"]
     assert episode["key"] == f"{number:05d}-00-by_embedded-both"
     assert episode["extra"]["driver"] == "by_embedded" and episode["extra"]["driver_share"] == 0.4
-    np.testing.assert_array_equal(episode["steps"], 8 * np.arange(len(episode["steps"])))
+    np.testing.assert_array_equal(episode["numbers"]["step"], 8 * np.arange(len(episode["chunks"])))
     np.testing.assert_array_equal(episode["actions"], episode["chunks"][:, 0])
 
     def plays(actions, following) -> bool:

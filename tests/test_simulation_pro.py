@@ -55,7 +55,7 @@ def test_the_table_has_the_published_rows_below():
     [
         (["--suite", "libero_90_pro"], "LIBERO-PRO perturbs libero_spatial, libero_object, libero_goal, libero_10"),
         (["--suite", "pro", "--placement", "jitter"], "have --placement official only"),
-        (["--suite", "pro", "--shard", "1/2"], "--shard is for one suite"),
+        (["--suite", "pro", "--shard", "1/2"], "--shard 1/2 is for one suite"),
         (["--suite", "libero_goal_pro", "--placement", "jitter"], "have --placement official only"),
         (
             ["--suite", "libero_object_swap", "--placement", "jitter"],

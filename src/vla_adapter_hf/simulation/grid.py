@@ -44,7 +44,7 @@ def evaluate_grid(
     if settings.placement != "official":
         raise ValueError(f"LIBERO-PRO's suites have placement='official' only, got {settings.placement!r}")
     if settings.shard is not None:
-        raise ValueError("shard is for one suite; play the suites of LIBERO-PRO one by one")
+        raise ValueError(f"shard={settings.shard} is for one suite; play the suites of LIBERO-PRO one by one")
     if isinstance(policy, str):
         policy = load_policy(policy, LiberoSuite(base), settings)
     output = Path(output)
