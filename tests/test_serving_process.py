@@ -173,6 +173,7 @@ def test_a_client_says_what_the_server_refuses(embedded_policy, observation):
         PolicyClient(f"ws://127.0.0.1:{running.port}") as client,
     ):
         assert client.metadata["cameras"] == ["image", "wrist_image"]
+        assert client.averaged.tolist() == [True] * 6 + [False]  # the gripper opens or closes
         with pytest.raises(PolicyError, match="too_old"):
             ask(client, observation, observed_at=time.monotonic() - 5)
         with pytest.raises(PolicyError, match="8 numbers"):

@@ -250,7 +250,7 @@ class _Loop:
         self.policy, self.interface, self.instruction, self.settings = policy, interface, instruction, settings
         self.record = record
         self.report = LoopReport()
-        # Of a policy on a server it is not known; all values are averaged then.
+        # A policy that does not say which values may be averaged gets all of them averaged.
         self.strategy = ChunkStrategy(settings.strategy, getattr(policy, "averaged", None))
         self.last_action: np.ndarray | None = None
         self.answer: Future | None = None

@@ -35,7 +35,17 @@ PATH = "/v1/realtime/robot/openpi"
 FIRST_WAIT, LONGEST_WAIT = 0.05, 5.0
 MAX_REPLY_BYTES = 16_000_000
 # What must be the same after a reconnection: a robot must not go on with another policy.
-FIXED = ("cameras", "state_dim", "action_dim", "state_names", "action_names", "action_horizon", "robot", "unnorm_key")
+FIXED = (
+    "cameras",
+    "state_dim",
+    "action_dim",
+    "state_names",
+    "action_names",
+    "action_mask",
+    "action_horizon",
+    "robot",
+    "unnorm_key",
+)
 
 
 class PolicyError(RuntimeError):
@@ -142,6 +152,12 @@ class PolicyClient:
     def action_names(self) -> list[str] | None:
         """Names of the action's values in the model's order, if the checkpoint has them."""
         return self.metadata.get("action_names")
+
+    @property
+    def averaged(self) -> np.ndarray:
+        """Boolean `(A,)`: which of an action's values were normalised. The others, such as a gripper with two values,
+        must not be averaged between chunks."""
+        return np.array(self.metadata["action_mask"], bool)
 
     @property
     def fps(self) -> float | None:

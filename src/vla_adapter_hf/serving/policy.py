@@ -201,6 +201,8 @@ class ServedPolicy:
     def describe(self) -> dict[str, Any]:
         """What clients learn on connecting: openpi's metadata, with vLLM-Omni's names."""
         config, robot = self.config, self.rules.robot
+        _, stats = select_norm_stats(config.norm_stats, self.rules.unnorm_key)
+        mask = stats["action"].get("mask", [True] * config.action_dim)
         return {
             "model": "vla-adapter",
             "action_horizon": config.chunk_size,
@@ -214,6 +216,7 @@ class ServedPolicy:
             "state_dim": config.proprio_dim,
             "state_names": _listed(config.state_names),
             "action_names": _listed(config.action_names),
+            "action_mask": [bool(normalized) for normalized in mask],
             "fps": config.fps,
             "unnorm_key": self.rules.unnorm_key,
             "clip": self.rules.limits is not None,
