@@ -11,7 +11,6 @@ from pathlib import Path
 
 
 import vla_adapter_hf as vla  # isort: skip  # before torch, so that its threads wait passively
-
 from transformers import AutoConfig, AutoModel, AutoProcessor, set_seed
 
 from vla_adapter_hf.training.presets import PRESETS
@@ -53,7 +52,6 @@ collator, metrics = vla.VLAAdapterDataCollator(processor, model.config), vla.mak
 lora = vla.apply_preset(model, "lora")
 trainer = vla.VLAAdapterTrainer(lora, settings, collator, train, held_out, compute_metrics=metrics)
 trainer.train()
-
 # 4. One plain model, and what it predicts for the episode that it has not seen.
 merged = vla.merge_lora(lora)
 merged.save_pretrained(args.output)

@@ -125,8 +125,9 @@ class ExportedCheckpoint(Checkpoint):
         """
         if device is not None and torch.device(device).type != "cpu":
             raise ValueError(f"{self.source} is an export for the CPU, got device={str(device)!r}.")
-        if options:
-            raise ValueError(f"an exported checkpoint takes no {', '.join(sorted(options))}.")
+        given = sorted(name for name, value in options.items() if value is not None)
+        if given:
+            raise ValueError(f"an exported checkpoint takes no {', '.join(given)}.")
         record = self.record()
         paths = [self.files.path(name) for name in ENGINES[record["engine"]]]
         engine = load_engine(record["engine"], paths[0], record["precision"])
