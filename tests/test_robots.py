@@ -9,8 +9,11 @@ from vla_adapter_hf.robots import (
     RobotPreset,
     binarize_gripper,
     get_robot,
+    normalized_values,
+    physical_scale,
     quaternion_to_axis_angle,
 )
+from vla_adapter_hf.simulation.policies import check_gripper
 
 
 def actions_with_gripper(values, dtype=np.float32):
@@ -119,3 +122,21 @@ def test_axis_angle_keeps_angles_beyond_pi():
     assert quaternion_to_axis_angle(quaternion) == pytest.approx([angle, 0, 0])
     assert quaternion_to_axis_angle(np.array([0.0, 0.0, 0.0, 1.0])).tolist() == [0, 0, 0]
     assert quaternion_to_axis_angle(np.array([0.0, 0.0, 0.0, -1.0000001])).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("names", [("min", "max"), ("q01", "q99")])
+def test_an_evaluation_refuses_a_gripper_that_was_learnt_as_recorded(names):
+    """It would open where it should close."""
+    low, high = names
+    check_gripper({low: [-1.0] * 6 + [0.0], high: [1.0] * 7}, "libero")
+    with pytest.raises(ValueError, match=r"gripper is -1\.\.\.1 .* robot 'libero' has 0\.\.\.1"):
+        check_gripper({low: [-1.0] * 7, high: [1.0] * 7}, "libero")
+
+
+def test_a_normalised_change_has_a_size_in_the_actions_units():
+    stats = {"q01": [-1.0, 0.0], "q99": [3.0, 1.0], "mean": [0.0, 0.0], "std": [0.5, 9.0]}
+    assert physical_scale(stats, "bounds_q99") == pytest.approx([2.0, 0.5])
+    stats["mask"] = [True, False]
+    assert physical_scale(stats, "bounds_q99") == pytest.approx([2.0, 1.0])
+    assert physical_scale(stats, "normal") == pytest.approx([0.5, 1.0])
+    assert normalized_values(stats).tolist() == [True, False]

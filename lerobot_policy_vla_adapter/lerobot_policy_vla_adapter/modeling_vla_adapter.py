@@ -22,6 +22,7 @@ from vla_adapter_hf.checkpoints.lerobot.layout import POLICY_TYPE
 from vla_adapter_hf.checkpoints.model_card import fill_model_card
 from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPrediction
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
+from vla_adapter_hf.robots import normalized_values
 from vla_adapter_hf.training.presets import ADAPTER_NAME, merged_state_dict
 from vla_adapter_hf.utils.files import write_text
 
@@ -208,8 +209,7 @@ class VLAAdapterPolicy(PreTrainedPolicy):
         if prev_chunk_left_over is None:
             return chunk
         _, stats = select_norm_stats(self.network.config.norm_stats, self.config.unnorm_key)
-        mask = stats["action"].get("mask", [True] * chunk.shape[-1])
-        blended = torch.tensor(mask, dtype=torch.bool, device=chunk.device)
+        blended = torch.tensor(normalized_values(stats["action"]), device=chunk.device)
         return blend_chunks(
             chunk, prev_chunk_left_over.to(chunk), inference_delay or 0, self.config.blend, blended=blended
         )

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from vla_adapter_hf.modeling.normalization_vla_adapter import NORM_TYPES
+from vla_adapter_hf.modeling.normalization_vla_adapter import EPSILON, NORM_TYPES, USED_STATISTICS
 
 
 class GripperConvention(str, Enum):
@@ -259,6 +259,27 @@ def get_robot(name: str | RobotPreset) -> RobotPreset:
     if preset is None:
         raise ValueError(f"robot={name!r} is not known; use one of {', '.join(ROBOTS)}, or a RobotPreset of your own")
     return preset
+
+
+def normalized_values(stats: Mapping[str, Any]) -> np.ndarray:
+    """Which values of an action are normalised, boolean `(A,)`; all where the statistics have no mask.
+
+    Args:
+        stats: statistics of actions.
+    """
+    return np.asarray(stats.get("mask", [True] * len(next(iter(stats.values())))), dtype=bool)
+
+
+def physical_scale(stats: Mapping[str, Any], norm_type: str) -> np.ndarray:
+    """What a normalised change of 1 is in an action's own units, `(A,)`.
+
+    Args:
+        stats: statistics of actions.
+        norm_type: kind of normalisation.
+    """
+    first, second = (np.asarray(stats[name], dtype=np.float64) for name in USED_STATISTICS[norm_type])
+    scale = second + EPSILON if norm_type == "normal" else 0.5 * (second - first + EPSILON)
+    return np.where(normalized_values(stats), scale, 1.0)
 
 
 def learnt_range(stats: Mapping[str, Any], dim: int = -1) -> tuple[float, float] | None:

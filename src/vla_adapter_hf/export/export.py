@@ -20,6 +20,7 @@ from vla_adapter_hf.data import load_demonstrations
 from vla_adapter_hf.export.engines import CONVERTERS, Arrays, Converter, check_packages
 from vla_adapter_hf.export.graph import trace
 from vla_adapter_hf.export.sensitivity import action_errors, groups_to_keep, layer_groups
+from vla_adapter_hf.robots import physical_scale
 from vla_adapter_hf.utils.files import atomic_path, write_json, write_text
 
 
@@ -293,21 +294,11 @@ def _check(
         raise RuntimeError(f"verification failed: the exported graph's actions differ by {difference.max():.2e}.")
     if model.config.norm_stats:
         key = settings.unnorm_key or next(iter(model.config.norm_stats))
-        scale = _units(model.config.norm_stats[key]["action"], model.config.norm_type)
+        scale = physical_scale(model.config.norm_stats[key]["action"], model.config.norm_type)
         errors["mean_in_units"] = (difference.mean(axis=(0, 1)) * scale).tolist()
         listed = ", ".join(f"{value:.2g}" for value in errors["mean_in_units"])
         report_progress(f"  on average in the action's units, by dimension: {listed}")
     return errors
-
-
-def _units(stats: dict[str, Any], norm_type: str) -> np.ndarray:
-    """What a normalised change of 1 is in the action's units."""
-    if norm_type == "normal":
-        scale = np.asarray(stats["std"])
-    else:
-        low, high = ("q01", "q99") if norm_type == "bounds_q99" else ("min", "max")
-        scale = (np.asarray(stats[high]) - np.asarray(stats[low])) / 2
-    return np.where(stats.get("mask", np.ones(len(scale), bool)), scale, 1.0)
 
 
 def _tensors(sample: Arrays) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ import numpy as np
 from vla_adapter_hf.checkpoints.attention import choose_attention
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
-from vla_adapter_hf.robots import RobotPreset, check_learnt_gripper, get_robot, why_to_name_a_robot
+from vla_adapter_hf.robots import RobotPreset, check_learnt_gripper, get_robot, normalized_values, why_to_name_a_robot
 from vla_adapter_hf.utils.devices import waits_passively
 
 
@@ -66,7 +66,7 @@ class LocalPolicy:
         if robot is None and reason is not None:
             raise ValueError(f"the statistics {self.unnorm_key!r} have {reason}")
         self.cameras, self.state_dim, self.action_dim = config.cameras, config.proprio_dim, config.action_dim
-        self.averaged = np.array(stats["action"].get("mask", [True] * self.action_dim), bool)
+        self.averaged = normalized_values(stats["action"])
         self.state_names, self.action_names, self.fps = config.state_names, config.action_names, config.fps
         if self.robot is not None and self.robot.action_dim != self.action_dim:
             raise ValueError(

@@ -15,7 +15,14 @@ from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.quantization import quantization_config
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
-from vla_adapter_hf.robots import ROBOTS, RobotPreset, check_learnt_gripper, get_robot, why_to_name_a_robot
+from vla_adapter_hf.robots import (
+    ROBOTS,
+    RobotPreset,
+    check_learnt_gripper,
+    get_robot,
+    normalized_values,
+    why_to_name_a_robot,
+)
 from vla_adapter_hf.serving.errors import InvalidRequest, StateOutOfRange
 from vla_adapter_hf.serving.example import example_observation
 from vla_adapter_hf.serving.observations import Observation, ObservationReader, decode_image, pad_to_square
@@ -202,7 +209,6 @@ class ServedPolicy:
         """What clients learn on connecting: openpi's metadata, with vLLM-Omni's names."""
         config, robot = self.config, self.rules.robot
         _, stats = select_norm_stats(config.norm_stats, self.rules.unnorm_key)
-        mask = stats["action"].get("mask", [True] * config.action_dim)
         return {
             "model": "vla-adapter",
             "action_horizon": config.chunk_size,
@@ -216,7 +222,7 @@ class ServedPolicy:
             "state_dim": config.proprio_dim,
             "state_names": _listed(config.state_names),
             "action_names": _listed(config.action_names),
-            "action_mask": [bool(normalized) for normalized in mask],
+            "action_mask": normalized_values(stats["action"]).tolist(),
             "fps": config.fps,
             "unnorm_key": self.rules.unnorm_key,
             "clip": self.rules.limits is not None,

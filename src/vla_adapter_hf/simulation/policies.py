@@ -17,7 +17,7 @@ from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.checkpoints.exported import ExportedModel
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
-from vla_adapter_hf.robots import RobotPreset, get_robot
+from vla_adapter_hf.robots import RobotPreset, get_robot, is_zero_to_one, learnt_range
 from vla_adapter_hf.simulation.environment import Environment, Observation
 from vla_adapter_hf.utils.devices import check_device
 from vla_adapter_hf.utils.files import visible_files
@@ -240,14 +240,13 @@ def check_gripper(stats: Mapping[str, Any], robot: str) -> None:
         robot: preset of the suite. The physical units of a binary gripper are 0...1 for every preset that has one.
 
     Raises:
-        ValueError: the gripper's values go below 0.
+        ValueError: the gripper has another range.
     """
-    # Which of these exist depends on the kind of normalisation. Means and deviations say nothing about the range.
-    lowest = min((float(stats[name][-1]) for name in ("min", "q01") if name in stats), default=0.0)
-    if not get_robot(robot).action_mask[-1] and lowest < -0.1:
+    learnt = learnt_range(stats)
+    if not get_robot(robot).action_mask[-1] and not is_zero_to_one(learnt):
         raise ValueError(
-            f"the checkpoint's gripper goes down to {lowest:g} in its statistics, but robot {robot!r} has 0...1: it "
-            "was trained on recorded actions without conversion. "
+            f"the checkpoint's gripper is {learnt[0]:g}...{learnt[1]:g} in its statistics, and robot {robot!r} has "
+            "0...1: it was trained on recorded actions without conversion. "
             f"Train with robot={robot!r} (vla-adapter train --robot {robot})."
         )
 

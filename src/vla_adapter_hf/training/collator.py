@@ -11,12 +11,11 @@ import torch
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
 from vla_adapter_hf.modeling.inputs_vla_adapter import check_preparation
 from vla_adapter_hf.modeling.normalization_vla_adapter import (
-    EPSILON,
-    USED_STATISTICS,
     normalize,
     select_norm_stats,
 )
 from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
+from vla_adapter_hf.robots import normalized_values, physical_scale
 
 
 class VLAAdapterDataCollator:
@@ -111,19 +110,9 @@ class VLAAdapterDataCollator:
             "proprio": normalize(sample["state"], stats["proprio"], *rules).astype(np.float32),
             "actions": normalize(actions, stats["action"], *rules).astype(np.float32),
             "action_is_pad": is_pad,
-            "action_scale": _physical_scale(stats["action"], config.norm_type).astype(np.float32),
-            "action_mask": _mask(stats["action"]),
+            "action_scale": physical_scale(stats["action"], config.norm_type).astype(np.float32),
+            "action_mask": normalized_values(stats["action"]),
         }
-
-
-def _physical_scale(stats: dict[str, Any], norm_type: str) -> np.ndarray:
-    first, second = (np.asarray(stats[name], dtype=np.float64) for name in USED_STATISTICS[norm_type])
-    scale = second + EPSILON if norm_type == "normal" else 0.5 * (second - first + EPSILON)
-    return np.where(_mask(stats), scale, 1.0)
-
-
-def _mask(stats: dict[str, Any]) -> np.ndarray:
-    return np.asarray(stats.get("mask", [True] * len(next(iter(stats.values())))), dtype=bool)
 
 
 def _transposed(rows: list[dict[str, np.ndarray]]) -> dict[str, list[np.ndarray]]:
