@@ -22,16 +22,16 @@ from vla_adapter_hf.recording.lerobot_writer import (
     saved_episodes,
 )
 from vla_adapter_hf.simulation.calvin.simulation import SIZES
+from vla_adapter_hf.simulation.settings import CALVIN_RATE
 from vla_adapter_hf.utils.files import exclusive_folder, visible_files
 
 
-CONTROL_RATE = 30  # steps per second in CALVIN
 LAYOUT = LeRobotLayout(
     cameras=tuple(SIZES),
     image_size=tuple(SIZES.values()),
     state_names=("x", "y", "z", "euler_x", "euler_y", "euler_z", "gripper_width", "gripper_command"),
     action_names=("x", "y", "z", "euler_x", "euler_y", "euler_z", "gripper"),
-    fps=CONTROL_RATE,
+    fps=CALVIN_RATE,
 )
 _BATCH = 20  # spans that a process converts before it reports
 

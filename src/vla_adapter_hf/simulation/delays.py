@@ -15,7 +15,7 @@ from vla_adapter_hf.simulation.grid import evaluate_cells
 from vla_adapter_hf.simulation.intervals import mean_interval, wilson_interval
 from vla_adapter_hf.simulation.policies import Policy, ResidentPolicy
 from vla_adapter_hf.simulation.results import EpisodeResult, rate_cell, read_results
-from vla_adapter_hf.simulation.settings import CONTROL_RATE, DelaySettings
+from vla_adapter_hf.simulation.settings import CALVIN_RATE, CONTROL_RATE, DelaySettings
 from vla_adapter_hf.utils.files import write_json, write_text
 from vla_adapter_hf.utils.plotting import new_figure, save_figure
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 # Settings in which the cells of one table may differ.
 VARIED = ("placement", "time")
-CALVIN_RATE = 30  # control steps per second
 COLOURS = {"sync": "tab:gray", "async": "tab:orange", "async-rolled": "tab:blue"}
 
 

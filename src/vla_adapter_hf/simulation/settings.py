@@ -12,6 +12,7 @@ from vla_adapter_hf.simulation.shards import Shard
 
 DEFAULT_EPISODES = 50  # per task, where a suite does not say otherwise
 CONTROL_RATE = 20  # steps per second in LIBERO
+CALVIN_RATE = 30  # the same in CALVIN
 
 
 @dataclass(frozen=True)
