@@ -61,9 +61,9 @@ lint: $(VENV)/test-installed
 docs: $(VENV)/docs-installed
 	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs docs/_build/html
 
-# The commands of README and documentation that need no network and no simulator.
+# The notebooks, and the commands of README and documentation that need no network and no simulator.
 commands: $(VENV)/test-installed
-	$(BIN)/python -m pytest -m slow tests/test_documentation.py
+	$(BIN)/python -m pytest -m slow tests/test_documentation.py tests/test_examples.py
 
 # sdist and wheel in dist/. The tests install the wheel into an empty environment, run its demo and check its types.
 package: $(VENV)/test-installed

@@ -1,4 +1,7 @@
-"""The examples run from a clone as they are, and leave a model behind that loads and predicts."""
+"""The examples run from a clone as they are, and leave a model behind that loads and predicts.
+
+The notebooks run in `make commands`.
+"""
 
 import json
 import os
@@ -91,6 +94,7 @@ def printed(outputs: list) -> str:
     return "".join(output.get("text", "") for output in outputs)
 
 
+@pytest.mark.slow
 def test_the_notebook_of_fine_tuning_runs(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     pytest.importorskip("av")  # its demonstrations are MP4
@@ -100,6 +104,7 @@ def test_the_notebook_of_fine_tuning_runs(tmp_path, monkeypatch):
     assert final.shape == (8, 7) and np.isfinite(final).all()
 
 
+@pytest.mark.slow
 def test_the_notebook_of_a_prediction_runs(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     outputs = run_notebook("predict.ipynb", tmp_path / "out", monkeypatch)
@@ -107,6 +112,7 @@ def test_the_notebook_of_a_prediction_runs(tmp_path, monkeypatch):
     assert "(2, 8, 7)" in printed(outputs["batch-code"])
 
 
+@pytest.mark.slow
 def test_the_notebook_of_a_robot_of_ones_own_runs(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     outputs = run_notebook("own_robot.ipynb", tmp_path / "out", monkeypatch, EPISODES="4", STEPS="2")
