@@ -9,7 +9,7 @@ PYTHON312 ?= python3.12
 # pip asks nobody and prints its errors only.
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo demo-loop policy simulator test test-slow test-lerobot test-ray lint docs commands package oldest conformance test-gpu bench-gpu clean
+.PHONY: demo demo-loop policy simulator test test-simulator test-slow test-lerobot test-ray lint docs commands package oldest conformance test-gpu bench-gpu clean
 
 # Predictions of the small policy over a recorded episode, as a picture.
 demo: $(VENV)/demo-installed
@@ -24,12 +24,16 @@ demo-loop: $(VENV)/demo-installed $(VENV)/simulator-installed
 policy: $(VENV)/demo-installed $(VENV)/simulator-installed
 	$(BIN)/python examples/libero_object/make_policy.py --output outputs/libero_object $(ARGS)
 
-# The simulator in .venv, for the tests that need it.
+# The simulator in .venv.
 simulator: $(VENV)/simulator-installed
 
 # Two workers, each with one thread of torch (tests/conftest.py).
 test: $(VENV)/test-installed lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+# Episodes, recordings and placements in the LIBERO simulator.
+test-simulator: $(VENV)/test-installed $(VENV)/simulator-installed
+	$(BIN)/python -m pytest -m "simulator and not slow" --numprocesses 2 --dist worksteal
 
 # The findings of `vla-adapter check` on many simulated recordings and policies.
 test-slow: $(VENV)/test-installed
