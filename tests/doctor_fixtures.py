@@ -23,6 +23,9 @@ ENCODED = {
     "wxyz": (lambda angles: np.roll(to_quaternion(from_euler(angles, "xyz")), 1, axis=1), "quaternion w, x, y, z"),
 }
 ORIENTATIONS = (*ENCODED, "target xyz", "target zyx", "target xyz degrees", "target xyzw")
+# Two arms of six joints and a gripper each, with a camera on every hand.
+TWO_ARMS = "two arms"
+CORRECT = (*KINDS, *ORIENTATIONS, TWO_ARMS)
 ROWS, COLUMNS = np.mgrid[:SIDE, :SIDE] / SIDE
 
 
@@ -41,23 +44,25 @@ def smooth_path(rng, steps, points, start):
 
 
 def make_recording(kind="delta", seed=0, episodes=24):
-    """A correct recording: two tasks in one scene, two cameras, states and actions of a moving arm."""
+    """A correct recording: two tasks in one scene, states and actions of moving arms, a camera at each hand."""
     rng = np.random.default_rng(seed)
-    scene = rng.uniform(60, 190, (2, SIDE, SIDE, 3))
+    arms = 2 if kind == TWO_ARMS else 1
+    scene = rng.uniform(60, 190, (1 + arms, SIDE, SIDE, 3))
     scene = np.stack([smooth_texture(part) for part in scene])
     all_states, all_actions, texts, hands, objects = [], [], [], [], []
     for episode in range(episodes):
         steps = int(rng.integers(56, 76))
         cubes = rng.uniform([0.1, 0.55], [0.9, 0.9], (2, 2))
         task = episode % 2
-        if kind in ("joints", "degrees"):
-            states, actions, hand = joint_episode(rng, steps, 180 / np.pi if kind == "degrees" else 1.0)
+        if kind in ("joints", "degrees", TWO_ARMS):
+            unit = 180 / np.pi if kind == "degrees" else 1.0
+            parts = [joint_episode(rng, steps, unit) for _ in range(arms)]
         else:
-            states, actions, hand = pose_episode(rng, steps, kind, cubes[task])
-        all_states.append(states)
-        all_actions.append(actions)
+            parts = [pose_episode(rng, steps, kind, cubes[task])]
+        all_states.append(np.concatenate([states for states, _, _ in parts], axis=1))
+        all_actions.append(np.concatenate([actions for _, actions, _ in parts], axis=1))
         texts.append([TASKS[task]])
-        hands.append(hand)
+        hands.append(np.stack([hand for _, _, hand in parts], axis=1))
         objects.append(cubes)
 
     def read_images(position, step):
@@ -69,7 +74,7 @@ def make_recording(kind="delta", seed=0, episodes=24):
         actions=all_actions,
         texts=texts,
         numbers=list(range(episodes)),
-        cameras=("front", "wrist"),
+        cameras=("front", "wrist") if arms == 1 else ("front", "left_wrist", "right_wrist"),
         fps=FPS,
         timestamps=[np.arange(len(actions)) / FPS for actions in all_actions],
         read_images=read_images,
@@ -86,21 +91,27 @@ def smooth_texture(noise):
     return (picture + warm).clip(5, 235)
 
 
-def draw(scene, hand, cubes):
-    """Front and wrist frame: the hand and two cubes over the front's scene; the wrist sees its scene scroll."""
+def draw(scene, hands, cubes):
+    """Front and wrist frames: hands (arms, 3) and two cubes over the front's scene; a wrist sees its scene scroll."""
     front = scene[0].copy()
-    for place, color in zip((*cubes, hand[:2]), ([220, 20, 20], [20, 20, 220], [20, 20, 20]), strict=True):
+    colors = [[220, 20, 20], [20, 20, 220], *[[20, 20, 20]] * len(hands)]
+    for place, color in zip((*cubes, *hands[:, :2]), colors, strict=True):
         shape = np.exp(-(((COLUMNS - place[0]) ** 2 + (ROWS - place[1]) ** 2) / 0.008))[..., None]
         front = front * (1 - shape) + np.array(color) * shape
+    wrists = [draw_wrist(picture, hand) for picture, hand in zip(scene[1:], hands, strict=True)]
+    return [front.astype(np.uint8), *wrists]
+
+
+def draw_wrist(picture, hand):
+    """What a camera on a hand sees of its scene."""
     shift = hand[:2] * 10
     rows, columns = (np.arange(SIDE) + shift[1]) % (SIDE - 1), (np.arange(SIDE) + shift[0]) % (SIDE - 1)
     top, left = rows.astype(int), columns.astype(int)
     down, right = (rows - top)[:, None, None], (columns - left)[None, :, None]
-    wrist = scene[1]
-    wrist = wrist[top] * (1 - down) + wrist[top + 1] * down
+    wrist = picture[top] * (1 - down) + picture[top + 1] * down
     wrist = wrist[:, left] * (1 - right) + wrist[:, left + 1] * right
     wrist[SIDE - 10 :, 10:20] = [40, 160, 60]
-    return [front.astype(np.uint8), wrist.clip(0, 255).astype(np.uint8)]
+    return wrist.clip(0, 255).astype(np.uint8)
 
 
 def gripper_of(rng, steps):
@@ -185,7 +196,7 @@ def make_detour(seed, ways):
         numbers=list(range(episodes)),
         cameras=("front", "wrist"),
         fps=FPS,
-        read_images=lambda position, step: draw(scene, hands[position][step], cubes),
+        read_images=lambda position, step: draw(scene, hands[position][step][None], cubes),
     )
 
 
@@ -515,6 +526,8 @@ FAULTS = {
     "frames two steps late": (late_frames(2), "frames and states are of different moments", ALL),
     "frames four steps late": (late_frames(4), "frames and states are of different moments", ALL),
     "frames three steps early": (late_frames(-3), "frames and states are of different moments", ALL),
+    "frames three steps late, two arms": (
+        late_frames(3), "frames and states are of different moments", (TWO_ARMS,)),
     "cameras swapped in some episodes": (
         lambda r, g: edit_frames(r, lambda frames, *_: frames[::-1], some(r, g)),
         "cameras are swapped in some episodes", ALL),

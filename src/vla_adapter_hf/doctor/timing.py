@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from vla_adapter_hf.doctor.findings import Finding
-from vla_adapter_hf.doctor.recording import FrameSample, Recording
+from vla_adapter_hf.doctor.recording import FrameSample, Recording, Window
 from vla_adapter_hf.doctor.semantics import Semantics
 from vla_adapter_hf.doctor.settings import CheckSettings
 
@@ -137,22 +137,34 @@ def frame_changes(sample: FrameSample, camera: int) -> list[np.ndarray]:
 def frame_lag(recording: Recording, sample: FrameSample, camera: int, max_lag: int) -> dict[int, float]:
     """Correlation of frame changes and motion by lag: at lag k the frame shows the state of k steps before.
 
-    A camera does not see every motion, such as that of fingers or a turn on the spot. Of the motion of all state
-    dimensions, of the first two and three (a position, usually) and of each, the one that fits best is taken.
+    A camera does not see every motion, such as that of fingers or a turn on the spot. So the motion of all state
+    dimensions, of the first two and three (a position, usually) and of each one are tried. The choice is made on one
+    half of the windows, and the correlation is measured on the other half, in turn: the best of many tries would
+    often be high by chance. The result is the mean of the two measurements.
     """
     size = recording.all_states.shape[1]
     groups = [list(range(size)), [0, 1], [0, 1, 2], *([dim] for dim in range(size))]
-    curves = [_lag_curve(recording, sample, camera, max_lag, dims) for dims in groups if max(dims) < size]
-    return max(curves, key=lambda curve: max(curve.values(), default=-1.0))
+    groups = [dims for dims in groups if max(dims) < size]
+    windows = list(zip(sample.windows, frame_changes(sample, camera), strict=True))
+    measured = []
+    for half in (0, 1):
+        curves = [_lag_curve(recording, windows[half::2], max_lag, dims) for dims in groups]
+        best = max(range(len(groups)), key=lambda place: max(curves[place].values(), default=-1.0))
+        measured.append(_lag_curve(recording, windows[1 - half :: 2], max_lag, groups[best]))
+    return {lag: float(np.mean([curve[lag] for curve in measured])) for lag in measured[0] if lag in measured[1]}
 
 
 def _lag_curve(
-    recording: Recording, sample: FrameSample, camera: int, max_lag: int, dims: list[int]
+    recording: Recording, windows: list[tuple[Window, np.ndarray]], max_lag: int, dims: list[int]
 ) -> dict[int, float]:
-    """The curve of `frame_lag` for the motion of some state dimensions."""
+    """The curve of `frame_lag` for the motion of some state dimensions.
+
+    Args:
+        windows: each with its frame changes.
+    """
     spread = state_spread(recording)[dims]
     pairs: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {lag: [] for lag in range(-max_lag, max_lag + 1)}
-    for window, changes in zip(sample.windows, frame_changes(sample, camera), strict=True):
+    for window, changes in windows:
         moves = motion(recording.states[window.position][:, dims], spread)
         for lag, found in pairs.items():
             places = window.start + np.arange(len(changes)) - lag
@@ -173,7 +185,7 @@ def _lag_curve(
 def check_frame_lag(recording: Recording, sample: FrameSample, settings: CheckSettings) -> list[Finding]:
     """Cameras that show another moment than the state."""
     findings = []
-    if sum(len(window.thumbnails) for window in sample.windows) < LEAST_FRAMES or len(sample.windows) < 3:
+    if sum(len(window.thumbnails) for window in sample.windows) < LEAST_FRAMES or len(sample.windows) < 4:
         return []
     for camera, name in enumerate(recording.cameras):
         curve = frame_lag(recording, sample, camera, settings.max_lag)
