@@ -119,7 +119,7 @@ $(VENV)/oldest-installed: $(VENV)/test-installed
 # Without constraints.txt: LeRobot wants older releases. With two editable folders pip sees that one needs the other.
 $(LEROBOT)/installed: setup.cfg lerobot_policy_vla_adapter/setup.cfg
 	$(PYTHON312) -m venv $(LEROBOT)
-	$(LEROBOT)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[fast-jpeg]' \
+	$(LEROBOT)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[fast-jpeg,serve]' \
 		--editable './lerobot_policy_vla_adapter[test]'
 	touch $@
 

@@ -9,7 +9,6 @@ import plugin_environment  # noqa: F401 - before all others, which read what it 
 
 
 # isort: split
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -39,12 +38,6 @@ QUIET = (
     "--log_freq=1",
     "--policy.push_to_hub=false",
 )
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _home(tmp_path_factory) -> None:
-    """Caches and calibrations of these tests stay in a folder of their own."""
-    os.environ["VLA_ADAPTER_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
@@ -78,6 +71,23 @@ def start(write_start) -> Path:
 def trained(write_start) -> Path:
     """With statistics, and a gripper that is learnt as 0...1."""
     return write_start()
+
+
+@pytest.fixture(scope="session")
+def write_arm_policy(write_start) -> Callable[..., Path]:
+    """`write_arm_policy(**fields)`: a checkpoint of our own for the arm of six joints, as `vla-adapter train` would
+    leave it, with chunks of 12 actions."""
+
+    def write(**fields: Any) -> Path:
+        stats = model_fixtures.norm_stats(6, 6, key="waves")
+        stats["waves"]["action"]["mask"] = [True] * 6
+        for part in stats["waves"].values():
+            for name in ("min", "max", "q01", "q99", "mean", "std"):
+                part[name] = [60 * value for value in part[name]]
+        sizes = {"action_dim": 6, "proprio_dim": 6, "chunk_size": 12}
+        return write_start(cameras=["front", "wrist"], norm_stats=stats, **sizes, **fields)
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,14 @@
 """Robots and their leaders without hardware, for LeRobot: the six-joint arm of `examples/simulated_arm.py`, and two
-arms of seven values each with three cameras, as on ALOHA.
+arms of seven values each with three cameras, as on ALOHA. And the parts of LeRobot's own SO-101 that are hardware: its
+motors and cameras.
 
-`--robot.discover_packages_path=simulated_robots` registers them for LeRobot's commands.
+`--robot.discover_packages_path=simulated_robots` registers the robots for LeRobot's commands.
 """
 
 from __future__ import annotations
 
+import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -175,3 +178,64 @@ class SimulatedAlohaLeader(SimulatedLeader):
     config_class = SimulatedAlohaLeaderConfig
     name = "simulated_aloha_leader"
     features = dict.fromkeys(SimulatedAloha.joints, float)
+
+
+class SimulatedMotors:
+    """In place of `FeetechMotorsBus`: motors that go half of the way to their goals at once."""
+
+    is_connected = False
+    is_calibrated = True
+
+    def __init__(self, port: str, motors: dict[str, Any], calibration: dict[str, Any]) -> None:
+        self.motors = motors
+        self.positions = {name: 10.0 * number for number, name in enumerate(motors)}
+        self.goals: list[tuple[float, dict[str, float]]] = []  # with the moment, by `time.monotonic()`
+
+    def connect(self) -> None:
+        self.is_connected = True
+
+    def disconnect(self, disable_torque: bool) -> None:
+        self.is_connected = False
+
+    def torque_disabled(self) -> nullcontext:
+        return nullcontext()
+
+    def configure_motors(self) -> None:
+        pass
+
+    def write(self, register: str, motor: str, value: int) -> None:
+        assert motor in self.motors
+
+    def sync_read(self, register: str, num_retry: int) -> dict[str, float]:
+        assert register == "Present_Position"
+        return dict(self.positions)
+
+    def sync_write(self, register: str, values: dict[str, float]) -> None:
+        assert register == "Goal_Position" and values.keys() == self.motors.keys()
+        self.goals.append((time.monotonic(), dict(values)))
+        for name, goal in values.items():
+            self.positions[name] += 0.5 * (goal - self.positions[name])
+
+
+class SimulatedCamera:
+    """In place of a camera of LeRobot: a still frame of the size that its configuration asks for."""
+
+    is_connected = False
+
+    def __init__(self, width: int, height: int, seed: int) -> None:
+        self.width, self.height = width, height
+        self.frame = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+    def connect(self) -> None:
+        self.is_connected = True
+
+    def disconnect(self) -> None:
+        self.is_connected = False
+
+    def read_latest(self) -> np.ndarray:
+        return self.frame
+
+
+def simulated_cameras(configs: dict[str, Any]) -> dict[str, SimulatedCamera]:
+    """In place of `make_cameras_from_configs`."""
+    return {name: SimulatedCamera(one.width, one.height, seed) for seed, (name, one) in enumerate(configs.items())}

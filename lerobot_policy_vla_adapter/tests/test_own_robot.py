@@ -5,7 +5,6 @@ The robots are simulated; recorder, dataset writer, training and rollout are LeR
 
 import json
 
-import model_fixtures
 import numpy as np
 import pytest
 import simulated_robots
@@ -107,16 +106,8 @@ def test_record_train_and_roll_out(robot, cameras, size, options, record_waves, 
 
 
 @pytest.fixture(scope="module")
-def own_arm_policy(write_start):
-    """A checkpoint of our own for the arm, as `vla-adapter train` would leave it."""
-    stats = model_fixtures.norm_stats(6, 6, key="waves")
-    stats["waves"]["action"]["mask"] = [True] * 6
-    for part in stats["waves"].values():
-        for name in ("min", "max", "q01", "q99", "mean", "std"):
-            part[name] = [60 * value for value in part[name]]
-    return write_start(
-        action_dim=6, proprio_dim=6, chunk_size=12, cameras=["front", "wrist"], fps=10, norm_stats=stats
-    )
+def own_arm_policy(write_arm_policy):
+    return write_arm_policy(fps=10)
 
 
 def test_a_policy_that_we_trained_moves_lerobots_robot_as_our_own_code_would(own_arm_policy, roll_out, tmp_path):
