@@ -43,8 +43,11 @@ def smooth_path(rng, steps, points, start):
     return path + np.cumsum(rng.normal(0, 2e-4, path.shape), axis=0)
 
 
-def make_recording(kind="delta", seed=0, episodes=24):
-    """A correct recording: two tasks in one scene, states and actions of moving arms, a camera at each hand."""
+def make_recording(kind="delta", seed=0, episodes=24, stray=None):
+    """A correct recording: two tasks in one scene, states and actions of moving arms, a camera at each hand.
+
+    With `stray` all episodes end at home, except for that one.
+    """
     rng = np.random.default_rng(seed)
     arms = 2 if kind == TWO_ARMS else 1
     scene = rng.uniform(60, 190, (1 + arms, SIDE, SIDE, 3))
@@ -54,11 +57,12 @@ def make_recording(kind="delta", seed=0, episodes=24):
         steps = int(rng.integers(56, 76))
         cubes = rng.uniform([0.1, 0.55], [0.9, 0.9], (2, 2))
         task = episode % 2
+        home = stray is not None and episode != stray
         if kind in ("joints", "degrees", TWO_ARMS):
             unit = 180 / np.pi if kind == "degrees" else 1.0
-            parts = [joint_episode(rng, steps, unit) for _ in range(arms)]
+            parts = [joint_episode(rng, steps, unit, home) for _ in range(arms)]
         else:
-            parts = [pose_episode(rng, steps, kind, cubes[task])]
+            parts = [pose_episode(rng, steps, kind, cubes[task], home)]
         all_states.append(np.concatenate([states for states, _, _ in parts], axis=1))
         all_actions.append(np.concatenate([actions for _, actions, _ in parts], axis=1))
         texts.append([TASKS[task]])
@@ -122,12 +126,15 @@ def gripper_of(rng, steps):
     return command, aperture + rng.normal(0, 2e-4, steps)
 
 
-def pose_episode(rng, steps, kind, cube):
+def pose_episode(rng, steps, kind, cube, home=False):
     """An end effector with position, axis-angle and two fingers; actions are scaled motions, or velocities."""
     points = np.concatenate([rng.uniform(-0.3, 0.3, (3, 3))])
     points[1, :2] = cube - 0.5
+    turns = rng.uniform(-0.9, 0.9, (3, 3))
+    if home:
+        points[-1], turns[-1] = 0.0, 0.0
     position = smooth_path(rng, steps, points, rng.uniform(-0.3, 0.3, 3))
-    angles = smooth_path(rng, steps, rng.uniform(-0.9, 0.9, (3, 3)), rng.uniform(-0.9, 0.9, 3))
+    angles = smooth_path(rng, steps, turns, rng.uniform(-0.9, 0.9, 3))
     written = kind.removeprefix("target ")
     intrinsic = {"intrinsic xyz": "xyz", "zyx": "zyx"}.get(written)
     rotation = from_intrinsic_euler(angles, intrinsic) if intrinsic else from_euler(angles, "xyz")
@@ -159,9 +166,12 @@ def to_quaternion(rotations):
     return quaternions * np.cumprod([1.0, *signs])[:, None]
 
 
-def joint_episode(rng, steps, unit):
+def joint_episode(rng, steps, unit, home=False):
     """Six joints that follow absolute targets within one step, and a gripper."""
-    target = smooth_path(rng, steps, rng.uniform(-0.8, 0.8, (3, 6)), rng.uniform(-0.8, 0.8, 6))[:steps]
+    points = rng.uniform(-0.8, 0.8, (3, 6))
+    if home:
+        points[-1] = 0.0
+    target = smooth_path(rng, steps, points, rng.uniform(-0.8, 0.8, 6))[:steps]
     joints = np.empty_like(target)
     joints[0] = target[0]
     for step in range(1, steps):
@@ -286,22 +296,25 @@ def duplicated(recording, rng):
     )
 
 
-def waiting(recording, rng):
-    """Every episode begins with 25 steps in which nothing happens."""
-    read = recording.read_images
-
-    def wait(values, still):
-        first = np.repeat(values[:1], 25, 0)
-        first[:, : -1 if still else None] *= 0 if still else 1
-        return np.concatenate([first, values])
-
+def holding_still(recording, before, after):
+    """Every episode begins and ends with some steps in which nothing happens."""
+    read, lengths = recording.read_images, [len(part) for part in recording.actions]
     is_delta = recording.name.split()[0] in ("delta", "tool", "velocity")
+
+    def hold(values, still):
+        edges = [
+            np.repeat(values[place : place + 1], count, 0) for place, count in ((0, before), (len(values) - 1, after))
+        ]
+        for edge in edges:
+            edge[:, :-1] *= 0 if still else 1
+        return np.concatenate([edges[0], values, edges[1]])
+
     return replace(
         recording,
-        states=[wait(part, False) for part in recording.states],
-        actions=[wait(part, is_delta) for part in recording.actions],
+        states=[hold(part, False) for part in recording.states],
+        actions=[hold(part, is_delta) for part in recording.actions],
         timestamps=None,
-        read_images=lambda position, step: read(position, max(0, step - 25)),
+        read_images=lambda position, step: read(position, min(max(0, step - before), lengths[position] - 1)),
     )
 
 
@@ -421,6 +434,55 @@ def negated(recording, rng):
     return edit(recording, "states", change)
 
 
+def released(recording, rng, chosen, first):
+    """Episodes whose gripper stays open, or opens again, from a step on; a negative one counts from the end."""
+    fingers = (-1, -2) if recording.states[0].shape[1] > 7 else (-1,)
+
+    def open_states(values):
+        for sign, dim in zip((1, -1) if len(fingers) == 1 else (-1, 1), fingers, strict=False):
+            values[first:, dim] = 0.04 * sign + rng.normal(0, 2e-4, len(values[first:]))
+        return values
+
+    def open_actions(values):
+        values[first:, -1] = -1.0
+        return values
+
+    return edit(edit(recording, "actions", open_actions, chosen), "states", open_states, chosen)
+
+
+def cut_off(edge):
+    """Episodes that begin and end at rest, some without what comes after (edge 1) or before (edge 0) a fast motion."""
+
+    def fault(recording, rng):
+        recording = holding_still(recording, 5, 5)
+        spread = recording.all_states.std(0)
+        first, end = [0] * len(recording.actions), [len(part) for part in recording.actions]
+        for place in some(recording, rng, 0.08):
+            speed = np.linalg.norm(np.diff(recording.states[place], axis=0) / spread, axis=1)
+            smooth = np.convolve(speed, np.ones(5), "same")
+            if edge:
+                end[place] = 31 + int(smooth[30:-5].argmax())
+            else:
+                first[place] = 5 + int(smooth[5:30].argmax())
+        read = recording.read_images
+        return replace(
+            recording,
+            **{
+                name: [part[a:b] for part, a, b in zip(getattr(recording, name), first, end, strict=True)]
+                for name in ("states", "actions")
+            },
+            read_images=lambda position, step: read(position, step + first[position]),
+        )
+
+    return fault
+
+
+def stray_end(recording, rng):
+    """All episodes but one end at home."""
+    kind, seed = recording.name.removesuffix(" robot"), int(rng.integers(2**31))
+    return make_recording(kind, seed, stray=int(rng.integers(24)))
+
+
 def across_splits(recording, rng):
     """Copies of some episodes at the end, which are the validation split."""
     both = duplicated(recording, rng)
@@ -488,7 +550,7 @@ FAULTS = {
     "steps dropped, with timestamps": (lambda r, g: drop_steps(r, g, True), "steps were dropped", ALL),
     "steps dropped, without timestamps": (lambda r, g: drop_steps(r, g, False), "steps were dropped", POSES),
     "wrong fps": (lambda r, g: replace(r, fps=10.0), "timestamps disagree with fps", ALL),
-    "waiting": (waiting, "many idle steps", ALL),
+    "waiting": (lambda r, g: holding_still(r, 25, 0), "many idle steps", ALL),
     "duplicates": (duplicated, "duplicate episodes", ALL),
     "duplicates in the validation split": (across_splits, "the same episodes in several splits", ALL),
     "Euler order swapped in some episodes": (
@@ -510,6 +572,19 @@ FAULTS = {
     "two quaternion orders mixed": (
         lambda r, g: edit(r, "states", lambda s: s[:, [0, 1, 2, 6, 3, 4, 5, *range(7, s.shape[1])]], some(r, g)),
         "two orders of the quaternion are mixed", ("xyzw", "target xyzw")),
+    "gripper opens too early in some episodes": (
+        lambda r, g: released(r, g, some(r, g, 0.08), -8), "episodes end in another way than the others", ALL),
+    "gripper stays open in some episodes": (
+        lambda r, g: released(r, g, some(r, g, 0.08), 0),
+        "the gripper closes more or less often than in the other episodes", ALL),
+    "gripper opens at half of the ends": (
+        lambda r, g: released(r, g, set(range(12)), -8), "one instruction ends in two ways", ALL),
+    "some episodes without their end": (cut_off(1), "episodes end in another way than the others", ALL),
+    "some episodes without their beginning": (cut_off(0), "episodes start in another way than the others", ALL),
+    "one episode ends elsewhere": (stray_end, "episodes end in another way than the others", ALL),
+    "an instruction for two cubes, with one gripped": (
+        lambda r, g: replace(r, texts=[["push the two cubes"] if t == [TASKS[0]] else t for t in r.texts]),
+        "the instruction counts otherwise than the gripper", ALL),
     "short episodes": (
         lambda r, g: replace(r, **{
             name: [part[:5] if place < 4 else part for place, part in enumerate(getattr(r, name))]

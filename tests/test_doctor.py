@@ -20,6 +20,7 @@ from doctor_fixtures import (
     gripper_of,
     make_detour,
     make_recording,
+    released,
     smooth_path,
 )
 from training_fixtures import write_start
@@ -30,6 +31,7 @@ from vla_adapter_hf.checkpoints.lerobot.convert import to_lerobot
 from vla_adapter_hf.cli.train import parse_arguments
 from vla_adapter_hf.doctor import check as doctor
 from vla_adapter_hf.doctor.check import check, check_recording
+from vla_adapter_hf.doctor.endings import expected_grips
 from vla_adapter_hf.doctor.findings import Finding, Report
 from vla_adapter_hf.doctor.frames import blockiness
 from vla_adapter_hf.doctor.page import as_page
@@ -85,6 +87,9 @@ def test_a_fault_is_named(fault, kind, without_plots):
 def test_a_correct_recording_has_no_finding_of_high_severity(kind, without_plots):
     report = check_recording(make_recording(kind, seed=1), QUICK)
     assert names(report, "high") == []
+    assert not [
+        name for name in names(report) if "in another way" in name or "gripper" in name or "in two ways" in name
+    ]
 
 
 def test_large_euler_angles_are_no_sign_that_differs_between_episodes(without_plots):
@@ -133,6 +138,41 @@ def test_the_closed_end_of_the_gripper_is_read_off_the_aperture():
         report = check_recording(replace(recording, actions=actions), QUICK)
         assert report.facts["gripper (action 6)"]["command that closes"] == closed
         assert report.suggestion["action_mask"] == [True] * 6 + [False]
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("Put both moka pots on the stove.", 2),
+        ("stack the 3 red cubes", 3),
+        ("press the button three times", 3),
+        ("knock twice", 2),
+        ("put the two cubes into the two boxes", None),  # what counts is not clear
+        ("put the cube between the two bowls", None),
+        ("lift the pot with both hands", None),
+        ("open drawer two", None),
+        ("wait two seconds", None),
+        ("push the red cube", None),
+    ],
+)
+def test_what_an_instruction_counts_is_read_off_its_words(text, count):
+    assert expected_grips(text) == count
+
+
+@pytest.mark.parametrize(("episodes", "found"), [(4, False), (5, True)])
+def test_with_fewer_than_five_episodes_of_an_instruction_no_end_is_said_to_differ(episodes, found):
+    recording = replace(make_recording("delta", seed=1, episodes=episodes), texts=[["push"]] * episodes)
+    recording = released(replace(recording, read_images=None), np.random.default_rng(0), {2}, -8)
+    named = check_recording(recording, QUICK).named("episodes end in another way than the others")
+    assert (named is not None) == found
+    assert named is None or named.episodes == [2]
+
+
+def test_an_episode_that_ends_in_another_way_is_shown_over_one_that_ends_as_usual(without_plots):
+    recording = released(make_recording("delta", seed=1, episodes=10), np.random.default_rng(0), {4}, -8)
+    found = check_recording(recording, QUICK).named("episodes end in another way than the others")
+    assert found.episodes == [4]
+    assert found.picture.shape == (2 * 164, 2 * 160, 3)
 
 
 @pytest.mark.parametrize("ways", [1, 2])

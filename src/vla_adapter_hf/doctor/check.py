@@ -11,6 +11,7 @@ import numpy as np
 
 from vla_adapter_hf.doctor.conflicts import check_conflicts
 from vla_adapter_hf.doctor.consistency import check_consistency
+from vla_adapter_hf.doctor.endings import check_endings, describe_endings, find_endings
 from vla_adapter_hf.doctor.episodes import check_episodes, check_listening
 from vla_adapter_hf.doctor.findings import Finding, Report
 from vla_adapter_hf.doctor.frames import blockiness_by_camera, check_frames
@@ -113,9 +114,13 @@ def check_recording(
     report.add(check_listening(recording, sample))
     report.add(check_ranges(recording, grippers))
     report.add(check_orientations(recording))
+    consistent = []
     for gripper in described:
-        report.add(check_gripper(recording, gripper))
-        report.add(check_preset_gripper(recording, gripper, robot))
+        found = check_gripper(recording, gripper)
+        report.add([*found, *check_preset_gripper(recording, gripper, robot)])
+        consistent += [] if any(finding.severity == "high" for finding in found) else [gripper]
+    endings = find_endings(recording, consistent)
+    report.add(check_endings(recording, endings))
     report.add(check_timestamps(recording, settings))
     report.add(check_frames(recording, sample))
     idle = idle_share(recording, grippers)
@@ -128,6 +133,7 @@ def check_recording(
         report.add(check_frame_lag(recording, sample, settings))
         report.add(check_conflicts(recording, sample, semantics, chunk_size))
     report.facts = _facts(recording, semantics, described, sample, idle)
+    report.facts["starts and ends"] = describe_endings(endings)
     wide_bounds = report.named("q01 and q99 cut off motion") is not None
     blocky = report.named("frames were JPEG before they were stored") is not None
     gripper = described[0] if len(described) == 1 else None

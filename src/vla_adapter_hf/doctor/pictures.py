@@ -48,14 +48,9 @@ def camera_sheet(sample: FrameSample) -> np.ndarray:
     """First frames of some episodes, a row for each camera."""
     rows = []
     for camera in range(len(sample.windows[0].first)):
-        frames = []
-        for window in sample.windows[:SHOWN_WINDOWS]:
-            image = Image.fromarray(window.first[camera])
-            width = max(1, round(image.width * FRAME_HEIGHT / image.height))
-            frames.append(np.asarray(image.resize((width, FRAME_HEIGHT), Image.Resampling.BOX)))
+        frames = [_at_height(window.first[camera]) for window in sample.windows[:SHOWN_WINDOWS]]
         rows.append(np.concatenate(frames, axis=1))
-    width = max(row.shape[1] for row in rows)
-    return np.concatenate([np.pad(row, ((0, 4), (0, width - row.shape[1]), (0, 0))) for row in rows])
+    return _below_each_other(rows)
 
 
 def places_sheet(sample: FrameSample) -> np.ndarray:
@@ -68,6 +63,37 @@ def places_sheet(sample: FrameSample) -> np.ndarray:
         frame = np.asarray(mean.resize((FRAME_HEIGHT, FRAME_HEIGHT), Image.Resampling.BICUBIC))
         sheets.append(overlay_attention(frame, change, max(float(change.max()), SAME_PICTURE)))
     return np.concatenate(sheets, axis=1)
+
+
+def one_over_the_other(recording: Recording, *places: tuple[int, int]) -> np.ndarray | None:
+    """The frames of all cameras at some places (episode position, step), a row for each; None without frames.
+
+    Args:
+        places: a negative step counts from the end of the episode.
+    """
+    if recording.read_images is None:
+        return None
+    rows = []
+    for position, step in places:
+        try:
+            frames = recording.read_images(int(position), step % len(recording.actions[position]))
+        except ValueError:
+            return None  # frames that cannot be read are a finding of their own
+        rows.append(np.concatenate([_at_height(frame) for frame in frames], axis=1))
+    return _below_each_other(rows)
+
+
+def _below_each_other(rows: list[np.ndarray]) -> np.ndarray:
+    """Pictures of any width as one, with four black lines below each."""
+    width = max(row.shape[1] for row in rows)
+    return np.concatenate([np.pad(row, ((0, 4), (0, width - row.shape[1]), (0, 0))) for row in rows])
+
+
+def _at_height(frame: np.ndarray) -> np.ndarray:
+    """A frame with `FRAME_HEIGHT` rows."""
+    image = Image.fromarray(frame)
+    width = max(1, round(image.width * FRAME_HEIGHT / image.height))
+    return np.asarray(image.resize((width, FRAME_HEIGHT), Image.Resampling.BOX))
 
 
 def pixels(figure: Figure) -> np.ndarray:
