@@ -30,6 +30,7 @@ PAGES = sorted(
         *ROOT.glob("*.md"),
         *ROOT.glob("docs/**/*.md"),
         *ROOT.glob("examples/**/*.md"),
+        *ROOT.glob("lerobot_policy_vla_adapter/*.md"),
         *ROOT.glob("examples/*.ipynb"),
     }
     - {ROOT / "MODEL_CARD.md"}  # a template
