@@ -382,6 +382,11 @@ def through(turn, camera=0):
     return fault
 
 
+def letterboxed(frames, *_):
+    """Frames with black bars at the top and at the bottom."""
+    return [np.pad(frame[4:-4], ((4, 4), (0, 0), (0, 0))) for frame in frames]
+
+
 def late_frames(steps):
     def fault(recording, rng):
         read = recording.read_images
@@ -618,5 +623,6 @@ FAULTS = {
     "mirrored in some episodes": (through(lambda f: f[:, ::-1]), "frames are mirrored in some episodes", ALL),
     "flipped in some episodes": (through(lambda f: f[::-1]), "frames are flipped vertically in some episodes", ALL),
     "BGR in some episodes": (through(lambda f: f[..., ::-1]), "frames are in BGR order in some episodes", ALL),
+    "letterboxed frames": (lambda r, g: edit_frames(r, letterboxed), "frames have empty borders", ALL),
     "frames of two sizes": (through(lambda f: f[:-8]), "frames of several sizes", ALL),
 }  # fmt: skip

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 from dataclasses import replace
 
 import datasets
@@ -17,7 +18,10 @@ from doctor_fixtures import (
     ENCODED,
     FAULTS,
     ORIENTATIONS,
+    TWO_ARMS,
+    edit_frames,
     gripper_of,
+    letterboxed,
     make_detour,
     make_recording,
     released,
@@ -31,13 +35,20 @@ from vla_adapter_hf.checkpoints.lerobot.convert import to_lerobot
 from vla_adapter_hf.cli.train import parse_arguments
 from vla_adapter_hf.doctor import check as doctor
 from vla_adapter_hf.doctor.check import check, check_recording
+from vla_adapter_hf.doctor.copies import check_copies
 from vla_adapter_hf.doctor.endings import expected_grips
 from vla_adapter_hf.doctor.findings import Finding, Report
 from vla_adapter_hf.doctor.frames import blockiness
+from vla_adapter_hf.doctor.gripper import describe_gripper, find_grippers
+from vla_adapter_hf.doctor.idle import find_idle, without_idle
+from vla_adapter_hf.doctor.opening import open_recording
 from vla_adapter_hf.doctor.page import as_page
-from vla_adapter_hf.doctor.recording import FrameSample, Recording, Window
+from vla_adapter_hf.doctor.recording import FrameSample, Recording, Window, sample_frames
 from vla_adapter_hf.doctor.rotations import ENCODINGS, from_axis_angle, to_axis_angle
+from vla_adapter_hf.doctor.semantics import Semantics
 from vla_adapter_hf.doctor.settings import CheckSettings, PolicySettings
+from vla_adapter_hf.doctor.shapes import empty_borders
+from vla_adapter_hf.doctor.suggest import suggest, train_command
 from vla_adapter_hf.doctor.timing import check_frame_lag
 from vla_adapter_hf.recording.lerobot_writer import LeRobotLayout, assemble, encode_image, save_episode
 from vla_adapter_hf.training.train import train
@@ -140,6 +151,32 @@ def test_the_closed_end_of_the_gripper_is_read_off_the_aperture():
         assert report.suggestion["action_mask"] == [True] * 6 + [False]
 
 
+def test_idle_steps_in_which_a_gripper_moves_or_a_slow_arm_has_its_command_are_not_left_out():
+    """The arm moves two steps after its command; the gripper closes while it stands still."""
+    actions = np.zeros((60, 2))
+    actions[30:50, 0], actions[10:, 1] = 0.1, 1.0
+    states = np.concatenate([[0.0], np.cumsum(np.roll(actions[:, 0], 2))[:-1]])[:, None]
+    recording = Recording("slow", [states], [actions], [["go"]], [0], fps=10.0)
+    semantics = Semantics("delta", np.ones(2), np.array([0, -1]), np.ones(2), 2, {}, {}, dims=[0])
+    steps = find_idle(recording, semantics, [1], 10.0)
+    assert np.flatnonzero(steps.at_gripper[0]).tolist() == [11, 12, 13, 14, 15]
+    assert np.flatnonzero(steps.before_motion[0]).tolist() == [30, 31]
+    left_out = [*range(10), *range(16, 30), *range(52, 59)]
+    assert np.flatnonzero(steps.removable[0]).tolist() == left_out
+    effect = without_idle(recording, semantics, steps, [1], CheckSettings(chunk_size=4))
+    assert effect["can be left out"] == len(left_out) == 31
+    assert effect["median steps of an episode"] == "60, then 29"
+    assert effect["median action, of a large one"] == "0.00, then 1.00"
+    covers = "4 steps of the recording, then 8.3 on average (0.40 s, then 0.83 s)"
+    assert effect["a chunk of 4 covers"] == covers
+
+
+def test_the_report_says_what_leaving_out_idle_steps_would_do(without_plots):
+    found = check_recording(with_fault("waiting", "delta", seed=1), QUICK).named("many idle steps")
+    assert found.evidence["can be left out"] >= 24 * 25
+    assert found.evidence["median steps of an episode"] == "87, then 62"
+
+
 @pytest.mark.parametrize(
     ("text", "count"),
     [
@@ -173,6 +210,38 @@ def test_an_episode_that_ends_in_another_way_is_shown_over_one_that_ends_as_usua
     found = check_recording(recording, QUICK).named("episodes end in another way than the others")
     assert found.episodes == [4]
     assert found.picture.shape == (2 * 164, 2 * 160, 3)
+
+
+def test_empty_borders_are_measured_in_pixels_and_a_part_in_which_something_moves_is_none(without_plots):
+    recording = make_recording("delta", seed=1, episodes=8)
+
+    def sides(change):
+        changed = edit_frames(recording, change)
+        return empty_borders(changed, sample_frames(changed, QUICK))
+
+    assert sides(lambda frames, *_: frames) == {}
+    bars = sides(letterboxed)
+    assert bars == {"front": {"top": 4, "bottom": 4}, "wrist": {"top": 4, "bottom": 4}}
+    blinking = sides(
+        lambda frames, position, step: [
+            np.pad(frame[4:], ((4, 0), (0, 0), (0, 0)), constant_values=255 * (step % 9 > 7)) for frame in frames
+        ]
+    )
+    assert blinking == {}
+
+
+@pytest.mark.parametrize("kind", ["delta", "joints", TWO_ARMS])
+@pytest.mark.parametrize("blocky", [False, True])
+def test_the_suggested_command_is_one_that_train_takes(kind, blocky):
+    recording = make_recording(kind, seed=1, episodes=4)
+    gripper = describe_gripper(recording, find_grippers(recording)[0])
+    suggestion = suggest(recording, gripper, CheckSettings(), None, blocky, blocky)
+    command = shlex.split(train_command("me/data", suggestion, {"state_column": "state"}))
+    model, data, training = parse_arguments(command[2:])
+    assert command[:2] == ["vla-adapter", "train"] and model.checkpoint == "CHECKPOINT"
+    assert (data.dataset, data.state_column, data.chunk_size) == (["me/data"], "state", suggestion["chunk_size"])
+    assert data.augment is True and data.jpeg_round_trip == ("yes" if blocky else "auto")
+    assert data.cameras == list(recording.cameras)
 
 
 @pytest.mark.parametrize("ways", [1, 2])
@@ -227,13 +296,15 @@ def test_recorded_demonstrations_have_no_finding_of_high_severity(folder, tmp_pa
     assert report.suggestion["robot"] == "libero"
     assert report.suggestion["cameras"] == ["image", "wrist_image"]
     assert report.suggestion["chunk_size"] == 8
+    assert "--augment true" in report.command
     assert json.loads((tmp_path / "check" / "report.json").read_text())["dataset"] == report.dataset
 
 
 def test_the_command_prints_the_report_and_writes_a_page_that_needs_no_other_file(tmp_path):
-    output = tmp_path / "check"
-    result = CliRunner().invoke(app, ["check", str(DEMOS / "lerobot_v21_video"), "--output", str(output)])
+    output, folder = tmp_path / "check", str(DEMOS / "lerobot_v21_video")
+    result = CliRunner().invoke(app, ["check", folder, "--against", folder, "--output", str(output)])
     assert result.exit_code == 0, result.output
+    assert "[high] the same episodes in the other dataset" in result.output
     assert "kind: delta" in result.output
     assert "vla-adapter train --checkpoint CHECKPOINT" in result.output
     page = (output / "report.html").read_text()
@@ -267,6 +338,30 @@ def test_a_copy_of_an_episode_in_another_split_of_a_lerobot_folder_is_found(tmp_
     (folder / "meta" / "info.json").write_text(json.dumps(info | {"splits": {"train": "0:1", "validation": "1:4"}}))
     found = check(folder).named("the same episodes in several splits")
     assert (found.severity, found.episodes) == ("high", [1])
+
+
+def test_copies_of_episodes_in_another_dataset_are_found_in_any_format_and_without_frames(tmp_path):
+    """The same demonstrations in LeRobot's v3.0 and v2.1, one of them changed."""
+    other = copy_of("lerobot_v21_video", tmp_path)
+    path = next((other / "data").rglob("*000002.parquet"))
+    table = pq.read_table(path)
+    place = table.schema.get_field_index("action")
+    column = table.column(place)
+    pq.write_table(
+        table.set_column(place, table.schema.field(place), column.take(list(range(len(column)))[::-1])), path
+    )
+    shutil.rmtree(other / "videos")
+    recordings = [open_recording(folder, with_frames=False) for folder in (DEMOS / "lerobot_v30_video", other)]
+    (found,) = check_copies(*recordings)
+    assert (found.severity, found.episodes) == ("high", [0, 1, 3])
+    assert found.evidence["their numbers there"] == [0, 1, 3]
+
+
+def test_a_dataset_of_another_robot_has_no_copies_to_look_for():
+    recording, other = make_recording("delta", episodes=2), make_recording("joints", episodes=2)
+    with pytest.raises(ValueError, match="delta robot has 8 values in a state, joints robot has 7"):
+        check_copies(recording, other)
+    assert check_copies(recording, make_recording("delta", seed=1, episodes=2)) == []
 
 
 def test_gaps_in_the_timestamps_of_a_lerobot_folder_are_found(tmp_path):

@@ -32,6 +32,10 @@ from vla_adapter_hf.training.arguments import DataArguments
 def check(
     dataset: Annotated[str, typer.Argument(help="Folder or Hub id of demonstrations.")],
     output: Annotated[Path, typer.Option(help="Folder for report.json and report.html.")] = Path("check"),
+    against: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of another dataset that should not have the same episodes."),
+    ] = None,
     checkpoint: Annotated[
         str | None,
         typer.Option(help="Folder or Hub id of a policy to ask about the demonstrations; embedded is the one inside."),
@@ -78,6 +82,7 @@ def check(
     Examples:
       vla-adapter check me/pick-and-place
       vla-adapter check recordings --cameras front wrist --output outputs/check
+      vla-adapter check recordings --against held-out
       vla-adapter check recordings --checkpoint outputs/policy --episodes 40-49
     """
     arguments = DataArguments(
@@ -106,6 +111,7 @@ def check(
             CheckSettings(full=full, chunk_size=chunk_size, fps=fps),
             format,
             robot,
+            against,
             str(folder / "checkpoint") if checkpoint == "embedded" else checkpoint,
             policy,
             report_progress=lambda line: typer.echo(line, err=True),

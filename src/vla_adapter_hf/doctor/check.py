@@ -11,6 +11,7 @@ import numpy as np
 
 from vla_adapter_hf.doctor.conflicts import check_conflicts
 from vla_adapter_hf.doctor.consistency import check_consistency
+from vla_adapter_hf.doctor.copies import check_copies, check_duplicates
 from vla_adapter_hf.doctor.endings import check_endings, describe_endings, find_endings
 from vla_adapter_hf.doctor.episodes import check_episodes, check_listening
 from vla_adapter_hf.doctor.findings import Finding, Report
@@ -22,6 +23,7 @@ from vla_adapter_hf.doctor.gripper import (
     describe_gripper,
     find_grippers,
 )
+from vla_adapter_hf.doctor.idle import IdleSteps, check_idle, find_idle, without_idle
 from vla_adapter_hf.doctor.opening import open_recording
 from vla_adapter_hf.doctor.orientations import check_orientations
 from vla_adapter_hf.doctor.page import write_page
@@ -31,14 +33,9 @@ from vla_adapter_hf.doctor.ranges import check_ranges, clipping_cost
 from vla_adapter_hf.doctor.recording import FrameSample, Recording, sample_frames
 from vla_adapter_hf.doctor.semantics import Semantics, absolute_targets, check_semantics, find_semantics
 from vla_adapter_hf.doctor.settings import CheckSettings, PolicySettings
+from vla_adapter_hf.doctor.shapes import check_shapes, describe_shapes, empty_borders
 from vla_adapter_hf.doctor.suggest import suggest, train_command
-from vla_adapter_hf.doctor.timing import (
-    check_dropped_steps,
-    check_frame_lag,
-    check_idle,
-    check_timestamps,
-    idle_share,
-)
+from vla_adapter_hf.doctor.timing import check_dropped_steps, check_frame_lag, check_timestamps
 from vla_adapter_hf.utils.files import write_json
 
 
@@ -48,6 +45,7 @@ def check(
     settings: CheckSettings | None = None,
     format: str = "auto",
     robot: str | None = None,
+    against: str | os.PathLike | None = None,
     checkpoint: str | os.PathLike | None = None,
     policy: PolicySettings | None = None,
     report_progress: Callable[[str], None] = lambda line: None,
@@ -60,20 +58,24 @@ def check(
         output: folder for the report; None writes nothing.
         settings: how much is read, and where findings begin.
         format, robot: as of `load_demonstrations`. Without a robot, actions are judged as they were recorded.
+        against: folder or Hub id of another dataset, such as the one for validation, that should not have the same
+            episodes. It is read with the same options, except for `name` and `revision`.
         checkpoint: folder or Hub id of a policy that is asked about the demonstrations; None asks none.
         policy: how it is asked.
         report_progress: called with a line of text before each part.
         options: `cameras`, column names, `name` and `revision` as of `from_lerobot`, `from_rlds` or `from_dataset`.
 
     Raises:
-        ValueError: what the reader refuses, a dataset without a readable episode, and a checkpoint that cannot be
-            opened.
+        ValueError: what the reader refuses, a dataset without a readable episode, a checkpoint that cannot be opened,
+            and a dataset to compare with that has states or actions of another size.
     """
     settings = settings or CheckSettings()
     report_progress("Reading states and actions")
     recording = open_recording(dataset, format, robot, **options)
+    copies = [] if against is None else _compare(recording, against, format, robot, options)
     columns = {key: value for key, value in options.items() if key.endswith("_column") and isinstance(value, str)}
     report = check_recording(recording, settings, robot, report_progress)
+    report.add(copies)
     report.command = train_command(os.fspath(dataset), report.suggestion, columns)
     if checkpoint is not None:
         reading = {"format": format, "robot": robot, **options}
@@ -84,6 +86,14 @@ def check(
         write_json(folder / "report.json", report.to_dict())
         write_page(folder / "report.html", report)
     return report
+
+
+def _compare(
+    recording: Recording, against: str | os.PathLike, format: str, robot: str | None, options: dict[str, Any]
+) -> list[Finding]:
+    """Findings about episodes that another dataset has too. Its frames are not read."""
+    reading = {key: value for key, value in options.items() if key not in ("name", "revision", "cameras")}
+    return check_copies(recording, open_recording(against, format, robot, with_frames=False, **reading))
 
 
 def check_recording(
@@ -110,7 +120,7 @@ def check_recording(
     grippers = find_grippers(recording)
     described = [describe_gripper(recording, dim) for dim in grippers]
     semantics = find_semantics(recording, settings, grippers)
-    report.add(check_episodes(recording, chunk_size))
+    report.add([*check_episodes(recording, chunk_size), *check_duplicates(recording)])
     report.add(check_listening(recording, sample))
     report.add(check_ranges(recording, grippers))
     report.add(check_orientations(recording))
@@ -122,17 +132,20 @@ def check_recording(
     endings = find_endings(recording, consistent)
     report.add(check_endings(recording, endings))
     report.add(check_timestamps(recording, settings))
-    report.add(check_frames(recording, sample))
-    idle = idle_share(recording, grippers)
+    borders = empty_borders(recording, sample)
+    report.add([*check_frames(recording, sample), *check_shapes(sample, borders)])
+    idle = find_idle(recording, semantics, grippers, settings.fps or recording.fps)
+    effect = without_idle(recording, semantics, idle, grippers, settings) if recording.consecutive else {}
     if recording.consecutive:
         report.targets = absolute_targets(semantics)
         report.add(check_semantics(recording, semantics, settings))
         report.add(check_dropped_steps(recording, semantics))
         report.add(_without_consequences(report, check_consistency(recording, semantics, settings)))
-        report.add(check_idle(idle))
+        report.add(check_idle(idle.share, effect))
         report.add(check_frame_lag(recording, sample, settings))
         report.add(check_conflicts(recording, sample, semantics, chunk_size))
     report.facts = _facts(recording, semantics, described, sample, idle)
+    report.facts["without idle steps"] = effect
     report.facts["starts and ends"] = describe_endings(endings)
     wide_bounds = report.named("q01 and q99 cut off motion") is not None
     blocky = report.named("frames were JPEG before they were stored") is not None
@@ -176,7 +189,7 @@ def _without_empty(recording: Recording) -> Recording:
 
 
 def _facts(
-    recording: Recording, semantics: Semantics, grippers: list[Gripper], sample: FrameSample, idle: float
+    recording: Recording, semantics: Semantics, grippers: list[Gripper], sample: FrameSample, idle: IdleSteps
 ) -> dict[str, dict[str, Any]]:
     lengths = np.array([len(actions) for actions in recording.actions])
     actions = recording.all_actions
@@ -187,7 +200,7 @@ def _facts(
             "steps per episode": f"{lengths.min()} to {lengths.max()}, median {np.median(lengths):.0f}",
             "steps per second": recording.fps,
             "instructions": len({text for texts in recording.texts for text in texts}),
-            "share of idle steps": idle,
+            "share of idle steps": idle.share,
             "rows are consecutive steps": recording.consecutive,
         },
         "actions": {
@@ -220,9 +233,7 @@ def _facts(
         }
         for dim in range(actions.shape[1])
     }
-    facts["cameras"] = {
-        camera: ", ".join(f"{width} x {height}" for height, width in counts) for camera, counts in sample.sizes.items()
-    }
+    facts["cameras"] = describe_shapes(sample)
     facts["frames"] = {
         "stored as JPEG": recording.frames_are_jpeg,
         "edges at every eighth pixel": blockiness_by_camera(recording, sample),

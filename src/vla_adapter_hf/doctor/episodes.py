@@ -1,8 +1,7 @@
-"""Episodes and instructions: lengths, duplicates, words, coverage of the start states."""
+"""Episodes and instructions: lengths, words, coverage of the start states."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 
 import numpy as np
@@ -17,7 +16,6 @@ def check_episodes(recording: Recording, chunk_size: int) -> list[Finding]:
     return [
         *_unreadable(recording),
         *_lengths(recording, chunk_size),
-        *_duplicates(recording),
         *_starts(recording),
         *_words(recording),
     ]
@@ -77,45 +75,6 @@ def _lengths(recording: Recording, chunk_size: int) -> list[Finding]:
                 "Very short ones may have been broken off, very long ones hold waiting or several tries.",
                 "Look at these episodes.",
                 numbers[odd].tolist(),
-            )
-        )
-    return findings
-
-
-def _duplicates(recording: Recording) -> list[Finding]:
-    seen: dict[bytes, int] = {}
-    copies, across = [], []
-    for position, states, actions in recording.episodes(2):
-        content = (
-            np.ascontiguousarray(states, np.float32).tobytes() + np.ascontiguousarray(actions, np.float32).tobytes()
-        )
-        digest = hashlib.blake2b(content, digest_size=16).digest()
-        first = seen.setdefault(digest, position)
-        if first == position:
-            continue
-        is_across = recording.splits is not None and recording.splits[first] != recording.splits[position]
-        (across if is_across else copies).append(recording.numbers[position])
-    findings = []
-    if across:
-        findings.append(
-            Finding(
-                "the same episodes in several splits",
-                "high",
-                {"copies": len(across), "splits": sorted(set(recording.splits or []))},
-                "What is held out was trained on: the evaluation says nothing about new episodes.",
-                "Remove the copies from one of the splits.",
-                across,
-            )
-        )
-    if copies:
-        findings.append(
-            Finding(
-                "duplicate episodes",
-                "high" if len(copies) > 0.2 * len(recording.actions) else "medium",
-                {"copies": len(copies), "of": len(recording.actions)},
-                "They count twice, and a copy among the held-out episodes makes the evaluation too good.",
-                "Remove the copies.",
-                copies,
             )
         )
     return findings

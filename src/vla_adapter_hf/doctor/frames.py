@@ -1,4 +1,4 @@
-"""Camera frames: dark, bright, frozen, swapped, turned, in another channel order, of another size, once JPEG."""
+"""Camera frames: dark, bright, frozen, swapped, turned, in another channel order, once JPEG."""
 
 from __future__ import annotations
 
@@ -46,7 +46,6 @@ def check_frames(recording: Recording, sample: FrameSample) -> list[Finding]:
         findings += _frozen(recording, sample, camera, name)
     findings += _same_places(recording, first)
     findings += _turned(recording, first, numbers)
-    findings += _sizes(sample)
     findings += _compressed(recording, sample)
     return findings
 
@@ -200,38 +199,6 @@ def _over_usual(frames: np.ndarray, usual: np.ndarray) -> np.ndarray:
     rows = [np.concatenate(list(part), axis=1) for part in (frames, usual)]
     picture = np.concatenate(rows, axis=0).clip(0, 255).astype(np.uint8)
     return picture.repeat(4, axis=0).repeat(4, axis=1)
-
-
-def _sizes(sample: FrameSample) -> list[Finding]:
-    mixed = {camera: counts for camera, counts in sample.sizes.items() if len(counts) > 1}
-    findings = []
-    if mixed:
-        findings.append(
-            Finding(
-                "frames of several sizes",
-                "medium",
-                {camera: {f"{w} x {h}": n for (h, w), n in counts.items()} for camera, counts in mixed.items()},
-                "Frames are squeezed to one square, so the same scene has several shapes.",
-                "Record with one size, or crop all frames to one shape.",
-            )
-        )
-    wide = {
-        camera: f"{w} x {h}"
-        for camera, counts in sample.sizes.items()
-        for (h, w) in list(counts)[:1]
-        if max(h, w) > 1.6 * min(h, w)
-    }
-    if wide:
-        findings.append(
-            Finding(
-                "frames are far from square",
-                "low",
-                wide,
-                "The model squeezes frames to a square: objects get narrower, and the robot must squeeze them alike.",
-                "Crop to the part that matters before recording or training.",
-            )
-        )
-    return findings
 
 
 def blockiness(frame: np.ndarray) -> float:

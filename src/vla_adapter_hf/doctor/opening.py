@@ -24,6 +24,7 @@ def open_recording(
     format: str = "auto",
     robot: str | None = None,
     cameras: Sequence[str] | None = None,
+    with_frames: bool = True,
     **options: Any,
 ) -> Recording:
     """Read the numbers of a dataset; frames are read later, one by one.
@@ -31,6 +32,7 @@ def open_recording(
     Args:
         path, format, robot: as of `load_demonstrations`. Without a robot, actions are judged as they were recorded.
         cameras: cameras to look at, all by default.
+        with_frames: without them no video is fetched from the Hub.
         options: column names, `name` and `revision` as of `from_lerobot`, `from_rlds` or `from_dataset`. None stands
             for an option that was not given, except for `chunk_column`.
 
@@ -43,7 +45,7 @@ def open_recording(
     data: Any = path
     if kind == "dataset":
         data, options["unnorm_key"] = rows_of_folder(path), Path(path).name
-    fetch = "every camera" if cameras is None else "all"
+    fetch = ("every camera" if cameras is None else "all") if with_frames else "numbers"
     source = random_access(open_reader(kind, data, cameras, robot, options, fetch=fetch))
     if source is None:
         raise ValueError(f"dataset {str(path)!r} must be on this machine to be checked")

@@ -72,7 +72,7 @@ def as_text(report: Report) -> str:
     for title, rows in report.tables.items():
         lines += ["", title, *_text_table(rows)]
     shown = ("policy", "recording", "actions", *(name for name in report.facts if name.startswith("gripper")))
-    for subject in (name for name in shown if name in report.facts):
+    for subject in (name for name in shown if report.facts.get(name)):
         lines.append(f"\n{subject}")
         lines += [f"  {name}: {words(value)}" for name, value in report.facts[subject].items()]
     counts = {level: sum(finding.severity == level for finding in report.findings) for level in SEVERITIES}

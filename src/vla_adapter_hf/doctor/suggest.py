@@ -69,6 +69,7 @@ def suggest(
         "action_mask": list(ROBOTS[chosen].action_mask)
         if chosen
         else [not (dim == (gripper.dim if gripper else None) and _fits_unnormalised(gripper)) for dim in range(size)],
+        "augment": True,  # the only crop that training has: at random, and from the centre on the robot
     }
     if blocky:
         suggestion["jpeg_round_trip"] = "yes"
@@ -82,9 +83,10 @@ def train_command(dataset: str, suggestion: dict[str, Any], columns: dict[str, s
         words += ["--robot", suggestion["robot"]]
     if suggestion["cameras"]:
         words += ["--cameras", *suggestion["cameras"]]
-    for name in ("chunk_size", "norm_type", "jpeg_round_trip"):
+    for name in ("chunk_size", "norm_type", "jpeg_round_trip", "augment"):
         if name in suggestion:
-            words += [f"--{name}", str(suggestion[name])]
+            value = suggestion[name]
+            words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
     if not suggestion["robot"] and not all(suggestion["action_mask"]):
         words += ["--action_mask", *("true" if normalised else "false" for normalised in suggestion["action_mask"])]
     for name, value in columns.items():

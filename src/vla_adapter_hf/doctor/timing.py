@@ -1,4 +1,4 @@
-"""Time: timestamps, dropped steps, idle steps, and the lag between frames and states."""
+"""Time: timestamps, dropped steps, and the lag between frames and states."""
 
 from __future__ import annotations
 
@@ -97,36 +97,6 @@ def check_dropped_steps(recording: Recording, semantics: Semantics) -> list[Find
         return []
     numbers = [recording.numbers[position] for position in np.unique(owner[gap])]
     return [_dropped("motion per action", int(gap.sum()), len(gap), numbers)]
-
-
-def idle_share(recording: Recording, grippers: list[int]) -> float:
-    """The share of steps in which neither the state moves nor a gripper's command changes."""
-    spread = state_spread(recording)
-    moved = [motion(states, spread) for _, states, _ in recording.episodes(2)]
-    if not moved:
-        return 0.0
-    floor = 0.02 * np.quantile(np.concatenate(moved), 0.9)
-    idle = []
-    for (_, _, actions), moves in zip(recording.episodes(2), moved, strict=True):
-        gripping = np.abs(np.diff(actions[:, grippers], axis=0)).sum(1) > 1e-6
-        idle.append((moves <= floor) & ~gripping)
-    return float(np.concatenate(idle).mean())
-
-
-def check_idle(share: float) -> list[Finding]:
-    """A finding if the arm stands still for much of the time."""
-    if share < 0.15:
-        return []
-    return [
-        Finding(
-            "many idle steps",
-            "medium",
-            {"share of steps": share},
-            "A policy that sees the arm stand still so often learns to stand still, and may never start.",
-            "Cut the waiting at the start and end of episodes, or leave out steps without motion, "
-            "as LIBERO's no_noops do.",
-        )
-    ]
 
 
 def frame_changes(sample: FrameSample, camera: int) -> list[np.ndarray]:

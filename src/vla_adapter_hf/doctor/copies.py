@@ -1,0 +1,88 @@
+"""Copies of episodes: within a dataset, across its splits, and in another dataset."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from vla_adapter_hf.doctor.findings import Finding
+from vla_adapter_hf.doctor.recording import Recording
+
+
+def digest(states: np.ndarray, actions: np.ndarray) -> bytes:
+    """A number that two episodes have in common only if all their states and actions are the same, in float32."""
+    content = hashlib.blake2b(digest_size=16)
+    for values in (states, actions):
+        content.update(np.ascontiguousarray(values, np.float32).tobytes())
+    return content.digest()
+
+
+def check_duplicates(recording: Recording) -> list[Finding]:
+    """Episodes that come twice in a dataset, in one split or in two."""
+    seen: dict[bytes, int] = {}
+    copies, across = [], []
+    for position, states, actions in recording.episodes(2):
+        first = seen.setdefault(digest(states, actions), position)
+        if first == position:
+            continue
+        is_across = recording.splits is not None and recording.splits[first] != recording.splits[position]
+        (across if is_across else copies).append(recording.numbers[position])
+    findings = []
+    if across:
+        findings.append(
+            Finding(
+                "the same episodes in several splits",
+                "high",
+                {"copies": len(across), "splits": sorted(set(recording.splits or []))},
+                "What is held out was trained on: the evaluation says nothing about new episodes.",
+                "Remove the copies from one of the splits.",
+                across,
+            )
+        )
+    if copies:
+        findings.append(
+            Finding(
+                "duplicate episodes",
+                "high" if len(copies) > 0.2 * len(recording.actions) else "medium",
+                {"copies": len(copies), "of": len(recording.actions)},
+                "They count twice, and a copy among the held-out episodes makes the evaluation too good.",
+                "Remove the copies.",
+                copies,
+            )
+        )
+    return findings
+
+
+def check_copies(recording: Recording, other: Recording) -> list[Finding]:
+    """Episodes that another dataset has too, such as the one for validation.
+
+    Raises:
+        ValueError: states or actions of the two have different sizes.
+    """
+    for name in ("state", "action"):
+        own, theirs = (getattr(each, f"all_{name}s").shape[1] for each in (recording, other))
+        if own != theirs:
+            raise ValueError(
+                f"{recording.name} has {own} values in a {name}, {other.name} has {theirs}: they are not of one "
+                "robot. Give as against another dataset of the same robot, such as the one for validation."
+            )
+    theirs = {digest(states, actions): other.numbers[position] for position, states, actions in other.episodes(2)}
+    pairs = {
+        recording.numbers[position]: theirs[content]
+        for position, states, actions in recording.episodes(2)
+        if (content := digest(states, actions)) in theirs
+    }
+    if not pairs:
+        return []
+    return [
+        Finding(
+            "the same episodes in the other dataset",
+            "high",
+            {"copies": len(pairs), "of": len(recording.actions), "other dataset": other.name,
+             "their numbers there": list(pairs.values())},
+            "If one is for training and the other for evaluation, the evaluation says nothing about new episodes.",
+            "Remove the copies from one of the two.",
+            list(pairs),
+        )
+    ]  # fmt: skip
