@@ -1,5 +1,8 @@
 """Streams give the samples of random access; workers share them out; mixtures draw by weight times transitions."""
 
+import sys
+
+import av
 import datasets
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from vla_adapter_hf.data import (
     VLAAdapterMixture,
     VLAAdapterStreamingDataset,
 )
+from vla_adapter_hf.data.lerobot.video import TorchcodecFile, VideoCache, VideoError, VideoFile, import_torchcodec
 
 
 @pytest.fixture(autouse=True)
@@ -168,8 +172,6 @@ def test_a_new_epoch_reaches_workers_that_live_on():
 
 
 def test_frames_of_a_video_are_the_same_in_any_order_and_files_stay_bounded():
-    from vla_adapter_hf.data.lerobot.video import VideoCache
-
     folder = DEMOS / "lerobot_v21_video" / "videos" / "chunk-000" / "observation.images.image"
     files = [folder / f"episode_{episode:06d}.mp4" for episode in range(4)]
     cache = VideoCache(max_open=2)
@@ -185,8 +187,6 @@ def test_frames_of_a_video_are_the_same_in_any_order_and_files_stay_bounded():
 
 
 def test_reading_frames_in_order_does_not_seek(monkeypatch):
-    from vla_adapter_hf.data.lerobot.video import VideoFile
-
     video = VideoFile(DEMOS / "lerobot_v30_video/videos/observation.images.image/chunk-000/file-000.mp4")
     decoded = []
     decode = video._decode_until
@@ -195,6 +195,63 @@ def test_reading_frames_in_order_does_not_seek(monkeypatch):
         video.read(frame, 10)
     assert len({id(frames) for frames in decoded[1:]}) == 1  # one pass over the file
     video.close()
+
+
+@pytest.fixture
+def torchcodec():
+    try:
+        return import_torchcodec()
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+def h264_video(path, frames):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10, options={"g": "12", "bf": "2"})
+        stream.width, stream.height, stream.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+@pytest.mark.parametrize("codec", ["av1", "h264"])
+def test_torchcodec_gives_the_frames_of_pyav_in_any_order(codec, tmp_path, torchcodec):
+    path = DEMOS / "lerobot_v30_video/videos/observation.images.image/chunk-000/file-000.mp4"
+    if codec == "h264":
+        path = tmp_path / "h264.mp4"
+        h264_video(path, np.random.default_rng(0).integers(0, 256, (40, 96, 130, 3), np.uint8))
+    expected, got = VideoFile(path), TorchcodecFile(path)
+    order = [*range(40), *np.random.default_rng(1).permutation(40).tolist()]
+    for fps, frames in ((10, order), (5, range(20))):
+        for frame in frames:
+            assert np.array_equal(got.read(frame, fps), expected.read(frame, fps)), (fps, frame)
+    with pytest.raises(VideoError, match=r"has no frame 1000 \(at 100\.000 s\)"):
+        got.read(1000, 10)
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    with pytest.raises(VideoError, match=r"broken\.mp4 cannot be opened"):
+        TorchcodecFile(broken)
+
+
+def test_a_dataset_read_with_torchcodec_has_the_same_samples_also_in_workers(torchcodec):
+    plain, fast = (
+        VLAAdapterDataset.from_lerobot(DEMOS / "lerobot_v30_video", robot="libero", video_backend=backend)
+        for backend in ("pyav", "torchcodec")
+    )
+    indices = [30, 3, 90]
+    for index, sample in zip(indices, loader(fast, 1, sampler=indices), strict=True):
+        assert_same(sample, plain[index])
+
+
+def test_a_video_backend_that_is_missing_or_unknown_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchcodec", None)
+    dataset = VLAAdapterDataset.from_lerobot(
+        DEMOS / "lerobot_v30_video", robot="libero", video_backend="torchcodec", on_bad_episode="error"
+    )
+    with pytest.raises(ImportError, match=r"needs torchcodec.*pip install 'vla-adapter-hf\[torchcodec\]'.*PyAV"):
+        dataset[0]
+    with pytest.raises(ValueError, match="video_backend='opencv' is not known; use one of pyav, torchcodec"):
+        VLAAdapterDataset.from_lerobot(DEMOS / "lerobot_v30_video", robot="libero", video_backend="opencv")
 
 
 # Mixtures

@@ -28,7 +28,9 @@ FORMATS = ("auto", "lerobot", "rlds", "dataset")
 
 # Keyword arguments of each format.
 OPTIONS = {
-    "lerobot": ("state_column", "action_column", "chunk_column", "instruction", "revision", "max_open_videos"),
+    "lerobot": (
+        "state_column", "action_column", "chunk_column", "instruction", "revision", "max_open_videos", "video_backend",
+    ),
     "rlds": (
         "name", "state_column", "action_column", "instruction_column", "instruction", "revision", "verify_checksums",
     ),
@@ -102,7 +104,7 @@ def open_reader(
     if fetch in ("numbers", "every camera"):
         columns = replace(columns, all_cameras=True)
     if format == "lerobot":
-        more = {"max_open_videos": options["max_open_videos"]} if "max_open_videos" in options else {}
+        more = {name: options[name] for name in ("max_open_videos", "video_backend") if name in options}
         return _open_lerobot(data, columns, options.get("revision"), fetch, more)
     if format == "rlds":
         name = options.get("name")

@@ -106,6 +106,8 @@ class DemonstrationSamples:
             instruction: one text for all episodes, instead of the dataset's tasks.
             revision: branch, tag or commit on the Hub.
             max_open_videos: MP4 files each process keeps open, 16 by default.
+            video_backend: what decodes MP4 frames, `"pyav"` by default, or `"torchcodec"` (extra: torchcodec), which
+                gives the same frames in less time.
             options: arguments of `SampleSettings` and of the class.
         """
         return cls._open("lerobot", path, cameras, robot, {"chunk_size": chunk_size, **options})

@@ -12,7 +12,7 @@ from vla_adapter_hf.training.presets import PRESETS
 
 
 COLUMNS = ("state_column", "action_column", "chunk_column", "episode_column", "frame_column", "instruction_column")
-READER_OPTIONS = (*COLUMNS, "instruction", "name", "split", "episodes", "revision")
+READER_OPTIONS = (*COLUMNS, "instruction", "name", "split", "episodes", "revision", "video_backend")
 
 
 @dataclass
@@ -105,6 +105,9 @@ class DataArguments:
     )
     episodes: list[int] | None = field(default=None, metadata={"help": "Only these episodes; all by default."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a dataset on the Hub."})
+    video_backend: str | None = field(
+        default=None, metadata={"help": "LeRobot: what decodes MP4 frames, pyav (by default) or torchcodec."}
+    )
     validation: float = field(
         default=0.0, metadata={"help": "Share of episodes (below 1) or their number to hold out for evaluation."}
     )

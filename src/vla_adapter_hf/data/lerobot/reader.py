@@ -38,9 +38,11 @@ class LeRobotReader(DemonstrationReader):
         name: the dataset's name, by default the folder's.
         repo_id: the Hub dataset repository, if only `meta/` is here. The folder is then named after the commit.
         max_open_videos: MP4 files that each process keeps open.
+        video_backend: what decodes them, `"pyav"` or `"torchcodec"`.
 
     Raises:
-        ValueError: metadata that cannot be read, columns that are missing or ambiguous.
+        ValueError: metadata that cannot be read, columns that are missing or ambiguous, a `video_backend` that is not
+            known.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class LeRobotReader(DemonstrationReader):
         name: str | None = None,
         repo_id: str | None = None,
         max_open_videos: int = 16,
+        video_backend: str = "pyav",
     ) -> None:
         self.folder = Path(folder)
         self.repo_id = repo_id
@@ -71,7 +74,7 @@ class LeRobotReader(DemonstrationReader):
         self.files = list(files.items())
         self.num_shards = len(files)
         self.num_episodes = len(metadata.episodes)
-        self._videos = VideoCache(max_open_videos)
+        self._videos = VideoCache(max_open_videos, video_backend)
 
     @contextmanager
     def _open(self, data_path: str) -> Iterator[pq.ParquetFile]:

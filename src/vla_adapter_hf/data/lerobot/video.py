@@ -1,4 +1,4 @@
-"""Single frames out of MP4 files, in order or at random, with PyAV.
+"""Single frames out of MP4 files, in order or at random, with PyAV or torchcodec.
 
 Datasets written for training have a key frame every few frames. A random frame takes a seek and two or three decoded
 frames. Frames in order are decoded one after the other, without a seek.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -32,12 +33,35 @@ def import_av() -> Any:
     return av
 
 
+def import_torchcodec() -> Any:
+    """torchcodec's decoders, or an ImportError that says how to install it."""
+    try:
+        from torchcodec import decoders
+    except (ImportError, OSError, RuntimeError) as error:  # of the release for another torch, or without FFmpeg
+        raise ImportError(
+            "video_backend='torchcodec' needs torchcodec, in the release for this torch, and FFmpeg's libraries: "
+            f"{install_hint('torchcodec')}, and apt-get install ffmpeg; or leave video_backend out to read with PyAV. "
+            f"Importing it failed: {str(error).strip().splitlines()[0]}"
+        ) from error
+    return decoders
+
+
 class VideoError(ValueError):
     """A video that cannot be opened or has no frame at the time asked for."""
 
 
+class OpenVideo(Protocol):
+    """An open file of either library."""
+
+    def read(self, frame_number: int, fps: float) -> np.ndarray:
+        """See `VideoFile.read`."""
+
+    def close(self) -> None:
+        """Close the file."""
+
+
 class VideoFile:
-    """One open MP4 file.
+    """One open MP4 file, read with PyAV.
 
     Raises:
         VideoError: the file is missing, empty, damaged or has no video in it.
@@ -103,32 +127,84 @@ class VideoFile:
         self._container.close()
 
 
+class TorchcodecFile:
+    """One open MP4 file, read with torchcodec. Its frames are those of `VideoFile`.
+
+    Raises:
+        VideoError: the file is missing, empty, damaged or has no video in it.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        decoders = import_torchcodec()
+        self.path = path
+        try:
+            # The exact mode reads the times of all frames first; the other one guesses them from the header.
+            self._decoder = decoders.VideoDecoder(
+                os.fspath(path), dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact"
+            )
+        except (OSError, RuntimeError, ValueError) as error:
+            raise VideoError(f"video {path} cannot be opened: {error}") from error
+        self._first = self._decoder.metadata.begin_stream_seconds
+        rate = self._decoder.metadata.average_fps
+        self._own_step = 1 / rate if rate else None  # between the file's frames
+
+    def read(self, frame_number: int, fps: float) -> np.ndarray:
+        """See `VideoFile.read`."""
+        seconds, step = frame_number / fps, 1 / fps
+        target = self._first + seconds
+        try:
+            # The frame that is shown half a frame later begins within half a frame of the target.
+            frame = self._decoder.get_frame_played_at(target + min(step, self._own_step or step) / 2)
+        except IndexError:
+            frame = None
+        except (RuntimeError, ValueError) as error:
+            raise VideoError(f"video {self.path} cannot be decoded at frame {frame_number}: {error}") from error
+        if frame is None or abs(frame.pts_seconds - target) > step / 2:
+            raise VideoError(f"video {self.path} has no frame {frame_number} (at {seconds:.3f} s)")
+        return frame.data.numpy()
+
+    def close(self) -> None:
+        """Close the file."""
+        del self._decoder
+
+
+# By the names that LeRobot gives them.
+VIDEO_BACKENDS: dict[str, Callable[[str], OpenVideo]] = {"pyav": VideoFile, "torchcodec": TorchcodecFile}
+
+
 class VideoCache:
     """The last `max_open` files used, kept open, per process.
 
     A forked worker opens its own files. It neither uses nor closes the parent's decoders. A spawned worker gets an
     empty cache.
+
+    Args:
+        max_open: how many files.
+        backend: which library decodes, `"pyav"` or `"torchcodec"`.
+
+    Raises:
+        ValueError: no file, or a library that is not known.
     """
 
-    def __init__(self, max_open: int = 16) -> None:
+    def __init__(self, max_open: int = 16, backend: str = "pyav") -> None:
         if max_open < 1:
             raise ValueError(f"max_open={max_open} video files; at least 1 is needed")
-        self.max_open = max_open
-        self._inherited: list[OrderedDict[str, VideoFile]] = []
+        if backend not in VIDEO_BACKENDS:
+            raise ValueError(f"video_backend={backend!r} is not known; use one of {', '.join(VIDEO_BACKENDS)}")
+        self.max_open, self.backend = max_open, backend
+        self._inherited: list[OrderedDict[str, OpenVideo]] = []
         self._reset()
 
     def _reset(self) -> None:
         self._process = os.getpid()
         self._lock = threading.Lock()
-        self._files: OrderedDict[str, VideoFile] = OrderedDict()
+        self._files: OrderedDict[str, OpenVideo] = OrderedDict()
 
-    def __getstate__(self) -> dict[str, int]:
-        return {"max_open": self.max_open}
+    def __getstate__(self) -> dict[str, Any]:
+        return {"max_open": self.max_open, "backend": self.backend}
 
-    def __setstate__(self, state: dict[str, int]) -> None:
-        self.max_open = state["max_open"]
-        self._inherited = []
-        self._reset()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def read(self, path: str | os.PathLike, frame_number: int, fps: float) -> np.ndarray:
         """See `VideoFile.read`."""
@@ -138,7 +214,7 @@ class VideoCache:
             self._reset()
         with self._lock:
             key = os.fspath(path)
-            file = self._files.pop(key, None) or VideoFile(path)
+            file = self._files.pop(key, None) or VIDEO_BACKENDS[self.backend](key)
             self._files[key] = file
             while len(self._files) > self.max_open:
                 self._files.popitem(last=False)[1].close()
