@@ -1,12 +1,18 @@
-"""How fast demonstrations load: samples per second of one worker, for each format, with and without augmentation.
+"""How fast demonstrations load: samples per second for each format, with and without augmentation.
 
-    python benchmarks/data_loading.py [--samples 300] [--repeats 3] [--workers 0]
+    python benchmarks/data_loading.py [--samples 300] [--repeats 3]
+    python benchmarks/data_loading.py --workers 1 2 4 [--samples 2000] [--repeats 3]
 
 Four episodes of the test fixtures are scaled up to two 256x256 cameras and written in each format to a temporary
 folder. "plain" is decoding alone, "resized" adds the exact Lanczos-3 resize to 224x224, "augmented" the training
-augmentation. Random access draws samples in random order, streams take them as they come. With `--workers 0`
-everything runs in this process and seconds are processor time, which other work on the machine disturbs less: that is
-what one worker with a core of its own does, without handing samples over. The best of the repeats is shown.
+augmentation. Random access draws samples in random order, streams take them as they come. The best of the repeats is
+shown.
+
+By default everything runs in this process and seconds are processor time, which other work on the machine disturbs
+less: that is what one worker with a core of its own does, without handing samples over. `--workers` measures whole
+loaders with so many worker processes in elapsed time, which needs as many idle cores. Its samples are augmented and
+collated into batches of 64, normalised and tokenised, as in training. Next to them stands how many cores feed a GPU
+that takes a step of 64 samples in 0.5 s, by the processor time of all processes.
 """
 
 from __future__ import annotations
@@ -31,9 +37,20 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from vla_adapter_hf.data import ImageAugmentation, ImageResize, VLAAdapterDataset, VLAAdapterStreamingDataset
+from vla_adapter_hf import VLAAdapterConfig, VLAAdapterProcessor
+from vla_adapter_hf.checkpoints.embedded import embedded_folder
+from vla_adapter_hf.checkpoints.open import open_checkpoint
+from vla_adapter_hf.data import (
+    ImageAugmentation,
+    ImageResize,
+    VLAAdapterDataset,
+    VLAAdapterStreamingDataset,
+    frames,
+)
 from vla_adapter_hf.data.frames import decode_frame
+from vla_adapter_hf.data.lerobot.video import import_torchcodec
 from vla_adapter_hf.processing.image_preparation_vla_adapter import crop_and_resize, resize_lanczos3, to_float01
+from vla_adapter_hf.training.collator import VLAAdapterDataCollator
 
 
 TESTS = Path(__file__).parents[1] / "tests"
@@ -45,6 +62,9 @@ FIXTURE = TESTS / "fixtures" / "demos" / "lerobot_v30_video"
 CAMERAS = ("image", "wrist_image")
 SIZE = 256
 FPS = 10
+BATCH = 64
+GPU_SAMPLES = BATCH / 0.5  # per second: a step of 64 in half a second, at the published size
+PNG_DECODER = "Pillow" if frames.pyspng is None else "pyspng"
 
 
 def recorded_episodes() -> list[dict]:
@@ -183,35 +203,66 @@ def plain_dataset(folder: Path, episodes: list[dict]) -> datasets.Dataset:
     return datasets.load_from_disk(folder)
 
 
-def samples_per_second(dataset: torch.utils.data.Dataset, samples: int, repeats: int, workers: int) -> float:
-    """Best of several runs, each after a few samples that do not count."""
-    streamed = isinstance(dataset, VLAAdapterStreamingDataset)
-    clock = time.perf_counter if workers else time.process_time
+def samples_per_second(dataset: torch.utils.data.Dataset, samples: int, repeats: int) -> float:
+    """Best of several runs in this process, each after a few samples that do not count."""
     best = 0.0
     for repeat in range(repeats + 1):
         count = samples if repeat else 20  # the first run warms up
-        if streamed:
-            items: Iterator = cycle(dataset) if not workers else iter(dataset)
+        if isinstance(dataset, VLAAdapterStreamingDataset):
+            items: Iterator = cycle(dataset)
         else:
             order = np.random.default_rng(repeat).integers(0, len(dataset), count).tolist()
             items = (dataset[index] for index in order)
-        if workers:
-            sampler = None if streamed else order
-            loader = torch.utils.data.DataLoader(
-                dataset, batch_size=None, sampler=sampler, num_workers=workers, collate_fn=_unchanged
-            )
-            items = iter(loader)
         first = next(items)
         assert len(first["images"]) == 2
-        begin = clock()
+        begin = time.process_time()
         taken = sum(1 for _ in islice(items, count - 1))
         if repeat:
-            best = max(best, taken / (clock() - begin) / max(workers, 1))
+            best = max(best, taken / (time.process_time() - begin))
     return best
 
 
-def _unchanged(sample: dict) -> dict:
-    return sample
+def loader_speed(
+    dataset: torch.utils.data.Dataset, collate: Callable, samples: int, repeats: int, workers: int
+) -> tuple[float, float]:
+    """Samples per second of a loader with workers, and processor seconds of all processes per sample; best of runs.
+
+    Both include starting the workers.
+    """
+    best, least = 0.0, float("inf")
+    for repeat in range(repeats):
+        order = np.random.default_rng(repeat).integers(0, len(dataset), samples // BATCH * BATCH).tolist()
+        loader = torch.utils.data.DataLoader(
+            dataset, batch_size=BATCH, sampler=order, num_workers=workers, collate_fn=collate
+        )
+        before, begin = os.times(), time.perf_counter()
+        for _ in loader:
+            pass
+        best = max(best, len(order) / (time.perf_counter() - begin))
+        # The workers have ended by now, so their processor time is among the children's.
+        least = min(least, (sum(os.times()[:4]) - sum(before[:4])) / len(order))
+    return best, least
+
+
+def print_whole_loaders(formats: dict[str, Callable], numbers: list[int], samples: int, repeats: int) -> None:
+    """The table of `--workers`. Streams are left out: they do not draw at random."""
+    with embedded_folder() as folder:
+        tokenizer = open_checkpoint(folder / "checkpoint").load_processor().tokenizer
+    print(f"{len(os.sched_getaffinity(0))} cores, batches of {BATCH}\n")
+    heads = [f"{number} worker{'s' if number > 1 else ''}, samples/s" for number in numbers]
+    print(f"| | {' | '.join(heads)} | cores for {GPU_SAMPLES:.0f} samples/s |")
+    print("|---|" + "---:|" * (len(numbers) + 1))
+    config = VLAAdapterConfig()  # of the published size
+    for label, make in formats.items():
+        dataset = make(ImageAugmentation.from_model_config(config))
+        if isinstance(dataset, VLAAdapterStreamingDataset):
+            continue
+        config.norm_stats = dataset.norm_stats
+        collate = VLAAdapterDataCollator(VLAAdapterProcessor.from_model_config(config, tokenizer), config)
+        measured = [loader_speed(dataset, collate, samples, repeats, number) for number in numbers]
+        cells = [f"{speed:.0f}" for speed, _ in measured]
+        cores = GPU_SAMPLES * min(seconds for _, seconds in measured)
+        print(f"| {label} | {' | '.join(cells)} | {cores:.1f} |", flush=True)
 
 
 def milliseconds(work: Callable[[], object], repeats: int = 60) -> float:
@@ -235,7 +286,7 @@ def print_where_time_goes(image: np.ndarray) -> None:
     crop = milliseconds(lambda: crop_and_resize(floats, box, (224, 224)))
     print(f"\nOne {SIZE}x{SIZE} frame, milliseconds (best of 60):")
     for name, value in (
-        (f"decode PNG, {len(png) // 1000} kB (Pillow)", milliseconds(lambda: decode_frame(png))),
+        (f"decode PNG, {len(png) // 1000} kB ({PNG_DECODER})", milliseconds(lambda: decode_frame(png))),
         (f"decode JPEG, {len(jpeg) // 1000} kB (as TensorFlow)", milliseconds(lambda: decode_frame(jpeg, True))),
         ("resize to 224x224, Lanczos-3", milliseconds(lambda: resize_lanczos3(image, (224, 224)))),
         ("augmentation: crop", crop),
@@ -244,12 +295,23 @@ def print_where_time_goes(image: np.ndarray) -> None:
         print(f"  {name:44}{value:6.2f}")
 
 
+def has_torchcodec() -> bool:
+    try:
+        import_torchcodec()
+    except ImportError:
+        return False
+    return True
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=300, help="samples per run")
     parser.add_argument("--repeats", type=int, default=3, help="runs, of which the best counts")
-    parser.add_argument("--workers", type=int, default=0, help="DataLoader workers; 0 measures in this process")
+    parser.add_argument("--workers", type=int, nargs="+", help="whole loaders with so many workers each")
+    parser.add_argument("--only", help="formats whose name has this in it, such as PNG")
     arguments = parser.parse_args()
+    if arguments.workers and arguments.samples < 4 * BATCH * max(arguments.workers):
+        parser.error(f"--samples must be at least {4 * BATCH * max(arguments.workers)} with so many --workers")
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
 
@@ -287,16 +349,25 @@ def main() -> None:
                 paths["RLDS"], cameras, image_transform=t
             ),
         }
+        if has_torchcodec():
+            formats["LeRobot, MP4 (AV1), torchcodec"] = lambda t: VLAAdapterDataset.from_lerobot(
+                paths["MP4"], cameras, image_transform=t, video_backend="torchcodec"
+            )
+        if arguments.only is not None:
+            formats = {label: make for label, make in formats.items() if arguments.only in label}
+        if arguments.workers:
+            print_whole_loaders(formats, arguments.workers, arguments.samples, arguments.repeats)
+            return
         transforms = {"plain": None, "resized": ImageResize(224), "augmented": ImageAugmentation(224)}
-        print(f"\n{'samples/s per worker':28}" + "".join(f"{column:>11}" for column in transforms))
+        print(f"\n{'samples/s per worker':32}" + "".join(f"{column:>11}" for column in transforms))
         for label, make in formats.items():
             values = []
             for transform in transforms.values():
                 dataset = make(transform)
                 limit = len(list(dataset)) if isinstance(dataset, VLAAdapterStreamingDataset) else arguments.samples
                 count = min(arguments.samples, limit)
-                values.append(samples_per_second(dataset, count, arguments.repeats, arguments.workers))
-            print(f"{label:28}" + "".join(f"{value:11.0f}" for value in values), flush=True)
+                values.append(samples_per_second(dataset, count, arguments.repeats))
+            print(f"{label:32}" + "".join(f"{value:11.0f}" for value in values), flush=True)
         print_where_time_goes(episodes[0]["frames"]["image"][10])
 
 
