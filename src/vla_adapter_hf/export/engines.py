@@ -63,7 +63,7 @@ class Converter(ABC):
         samples = nncf.Dataset(list(calibration), self._sample)
         nodes = self.layer_nodes()
         kept = [nodes[layer] for layer in kept_layers if layer in nodes]
-        # Only layers are rounded. Rounding the sums and norms between them errs ten times as much, and gains no time.
+        # Only layers are rounded. Rounding the sums and norms between them adds errors, and gains no time.
         kinds = sorted(self._kinds() - set(LAYER_KINDS) - set(SHAPE_KINDS))
         ignored = nncf.IgnoredScope(
             names=kept + self._attention_products(set(nodes.values())), types=kinds, validate=False
@@ -117,8 +117,8 @@ class Converter(ABC):
 def _nncf_parameters(nncf: Any) -> Any:
     """Ranges that cut no value off, and no change of weights beyond their rounding.
 
-    NNCF's corrections of weights and biases take the errors of its own samples for those of all observations. On the
-    policy that ships with the package they make actions ten times worse.
+    NNCF's corrections of weights and biases take the errors of its own samples for those of all observations, and made
+    the actions of the policy that ships with the package worse.
     """
     return nncf.AdvancedQuantizationParameters(
         disable_bias_correction=True,
