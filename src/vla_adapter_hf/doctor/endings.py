@@ -126,7 +126,9 @@ def check_endings(recording: Recording, endings: list[Endings]) -> list[Finding]
 
 
 def _listed(grips: np.ndarray) -> str:
-    return ", ".join(f"{count} × in {number} episodes" for count, number in sorted(Counter(grips.tolist()).items()))
+    return ", ".join(
+        f"{count} time(s) in {number} episode(s)" for count, number in sorted(Counter(grips.tolist()).items())
+    )
 
 
 def _count_places(states: np.ndarray) -> int:
@@ -200,7 +202,7 @@ def _other_grips(recording: Recording, endings: list[Endings]) -> Finding | None
             continue
         usual = int(group.grips[~odd][0])
         fewer |= bool((group.grips[odd] < usual).any())
-        counts.update(f"{count} times instead of {usual}" for count in group.grips[odd].tolist())
+        counts.update(f"{count} instead of {usual} times" for count in group.grips[odd].tolist())
         numbers += [recording.numbers[position] for position in group.positions[odd]]
         total += len(odd)
         example = example or (group.positions[odd][0], group.positions[~odd][0])
@@ -209,7 +211,11 @@ def _other_grips(recording: Recording, endings: list[Endings]) -> Finding | None
     return Finding(
         "the gripper closes more or less often than in the other episodes",
         "medium" if fewer else "low",
-        {"episodes": len(numbers), "of the same instructions": total, "gripper closes": dict(counts)},
+        {
+            "episodes": len(numbers),
+            "of the same instructions": total,
+            "gripper closes": [f"{words} in {count} episode(s)" for words, count in counts.items()],
+        },
         "Less often: something was not gripped, and the policy learns to leave it out. More often: a second try, "
         "which the policy may repeat without need.",
         "Look at them, and leave out those that failed.",
