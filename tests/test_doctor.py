@@ -151,23 +151,24 @@ def test_the_closed_end_of_the_gripper_is_read_off_the_aperture():
         assert report.suggestion["action_mask"] == [True] * 6 + [False]
 
 
-def test_idle_steps_in_which_a_gripper_moves_or_a_slow_arm_has_its_command_are_not_left_out():
-    """The arm moves two steps after its command; the gripper closes while it stands still."""
+def test_idle_steps_in_which_a_gripper_moves_or_the_arm_has_a_command_are_not_left_out():
+    """The arm moves two steps after its command, and pushes at the end; the gripper closes while it stands still."""
     actions = np.zeros((60, 2))
     actions[30:50, 0], actions[10:, 1] = 0.1, 1.0
     states = np.concatenate([[0.0], np.cumsum(np.roll(actions[:, 0], 2))[:-1]])[:, None]
+    actions[55:57, 0] = 0.1
     recording = Recording("slow", [states], [actions], [["go"]], [0], fps=10.0)
     semantics = Semantics("delta", np.ones(2), np.array([0, -1]), np.ones(2), 2, {}, {}, dims=[0])
     steps = find_idle(recording, semantics, [1], 10.0)
     assert np.flatnonzero(steps.at_gripper[0]).tolist() == [11, 12, 13, 14, 15]
-    assert np.flatnonzero(steps.before_motion[0]).tolist() == [30, 31]
-    left_out = [*range(10), *range(16, 30), *range(52, 59)]
+    assert np.flatnonzero(steps.commanded[0]).tolist() == [30, 31, 55, 56]
+    left_out = [*range(10), *range(16, 30), 52, 53, 54, 57, 58]
     assert np.flatnonzero(steps.removable[0]).tolist() == left_out
     effect = without_idle(recording, semantics, steps, [1], CheckSettings(chunk_size=4))
-    assert effect["can be left out"] == len(left_out) == 31
-    assert effect["median steps of an episode"] == "60, then 29"
+    assert effect["can be left out"] == len(left_out) == 29
+    assert effect["median steps of an episode"] == "60, then 31"
     assert effect["median action, of a large one"] == "0.00, then 1.00"
-    covers = "4 steps of the recording, then 8.3 on average (0.40 s, then 0.83 s)"
+    covers = "4 steps of the recording, then 7.7 on average (0.40 s, then 0.77 s)"
     assert effect["a chunk of 4 covers"] == covers
 
 

@@ -16,6 +16,7 @@ from vla_adapter_hf.doctor.timing import motion, state_spread
 
 GRIPPER_SECONDS = 0.5  # for which an arm may have to wait until its fingers have closed
 GRIPPER_STEPS = 5  # the same where the frame rate is not known
+NO_COMMAND = 0.1  # of a large delta or velocity, below which the arm is not to move
 
 
 @dataclass
@@ -25,12 +26,13 @@ class IdleSteps:
     Args:
         idle: neither the state moves nor a gripper's command changes; the last step of an episode is not counted.
         at_gripper: idle steps right after a gripper's command, in which the arm may wait for its fingers.
-        before_motion: idle steps whose command moves the arm some steps later.
+        commanded: the other idle steps with a command to move: the arm moves some steps later, or pushes against
+            something.
     """
 
     idle: list[np.ndarray]
     at_gripper: list[np.ndarray]
-    before_motion: list[np.ndarray]
+    commanded: list[np.ndarray]
 
     @property
     def share(self) -> float:
@@ -39,9 +41,9 @@ class IdleSteps:
 
     @property
     def removable(self) -> list[np.ndarray]:
-        """Idle steps that can be left out: no gripper moves, and no motion follows."""
-        parts = zip(self.idle, self.at_gripper, self.before_motion, strict=True)
-        return [idle & ~at_gripper & ~before for idle, at_gripper, before in parts]
+        """Idle steps that can be left out: no gripper moves, and the arm is not to move."""
+        parts = zip(self.idle, self.at_gripper, self.commanded, strict=True)
+        return [idle & ~at_gripper & ~commanded for idle, at_gripper, commanded in parts]
 
 
 def find_idle(recording: Recording, semantics: Semantics, grippers: list[int], fps: float | None) -> IdleSteps:
@@ -58,20 +60,22 @@ def find_idle(recording: Recording, semantics: Semantics, grippers: list[int], f
     if not moved:
         return found
     floor = 0.02 * np.quantile(np.concatenate(moved), 0.9)
+    sizes = [_action_sizes(recording, semantics, grippers, actions) for _, _, actions in recording.episodes(2)]
+    large = float(np.quantile(np.concatenate(sizes), 0.9)) if semantics.kind in ("delta", "velocity") else np.inf
     wait = GRIPPER_STEPS if fps is None else max(1, round(GRIPPER_SECONDS * fps))
     # At lag k an absolute action is the state of k steps later: the motion that ends there.
     delay = max(0, (semantics.lag or 0) - (semantics.kind == "absolute"))
-    for (_, _, actions), moves in zip(recording.episodes(2), moved, strict=True):
+    for (_, _, actions), moves, size in zip(recording.episodes(2), moved, sizes, strict=True):
         still = moves <= floor
         commands = actions[:-1, grippers]
         gripping = np.abs(np.diff(commands, axis=0, prepend=commands[:1])).sum(1) > 1e-6
         idle = still & ~gripping
         waiting = np.convolve(gripping, np.ones(wait + 1), "full")[: len(idle)] > 0.5
-        moves_later = np.zeros(len(idle), bool)
+        commanded = size[:-1] > NO_COMMAND * large
         for later in range(1, delay + 1):
-            moves_later[:-later] |= ~still[later:]
-        parts = (idle, idle & waiting, idle & moves_later & ~waiting)
-        for total, part in zip((found.idle, found.at_gripper, found.before_motion), parts, strict=True):
+            commanded[:-later] |= ~still[later:]
+        parts = (idle, idle & waiting, idle & commanded & ~waiting)
+        for total, part in zip((found.idle, found.at_gripper, found.commanded), parts, strict=True):
             total.append(np.append(part, False))
     return found
 
@@ -98,7 +102,7 @@ def without_idle(
         "idle steps": int(sum(part.sum() for part in steps.idle)),
         "can be left out": int(sum(part.sum() for part in removable)),
         "must stay, a gripper moves": int(sum(part.sum() for part in steps.at_gripper)),
-        "must stay, the arm moves later": int(sum(part.sum() for part in steps.before_motion)),
+        "must stay, the arm is to move": int(sum(part.sum() for part in steps.commanded)),
         "median steps of an episode": f"{np.median(before):.0f}, then {np.median(after):.0f}",
         "median action, of a large one": f"{np.median(np.concatenate(sizes)) / large:.2f}, then "
         f"{np.median(left) / large:.2f}",
