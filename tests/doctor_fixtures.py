@@ -130,10 +130,12 @@ def pose_episode(rng, steps, kind, cube, home=False):
     """An end effector with position, axis-angle and two fingers; actions are scaled motions, or velocities."""
     points = np.concatenate([rng.uniform(-0.3, 0.3, (3, 3))])
     points[1, :2] = cube - 0.5
+    if home:
+        points[-1] = 0.0
+    position = smooth_path(rng, steps, points, rng.uniform(-0.3, 0.3, 3))
     turns = rng.uniform(-0.9, 0.9, (3, 3))
     if home:
-        points[-1], turns[-1] = 0.0, 0.0
-    position = smooth_path(rng, steps, points, rng.uniform(-0.3, 0.3, 3))
+        turns[-1] = 0.0
     angles = smooth_path(rng, steps, turns, rng.uniform(-0.9, 0.9, 3))
     written = kind.removeprefix("target ")
     intrinsic = {"intrinsic xyz": "xyz", "zyx": "zyx"}.get(written)

@@ -220,6 +220,7 @@ def _facts(
             "command that closes": "cannot be decided" if gripper.closed is None else gripper.closed,
             "aperture": None if gripper.aperture is None else recording.state_name(gripper.aperture),
         }
+    lost = clipping_cost(actions)
     facts["action dimensions"] = {
         recording.action_name(dim): {
             "explained by": "nothing"
@@ -229,7 +230,7 @@ def _facts(
             "per state": semantics.slopes[dim],
             "q01, q99": np.quantile(actions[:, dim], [0.01, 0.99]),
             "min, max": [actions[:, dim].min(), actions[:, dim].max()],
-            "share lost by clipping": clipping_cost(actions)[dim],
+            "share lost by clipping": lost[dim],
         }
         for dim in range(actions.shape[1])
     }

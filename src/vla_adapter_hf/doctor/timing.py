@@ -136,13 +136,13 @@ def _lag_curve(
     pairs: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {lag: [] for lag in range(-max_lag, max_lag + 1)}
     for window, changes in windows:
         moves = motion(recording.states[window.position][:, dims], spread)
+        # Slow changes of speed say little about a lag of a step.
+        a, b = np.diff(np.log(changes + 0.05)), np.diff(np.log(moves + 0.02 * (moves.max() + 1e-9)))
         for lag, found in pairs.items():
-            places = window.start + np.arange(len(changes)) - lag
-            inside = (places >= 0) & (places < len(moves))
-            if inside.sum() >= 8:
-                a, b = changes[inside], moves[places[inside]]
-                # Slow changes of speed say little about a lag of a step.
-                found.append((np.diff(np.log(a + 0.05)), np.diff(np.log(b + 0.02 * (moves.max() + 1e-9)))))
+            offset = window.start - lag
+            first, end = max(0, -offset), min(len(changes), len(moves) - offset)
+            if end - first >= 8:
+                found.append((a[first : end - 1], b[offset + first : offset + end - 1]))
     curve = {}
     for lag, found in pairs.items():
         if not found:
