@@ -49,7 +49,7 @@ from vla_adapter_hf.doctor.semantics import Semantics
 from vla_adapter_hf.doctor.settings import CheckSettings, PolicySettings
 from vla_adapter_hf.doctor.shapes import empty_borders
 from vla_adapter_hf.doctor.suggest import suggest, train_command
-from vla_adapter_hf.doctor.timing import check_frame_lag
+from vla_adapter_hf.doctor.timing import check_frame_lag, frame_lag
 from vla_adapter_hf.recording.lerobot_writer import LeRobotLayout, assemble, encode_image, save_episode
 from vla_adapter_hf.training.train import train
 
@@ -149,6 +149,15 @@ def test_the_closed_end_of_the_gripper_is_read_off_the_aperture():
         report = check_recording(replace(recording, actions=actions), QUICK)
         assert report.facts["gripper (action 6)"]["command that closes"] == closed
         assert report.suggestion["action_mask"] == [True] * 6 + [False]
+
+
+def test_an_episode_of_one_step_says_nothing_about_a_lag():
+    states = [np.random.default_rng(place).normal(size=(1 if place == 2 else 60, 2)).cumsum(0) for place in range(5)]
+    recording = Recording("short", states, states, [["move"]] * 5, list(range(5)), cameras=("front",))
+    levels = [np.abs(np.diff(part[:, 0], prepend=0)).cumsum()[:, None, None, None, None] for part in states]
+    windows = [Window(place, 0, np.tile(level, (2, 2, 3)), []) for place, level in enumerate(levels)]
+    curve = frame_lag(recording, FrameSample(windows=windows), camera=0, max_lag=2)
+    assert max(curve, key=curve.get) == 0
 
 
 def test_idle_steps_in_which_a_gripper_moves_or_the_arm_has_a_command_are_not_left_out():

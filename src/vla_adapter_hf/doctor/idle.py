@@ -60,7 +60,7 @@ def find_idle(recording: Recording, semantics: Semantics, grippers: list[int], f
     if not moved:
         return found
     floor = 0.02 * np.quantile(np.concatenate(moved), 0.9)
-    sizes = [_action_sizes(recording, semantics, grippers, actions) for _, _, actions in recording.episodes(2)]
+    sizes = _action_sizes(recording, semantics, grippers)
     large = float(np.quantile(np.concatenate(sizes), 0.9)) if semantics.kind in ("delta", "velocity") else np.inf
     wait = GRIPPER_STEPS if fps is None else max(1, round(GRIPPER_SECONDS * fps))
     # At lag k an absolute action is the state of k steps later: the motion that ends there.
@@ -91,7 +91,7 @@ def without_idle(
     chunk = settings.chunk_for(fps)
     kept = [~part for part in removable]
     before, after = np.array([len(part) for part in kept]), np.array([part.sum() for part in kept])
-    sizes = [_action_sizes(recording, semantics, grippers, actions) for _, _, actions in recording.episodes(2)]
+    sizes = _action_sizes(recording, semantics, grippers)
     large = max(float(np.quantile(np.concatenate(sizes), 0.99)), 1e-12)
     left = np.concatenate([size[part] for size, part in zip(sizes, kept, strict=True)])
     longer = before.sum() / max(1, after.sum())
@@ -110,14 +110,19 @@ def without_idle(
     }
 
 
-def _action_sizes(recording: Recording, semantics: Semantics, grippers: list[int], actions: np.ndarray) -> np.ndarray:
-    """How large each action (n, A) is, (n,): of absolute targets the change from one to the next; no grippers."""
+def _action_sizes(recording: Recording, semantics: Semantics, grippers: list[int]) -> list[np.ndarray]:
+    """By episode how large each action is, (steps,): of absolute targets the change to the next one; no grippers."""
+    actions = recording.all_actions
     dims = [dim for dim in range(actions.shape[1]) if dim not in grippers]
-    spread = recording.all_actions[:, dims].std(0)
-    values = actions[:, dims] / np.where(spread > 1e-9, spread, np.inf)
-    if semantics.kind == "absolute":
-        values = np.diff(values, axis=0, append=values[-1:])
-    return np.linalg.norm(values, axis=1)
+    spread = actions[:, dims].std(0)
+    spread = np.where(spread > 1e-9, spread, np.inf)
+    sizes = []
+    for _, _, values in recording.episodes(2):
+        scaled = values[:, dims] / spread
+        if semantics.kind == "absolute":
+            scaled = np.diff(scaled, axis=0, append=scaled[-1:])
+        sizes.append(np.linalg.norm(scaled, axis=1))
+    return sizes
 
 
 def check_idle(share: float, effect: dict[str, Any]) -> list[Finding]:

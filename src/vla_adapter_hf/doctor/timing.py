@@ -137,7 +137,7 @@ def _lag_curve(
     for window, changes in windows:
         moves = motion(recording.states[window.position][:, dims], spread)
         # Slow changes of speed say little about a lag of a step.
-        a, b = np.diff(np.log(changes + 0.05)), np.diff(np.log(moves + 0.02 * (moves.max() + 1e-9)))
+        a, b = np.diff(np.log(changes + 0.05)), np.diff(np.log(moves + 0.02 * (moves.max(initial=0) + 1e-9)))
         for lag, found in pairs.items():
             offset = window.start - lag
             first, end = max(0, -offset), min(len(changes), len(moves) - offset)
