@@ -7,8 +7,9 @@ import numpy as np
 
 from vla_adapter_hf import VLAAdapterProcessor
 from vla_adapter_hf.cli.train import parse_arguments
-from vla_adapter_hf.recording.lerobot_writer import LeRobotLayout, assemble, encode_image, save_episode
+from vla_adapter_hf.recording.lerobot_writer import LeRobotLayout, assemble, save_episode
 from vla_adapter_hf.training.train import train
+from vla_adapter_hf.utils.images import encode_image
 
 
 SIDE = 28

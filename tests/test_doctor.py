@@ -50,8 +50,9 @@ from vla_adapter_hf.doctor.settings import CheckSettings, PolicySettings
 from vla_adapter_hf.doctor.shapes import empty_borders
 from vla_adapter_hf.doctor.suggest import suggest, train_command
 from vla_adapter_hf.doctor.timing import check_frame_lag, frame_lag
-from vla_adapter_hf.recording.lerobot_writer import LeRobotLayout, assemble, encode_image, save_episode
+from vla_adapter_hf.recording.lerobot_writer import LeRobotLayout, assemble, save_episode
 from vla_adapter_hf.training.train import train
+from vla_adapter_hf.utils.images import encode_image
 
 
 QUICK = CheckSettings(windows=8)

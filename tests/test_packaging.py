@@ -120,7 +120,7 @@ def test_the_changelog_has_an_entry_for_this_version():
     assert f"\n## {vla_adapter_hf.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def test_a_prediction_imports_no_training_data_or_drawing_library():
+def test_a_prediction_and_the_commands_that_predict_import_no_training_data_or_drawing_library():
     """These take seconds and hundreds of megabytes, and a robot's computer may not have them."""
     program = """
 import sys
@@ -135,6 +135,10 @@ with embedded_folder() as folder:
 frame = np.zeros((128, 128, 3), np.uint8)
 actions = model.predict_action(**processor(images=[frame, frame], text="pick up the cup", state=np.zeros(8)))
 assert actions.shape == (1, 8, 7)
+
+import vla_adapter_hf.cli.bench, vla_adapter_hf.cli.checkpoints, vla_adapter_hf.cli.demo, vla_adapter_hf.cli.serve
+import vla_adapter_hf.robot, vla_adapter_hf.serving.server
+
 heavy = ("datasets", "pyarrow", "pandas", "transformers.trainer", "peft", "matplotlib", "openvino", "nncf")
 print(*(name for name in heavy if name in sys.modules))
 """

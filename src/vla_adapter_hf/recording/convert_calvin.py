@@ -17,13 +17,13 @@ from vla_adapter_hf.recording.lerobot_writer import (
     PARTS,
     LeRobotLayout,
     assemble,
-    encode_image,
     save_episode,
     saved_episodes,
 )
 from vla_adapter_hf.simulation.calvin.simulation import SIZES
 from vla_adapter_hf.simulation.settings import CALVIN_RATE
 from vla_adapter_hf.utils.files import exclusive_folder, visible_files
+from vla_adapter_hf.utils.images import encode_image
 
 
 LAYOUT = LeRobotLayout(

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vla_adapter_hf.recording.lerobot_writer import LeRobotLayout, encode_image
-from vla_adapter_hf.recording.settings import EpisodeSettings
+from vla_adapter_hf.recording.lerobot_writer import LeRobotLayout
+from vla_adapter_hf.recording.settings import CAMERA_COLUMNS, EpisodeSettings
 from vla_adapter_hf.robots import get_robot
 from vla_adapter_hf.simulation.environment import Observation
 from vla_adapter_hf.simulation.libero.expert import LiberoObjectExpert
@@ -19,9 +19,9 @@ from vla_adapter_hf.simulation.libero.suite import LiberoEnvironment, LiberoSuit
 from vla_adapter_hf.simulation.placement import PLACEMENTS, STREAMS
 from vla_adapter_hf.simulation.policies import Request, make_policy
 from vla_adapter_hf.simulation.settings import CONTROL_RATE
+from vla_adapter_hf.utils.images import encode_image
 
 
-CAMERA_COLUMNS = ("image", "wrist_image")
 STATE_NAMES = ("x", "y", "z", "axis_angle1", "axis_angle2", "axis_angle3", "gripper_l", "gripper_r")
 ACTION_NAMES = ("x", "y", "z", "axis_angle1", "axis_angle2", "axis_angle3", "gripper")
 

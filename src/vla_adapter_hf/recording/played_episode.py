@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from vla_adapter_hf.checkpoints.embedded import embedded_folder
-from vla_adapter_hf.recording.episodes import CAMERA_COLUMNS
-from vla_adapter_hf.recording.lerobot_writer import encode_image
+from vla_adapter_hf.recording.settings import CAMERA_COLUMNS
 from vla_adapter_hf.utils.files import atomic_path, write_bytes, write_json
+from vla_adapter_hf.utils.images import encode_image
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ from vla_adapter_hf.recording.lerobot_writer import (
     PARTS,
     LeRobotLayout,
     assemble,
-    encode_image,
     layout_record,
     save_episode,
     saved_episodes,
@@ -22,6 +21,7 @@ from vla_adapter_hf.recording.lerobot_writer import (
 from vla_adapter_hf.robot.interface import RobotInterface
 from vla_adapter_hf.robot.loop import LoopReport, Step
 from vla_adapter_hf.utils.files import exclusive_folder
+from vla_adapter_hf.utils.images import encode_image
 
 
 NUMBERS = ("query", "position")

@@ -10,6 +10,7 @@ from vla_adapter_hf.simulation.placement import PLACEMENTS
 from vla_adapter_hf.simulation.settings import CONTROL_RATE
 
 
+CAMERA_COLUMNS = ("image", "wrist_image")
 TRAINING_STATES = tuple(range(40))  # of 50 official initial states; the evaluation holds out the others
 
 
