@@ -1,13 +1,18 @@
-"""A checkpoint in torch and exported to OpenVINO: time of a prediction in turns, loading and memory, as a table.
+"""A checkpoint in torch and exported to OpenVINO: time of a prediction, errors, loading and memory, as a table.
 
-    python benchmarks/engines.py FOLDER [--checkpoint CHECKPOINT] [--calibrate DATASET] [--runs 5] [--busy 0,2]
+    python benchmarks/engines.py FOLDER --checkpoint CHECKPOINT --calibrate DATASET [--cameras NAME NAME]
+    python benchmarks/engines.py FOLDER [--size shallow]
     python benchmarks/engines.py FOLDER --also "original=python original.py"
 
-FOLDER keeps the exports, so that the next run finds them; without --checkpoint, also random weights of the published
-size (2.6 GiB). Eight bits need --calibrate, demonstrations in the checkpoint's sizes. Every layer is rounded then,
-because only trained weights show which ones to keep (--error-ratio 2).
+FOLDER keeps the exports, so that a run that was interrupted goes on there. Without --checkpoint it also keeps random
+weights of the published size (2.6 GiB). Eight bits need --calibrate, demonstrations in the checkpoint's sizes.
+Checkpoints are exported as by `vla-adapter export`, with the layers kept that err most. Of random weights every layer
+is rounded, because only trained ones show which to keep, and prompts are longer, because they come with a small
+tokenizer.
 
-All programs are loaded first and then predict once each in turn, while no and while some other processes compute.
+All programs are loaded first and then predict once each in turn, while no and while some other processes compute. The
+peak is the memory of a process with one prediction, above that after imports. --also adds a program, such as the
+original, which must answer as docs/speed.md says.
 """
 
 import argparse
@@ -25,11 +30,12 @@ from vla_adapter_hf.bench.busy import busy_processes
 from vla_adapter_hf.bench.random_weights import write_random
 from vla_adapter_hf.bench.turns import OtherProgram
 from vla_adapter_hf.checkpoints.exported import RECORD
-from vla_adapter_hf.utils.files import atomic_path
+from vla_adapter_hf.utils.files import atomic_path, record_settings
 
 
 COMMAND = [sys.executable, "-m", "vla_adapter_hf.cli"]
 TORCH = "torch bfloat16"
+INT8 = "OpenVINO int8"
 
 
 def main() -> None:
@@ -39,14 +45,18 @@ def main() -> None:
     parser.add_argument("--size", default="full", help="full, shallow or small")
     parser.add_argument("--calibrate", help="demonstrations for eight bits; without them there is no such row")
     parser.add_argument("--cameras", nargs="+", help="the columns of the cameras in --calibrate")
-    parser.add_argument("--samples", default="8", help="observations for eight bits")
-    parser.add_argument("--error-ratio", default="inf", help="for eight bits, see vla-adapter export --help")
-    parser.add_argument("--prompt-tokens", default="128")
+    parser.add_argument("--samples", default="64", help="observations for eight bits")
+    parser.add_argument("--error-ratio", help="for eight bits, see vla-adapter export --help; by default 2, or inf")
+    parser.add_argument("--prompt-tokens", help="by default 64, for random weights 128")
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--busy", default="0,2", help="numbers of other processes that compute")
     parser.add_argument("--threads", default=str(torch.get_num_threads()))
     parser.add_argument("--also", action="append", default=[], help="NAME=COMMAND of another program, see turns.py")
     arguments = parser.parse_args()
+    given = arguments.checkpoint is not None
+    arguments.error_ratio = arguments.error_ratio or ("2" if given else "inf")
+    arguments.prompt_tokens = arguments.prompt_tokens or ("64" if given else "128")
+    check_folder(arguments)
     checkpoint = arguments.checkpoint or str(random_weights(arguments.folder, arguments.size))
     programs = {TORCH: [checkpoint, "--dtype", "bfloat16"], **exports(checkpoint, arguments)}
     programs = {name: [*words, "--threads", arguments.threads] for name, words in programs.items()}
@@ -55,16 +65,56 @@ def main() -> None:
     commands |= dict(entry.split("=", 1) for entry in arguments.also)
     numbers = [int(number) for number in arguments.busy.split(",")]
     seconds = take_turns(commands, arguments.runs, numbers)
-    print("| | " + " | ".join(f"ms with {busy} busy | times as fast" for busy in numbers) + " | load, s | peak, GiB |")
-    print("|---|" + "---:|" * (2 * len(numbers) + 2))
+    errors = {name: measured_errors(arguments.folder, name) for name in commands}
+    heads = [f"ms with {busy} busy | times as fast" for busy in numbers]
+    heads += ["mean error", "largest", "load, s", "peak, GiB"]
+    print(f"| | {' | '.join(heads)} |")
+    print("|---|" + "---:|" * (2 * len(numbers) + 4))
     for name in commands:
         cells = []
         for busy in numbers:
             ratio = np.median(np.divide(seconds[busy][TORCH], seconds[busy][name]))
             cells += [f"{1e3 * np.median(seconds[busy][name]):.0f}", f"{ratio:.2f}"]
+        cells += [f"{errors[name][key]:.4f}" if key in errors[name] else "" for key in ("mean", "largest")]
         load = loading.get(name, {})
         cells += [f"{load[key]:.2f}" if key in load else "" for key in ("seconds", "peak")]
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        print(f"| {name} | {' | '.join(cells)} |")
+    print_notes(arguments, errors)
+
+
+def check_folder(arguments: argparse.Namespace) -> None:
+    """Refuse a folder with exports of something else."""
+    names = ("checkpoint", "size", "calibrate", "cameras", "samples", "error_ratio", "prompt_tokens")
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    differences = record_settings(
+        arguments.folder / "settings.json", {name: getattr(arguments, name) for name in names}
+    )
+    if differences:
+        lines = [f"{name} {before!r} instead of {now!r}" for name, (before, now) in differences.items()]
+        raise SystemExit(f"{arguments.folder} holds exports with {', '.join(lines)}; give another folder.")
+
+
+def measured_errors(folder: Path, name: str) -> dict[str, float]:
+    """Errors of normalised actions against torch in float32, from the exports' records; empty if not measured."""
+    precision = name.removeprefix("OpenVINO ")
+    record = folder / f"openvino-{'int8' if name == TORCH else precision}" / RECORD
+    if not record.is_file():
+        return {}
+    stored = json.loads(record.read_text(encoding="utf-8"))
+    errors = stored["bfloat16_errors" if name == TORCH else "errors"]
+    return {**errors, "observations": stored["checked_on"], "kept": len(stored["kept"])}
+
+
+def print_notes(arguments: argparse.Namespace, errors: dict[str, dict[str, float]]) -> None:
+    print(f"\n{arguments.threads} threads, prompts of {arguments.prompt_tokens} tokens; errors of normalised actions.")
+    for name, measured in errors.items():
+        if measured:
+            kept = f", {measured['kept']} blocks kept in higher precision" if name == INT8 else ""
+            print(f"{name}: errors on {measured['observations']} observation(s){kept}.")
+    if arguments.calibrate is None:
+        print("No eight bits: they need --calibrate.")
+    if not arguments.also:
+        print("The original is not in this table: it needs its code and checkpoint (--also 'original=COMMAND').")
 
 
 def random_weights(folder: Path, size: str) -> Path:
