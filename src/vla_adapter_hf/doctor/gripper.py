@@ -74,6 +74,7 @@ def describe_gripper(recording: Recording, dim: int) -> Gripper:
     low, high = np.quantile(values, [0.01, 0.99])
     gripper = Gripper(dim, is_binary_in_episodes(recording, dim), float(low), float(high))
     states = recording.all_states
+    floor = 0.02 * (states.std(0) + 1e-12)  # what moves less within an episode is noise
     totals, signs = np.zeros(states.shape[1]), np.zeros((len(recording.actions), states.shape[1]))
     counted = np.zeros(states.shape[1])
     for position, episode_states, actions in recording.episodes(8):
@@ -84,7 +85,7 @@ def describe_gripper(recording: Recording, dim: int) -> Gripper:
                 continue
             spread = state.std(0) * command.std()
             covariance = ((command - command.mean())[:, None] * (state - state.mean(0))).mean(0)
-            moving = state.std(0) > 0.02 * (states.std(0) + 1e-12)
+            moving = state.std(0) > floor
             correlation = np.where(moving & (spread > 1e-12), covariance / np.maximum(spread, 1e-12), 0)
             best = np.where(np.abs(correlation) > np.abs(best), correlation, best)
         signs[position] = best
