@@ -1,7 +1,7 @@
 """How fast demonstrations load: samples per second for each format, with and without augmentation.
 
     python benchmarks/data_loading.py [--samples 300] [--repeats 3]
-    python benchmarks/data_loading.py --workers 1 2 4 [--samples 2000] [--repeats 3]
+    python benchmarks/data_loading.py --workers 1 2 4 [--samples 2048] [--repeats 3]
 
 Four episodes of the test fixtures are scaled up to two 256x256 cameras and written in each format to a temporary
 folder. "plain" is decoding alone, "resized" adds the exact Lanczos-3 resize to 224x224, "augmented" the training
@@ -305,11 +305,13 @@ def has_torchcodec() -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=300, help="samples per run")
+    parser.add_argument("--samples", type=int, help="samples per run, by default 300, with --workers 2048")
     parser.add_argument("--repeats", type=int, default=3, help="runs, of which the best counts")
     parser.add_argument("--workers", type=int, nargs="+", help="whole loaders with so many workers each")
     parser.add_argument("--only", help="formats whose name has this in it, such as PNG")
     arguments = parser.parse_args()
+    if arguments.samples is None:
+        arguments.samples = 2048 if arguments.workers else 300
     if arguments.workers and arguments.samples < 4 * BATCH * max(arguments.workers):
         parser.error(f"--samples must be at least {4 * BATCH * max(arguments.workers)} with so many --workers")
     torch.set_num_threads(1)

@@ -38,10 +38,11 @@ def import_torchcodec() -> Any:
     try:
         from torchcodec import decoders
     except (ImportError, OSError, RuntimeError) as error:  # of the release for another torch, or without FFmpeg
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ImportError(
             "video_backend='torchcodec' needs torchcodec, in the release for this torch, and FFmpeg's libraries: "
             f"{install_hint('torchcodec')}, and apt-get install ffmpeg; or leave video_backend out to read with PyAV. "
-            f"Importing it failed: {str(error).strip().splitlines()[0]}"
+            f"Importing it failed: {reason}"
         ) from error
     return decoders
 
