@@ -28,7 +28,7 @@ from vla_adapter_hf.serving.wire import unpack
 
 
 RECORDED = FIXTURES / "libero_spatial_observation.npz"
-START_SECONDS = 120
+START_SECONDS = 240
 MAX_BYTES = 10**8
 
 
@@ -92,6 +92,7 @@ class ServerProcess:
                 if request(f"{self.url}/healthz").status == 200:
                     return
             if self.process.poll() is not None or time.monotonic() > end:
+                self.process.kill()  # its output ends then
                 raise AssertionError(f"the server did not start:\n{self.process.stdout.read()}")
             time.sleep(0.2)
 
