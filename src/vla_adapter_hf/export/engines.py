@@ -144,8 +144,8 @@ class OpenVINOConverter(Converter):
     @cached_property
     def _products(self) -> dict[str, str]:
         """By the name of the traced operation, the product in the converted graph."""
-        names = [node.get_friendly_name() for node in self.model.get_ops()]
-        return {name.split("/")[0]: name for name in names if name.endswith(("/MatMul", "/Convolution"))}
+        nodes = [node for node in self.model.get_ops() if node.get_type_name() in ("MatMul", "Convolution")]
+        return {node.get_friendly_name().split("/")[0]: node.get_friendly_name() for node in nodes}
 
     def _node_name(self, layer: str) -> str | None:
         # OpenVINO decomposes the traced graph first, which renames convolutions.
