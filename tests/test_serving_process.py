@@ -1,5 +1,6 @@
 """`vla-adapter serve` as a process: how it starts, ends, is killed, and what its clients notice."""
 
+import os
 import signal
 import socket
 import threading
@@ -60,6 +61,20 @@ def test_a_stopping_server_takes_no_new_requests(embedded_policy, observation):
         assert receive(websocket).startswith("stopping")
         assert request(f"{running.url}/healthz").status == request(f"{running.url}/health").status == 503
         assert request(f"{running.url}/act", "{}").status == 503
+
+
+def test_it_stops_although_nobody_reads_its_lines_any_more(embedded_policy):
+    """As with `vla-adapter serve | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with server_thread(embedded_policy, ServeSettings()) as running:
+        running.server.report_progress = lambda line: os.write(writer, line.encode())
+        running.server.handle_exit(signal.SIGTERM, None)
+        end = time.monotonic() + 20
+        while not running.server.should_exit:
+            assert time.monotonic() < end, "it goes on"
+            time.sleep(0.02)
+    os.close(writer)
 
 
 def test_a_client_comes_back_after_a_killed_server_and_says_how_old_the_answer_is(observation):

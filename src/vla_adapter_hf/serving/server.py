@@ -100,8 +100,8 @@ class DrainingServer(uvicorn.Server):
         self._loop.call_soon_threadsafe(self._begin_to_drain)
 
     def _begin_to_drain(self) -> None:
+        self._draining = asyncio.create_task(self._drain())  # first, because the line may have no reader any more
         self.report_progress("Stopping: requests that have arrived are answered first")
-        self._draining = asyncio.create_task(self._drain())
 
     async def _drain(self) -> None:
         # No answer takes longer than this.
