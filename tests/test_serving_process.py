@@ -16,6 +16,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from vla_adapter_cli import app
+from vla_adapter_hf.cli.serve import show
 from vla_adapter_hf.serving.client import PolicyClient, PolicyError
 from vla_adapter_hf.serving.server import serve
 from vla_adapter_hf.serving.settings import ServeSettings
@@ -64,7 +65,7 @@ def test_a_stopping_server_takes_no_new_requests(embedded_policy, observation):
 
 
 def test_it_stops_although_nobody_reads_its_lines_any_more(embedded_policy):
-    """As with `vla-adapter serve | head -1`."""
+    """As where the reader of a pipe has ended."""
     reader, writer = os.pipe()
     os.close(reader)
     with server_thread(embedded_policy, ServeSettings()) as running:
@@ -75,6 +76,17 @@ def test_it_stops_although_nobody_reads_its_lines_any_more(embedded_policy):
             assert time.monotonic() < end, "it goes on"
             time.sleep(0.02)
     os.close(writer)
+
+
+def test_lines_that_nobody_reads_any_more_are_dropped(monkeypatch):
+    """As with `vla-adapter serve | head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output:
+        monkeypatch.setattr("sys.stdout", output)
+        for line in ("Loading", "Serving"):
+            show(line)
+        monkeypatch.undo()
 
 
 def test_a_client_comes_back_after_a_killed_server_and_says_how_old_the_answer_is(observation):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -42,7 +44,15 @@ def serve(
     except ModuleNotFoundError as error:
         raise ImportError(f"vla-adapter serve needs {error.name}: {install_hint('serve')}") from error
 
-    run_server(checkpoint, settings, report_progress=lambda line: print(line, flush=True))
+    run_server(checkpoint, settings, report_progress=show)
+
+
+def show(line: str) -> None:
+    """Print a line. Where nobody reads the output any more, a server goes on without it."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse_cameras(words: list[str]) -> dict[str, str]:

@@ -59,7 +59,7 @@ def check(
         settings: how much is read, and where findings begin.
         format, robot: as of `load_demonstrations`. Without a robot, actions are judged as they were recorded.
         against: folder or Hub id of another dataset, such as the one for validation, that should not have the same
-            episodes. It is read with the same options, except for `name` and `revision`.
+            episodes. It is read with the same options, except for `name`, `revision` and `cameras`.
         checkpoint: folder or Hub id of a policy that is asked about the demonstrations; None asks none.
         policy: how it is asked.
         report_progress: called with a line of text before each part.
@@ -67,7 +67,8 @@ def check(
 
     Raises:
         ValueError: what the reader refuses, a dataset without a readable episode, a checkpoint that cannot be opened,
-            and a dataset to compare with that has states or actions of another size.
+            and a dataset to compare with that has no readable episode, or states or actions of another size.
+        TypeError: an option that the format of the other dataset does not have.
     """
     settings = settings or CheckSettings()
     report_progress("Reading states and actions")
@@ -129,7 +130,7 @@ def check_recording(
         found = check_gripper(recording, gripper)
         report.add([*found, *check_preset_gripper(recording, gripper, robot)])
         consistent += [] if any(finding.severity == "high" for finding in found) else [gripper]
-    endings = find_endings(recording, consistent)
+    endings = find_endings(recording, consistent) if recording.consecutive else []
     report.add(check_endings(recording, endings))
     report.add(check_timestamps(recording, settings))
     borders = empty_borders(recording, sample)

@@ -58,8 +58,12 @@ def check_copies(recording: Recording, other: Recording) -> list[Finding]:
     """Episodes that another dataset has too, such as the one for validation.
 
     Raises:
-        ValueError: states or actions of the two have different sizes.
+        ValueError: states or actions of the two have different sizes, or one of them has no readable episode.
     """
+    for each in (recording, other):
+        if not any(map(len, each.actions)):
+            problem = f": {each.problems[0]}" if each.problems else ""
+            raise ValueError(f"no episode of {each.name} can be read{problem}")
     for name in ("state", "action"):
         own, theirs = (getattr(each, f"all_{name}s").shape[1] for each in (recording, other))
         if own != theirs:
@@ -67,22 +71,41 @@ def check_copies(recording: Recording, other: Recording) -> list[Finding]:
                 f"{recording.name} has {own} values in a {name}, {other.name} has {theirs}: they are not of one "
                 "robot. Give as against another dataset of the same robot, such as the one for validation."
             )
+    findings = []
+    unread = sum(len(actions) == 0 for actions in other.actions)
+    if unread:
+        findings.append(
+            Finding(
+                "episodes of the other dataset cannot be read",
+                "medium",
+                {"episodes": unread, "other dataset": other.name, "problems": other.problems[:3]},
+                "They are not compared: copies of them are not found.",
+                "Repair them or leave them out, and check again.",
+            )
+        )
     theirs = {digest(states, actions): other.numbers[position] for position, states, actions in other.episodes(2)}
     pairs = {
         recording.numbers[position]: theirs[content]
         for position, states, actions in recording.episodes(2)
         if (content := digest(states, actions)) in theirs
     }
-    if not pairs:
-        return []
-    return [
-        Finding(
-            "the same episodes in the other dataset",
-            "high",
-            {"copies": len(pairs), "of": len(recording.actions), "other dataset": other.name,
-             "their numbers there": list(pairs.values())},
-            "If one is for training and the other for evaluation, the evaluation says nothing about new episodes.",
-            "Remove the copies from one of the two.",
-            list(pairs),
-        )
-    ]  # fmt: skip
+    if pairs:
+        findings.append(_shared(recording, other, pairs))
+    return findings
+
+
+def _shared(recording: Recording, other: Recording, pairs: dict[int, int]) -> Finding:
+    """The finding for shared episodes, by their number in the recording and in the other one."""
+    return Finding(
+        "the same episodes in the other dataset",
+        "high",
+        {
+            "copies": len(pairs),
+            "of": len(recording.actions),
+            "other dataset": other.name,
+            "their numbers there": list(pairs.values()),
+        },
+        "If one is for training and the other for evaluation, the evaluation says nothing about new episodes.",
+        "Remove the copies from one of the two.",
+        list(pairs),
+    )

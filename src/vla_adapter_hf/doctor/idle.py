@@ -26,8 +26,8 @@ class IdleSteps:
     Args:
         idle: neither the state moves nor a gripper's command changes; the last step of an episode is not counted.
         at_gripper: idle steps right after a gripper's command, in which the arm may wait for its fingers.
-        commanded: the other idle steps with a command to move: the arm moves some steps later, or pushes against
-            something.
+        commanded: the other idle steps with a command to move: the arm moves some steps later or, if actions are
+            deltas or velocities, pushes against something.
     """
 
     idle: list[np.ndarray]

@@ -116,26 +116,31 @@ def frame_lag(recording: Recording, sample: FrameSample, camera: int, max_lag: i
     groups = [list(range(size)), [0, 1], [0, 1, 2], *([dim] for dim in range(size))]
     groups = [dims for dims in groups if max(dims) < size]
     windows = list(zip(sample.windows, frame_changes(sample, camera), strict=True))
+    spread = state_spread(recording)
     measured = []
     for half in (0, 1):
-        curves = [_lag_curve(recording, windows[half::2], max_lag, dims) for dims in groups]
+        curves = [_lag_curve(recording, windows[half::2], max_lag, dims, spread) for dims in groups]
         best = max(range(len(groups)), key=lambda place: max(curves[place].values(), default=-1.0))
-        measured.append(_lag_curve(recording, windows[1 - half :: 2], max_lag, groups[best]))
+        measured.append(_lag_curve(recording, windows[1 - half :: 2], max_lag, groups[best], spread))
     return {lag: float(np.mean([curve[lag] for curve in measured])) for lag in measured[0] if lag in measured[1]}
 
 
 def _lag_curve(
-    recording: Recording, windows: list[tuple[Window, np.ndarray]], max_lag: int, dims: list[int]
+    recording: Recording,
+    windows: list[tuple[Window, np.ndarray]],
+    max_lag: int,
+    dims: list[int],
+    spread: np.ndarray,
 ) -> dict[int, float]:
     """The curve of `frame_lag` for the motion of some state dimensions.
 
     Args:
         windows: each with its frame changes.
+        spread: of all state dimensions, as of `state_spread`.
     """
-    spread = state_spread(recording)[dims]
     pairs: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {lag: [] for lag in range(-max_lag, max_lag + 1)}
     for window, changes in windows:
-        moves = motion(recording.states[window.position][:, dims], spread)
+        moves = motion(recording.states[window.position][:, dims], spread[dims])
         # Slow changes of speed say little about a lag of a step.
         a, b = np.diff(np.log(changes + 0.05)), np.diff(np.log(moves + 0.02 * (moves.max(initial=0) + 1e-9)))
         for lag, found in pairs.items():
