@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from data_fixtures import DEMOS, LEROBOT, RLDS, TASKS, copy_of, edit_info, golden, libero_gripper, pixels
 
-from vla_adapter_hf.data import frames
 from vla_adapter_hf.data.dataset import VLAAdapterDataset
+from vla_adapter_hf.utils import frames
 
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vla_adapter_hf.data import frames
-from vla_adapter_hf.data.frames import decode_frame
+from vla_adapter_hf.utils import frames
+from vla_adapter_hf.utils.frames import decode_frame
 
 
 def encoded(image: Image.Image, **options) -> bytes:

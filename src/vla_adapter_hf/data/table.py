@@ -17,9 +17,9 @@ from vla_adapter_hf.data.arrow import column_to_texts, consecutive_runs, rows_to
 from vla_adapter_hf.data.chunks import check_stored_shape
 from vla_adapter_hf.data.columns import EPISODE_NAMES, FRAME_NAMES, STEP_COLUMN, TEXT_NAMES, Columns, find_column
 from vla_adapter_hf.data.episodes import BadEpisode, Episode, FrameReader, is_damage
-from vla_adapter_hf.data.frames import decode_frame, is_jpeg
 from vla_adapter_hf.data.reader import DemonstrationReader
 from vla_adapter_hf.data.source import DemonstrationSource
+from vla_adapter_hf.utils.frames import decode_frame, is_jpeg
 
 
 _BATCH_ROWS = 1 << 15

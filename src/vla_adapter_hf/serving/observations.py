@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vla_adapter_hf.data.frames import decode_frame
 from vla_adapter_hf.serving.errors import InvalidRequest, ObservationTooOld, TooLarge
 from vla_adapter_hf.serving.wire import EncodedImage
+from vla_adapter_hf.utils.frames import decode_frame
 
 
 # Prefixes that clients put before the names of cameras and of the state: openpi's and LeRobot's.

@@ -17,10 +17,10 @@ from vla_adapter_hf.data.arrow import consecutive_runs, joined_array, rows_to_ep
 from vla_adapter_hf.data.chunks import check_stored_shape
 from vla_adapter_hf.data.columns import STEP_COLUMN, Columns
 from vla_adapter_hf.data.episodes import BadEpisode, Episode, FrameReader, is_damage
-from vla_adapter_hf.data.frames import decode_frame
 from vla_adapter_hf.data.lerobot.metadata import LeRobotEpisode, LeRobotMetadata, read_lerobot_metadata
 from vla_adapter_hf.data.lerobot.video import VideoCache
 from vla_adapter_hf.data.reader import DemonstrationReader
+from vla_adapter_hf.utils.frames import decode_frame
 
 
 _BATCH_ROWS = 1 << 15

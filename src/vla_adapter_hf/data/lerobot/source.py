@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from vla_adapter_hf.data.episodes import BadEpisode, BadEpisodeError, Episode, EpisodeTable, is_damage
-from vla_adapter_hf.data.frames import is_jpeg
 from vla_adapter_hf.data.lerobot.metadata import LeRobotEpisode
 from vla_adapter_hf.data.lerobot.reader import LeRobotReader, decode_cell, encoded_images
 from vla_adapter_hf.data.source import DemonstrationSource
 from vla_adapter_hf.data.storage import cache_directory
+from vla_adapter_hf.utils.frames import is_jpeg
 
 
 class LeRobotSource(DemonstrationSource):

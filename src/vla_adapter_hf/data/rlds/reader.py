@@ -12,10 +12,10 @@ import numpy as np
 
 from vla_adapter_hf.data.columns import Columns, find_column, last_name
 from vla_adapter_hf.data.episodes import BadEpisode, Episode, FrameReader
-from vla_adapter_hf.data.frames import decode_frame
 from vla_adapter_hf.data.reader import DemonstrationReader
 from vla_adapter_hf.data.rlds.files import Shard, find_version_folder, read_rlds_files
 from vla_adapter_hf.data.rlds.tfrecord import Feature, Record, TFRecordError, parse_example, read_record, scan_records
+from vla_adapter_hf.utils.frames import decode_frame
 
 
 _TEXT_NAMES = ("language_instruction", "natural_language_instruction", "instruction", "language_text")

@@ -18,12 +18,12 @@ from zipfile import BadZipFile
 import numpy as np
 
 from vla_adapter_hf.data.episodes import BadEpisode, Episode, EpisodeTable
-from vla_adapter_hf.data.frames import decode_frame, is_jpeg
 from vla_adapter_hf.data.rlds.files import shard_key
 from vla_adapter_hf.data.rlds.reader import RLDSReader
 from vla_adapter_hf.data.source import DemonstrationSource
 from vla_adapter_hf.data.storage import cache_directory
 from vla_adapter_hf.utils.files import atomic_path
+from vla_adapter_hf.utils.frames import decode_frame, is_jpeg
 
 
 _INDEX_VERSION = 2
