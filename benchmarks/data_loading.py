@@ -45,11 +45,11 @@ from vla_adapter_hf.data import (
     ImageResize,
     VLAAdapterDataset,
     VLAAdapterStreamingDataset,
-    frames,
 )
 from vla_adapter_hf.data.lerobot.video import import_torchcodec
 from vla_adapter_hf.processing.image_preparation_vla_adapter import crop_and_resize, resize_lanczos3, to_float01
 from vla_adapter_hf.training.collator import VLAAdapterDataCollator
+from vla_adapter_hf.utils import frames
 from vla_adapter_hf.utils.frames import decode_frame
 
 
