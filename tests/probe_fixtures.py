@@ -9,7 +9,7 @@ from vla_adapter_hf import VLAAdapterProcessor
 from vla_adapter_hf.cli.train import parse_arguments
 from vla_adapter_hf.recording.lerobot_writer import LeRobotLayout, assemble, save_episode
 from vla_adapter_hf.training.train import train
-from vla_adapter_hf.utils.images import encode_image
+from vla_adapter_hf.utils.frames import encode_image
 
 
 SIDE = 28

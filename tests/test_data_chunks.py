@@ -15,7 +15,7 @@ from vla_adapter_hf.data.loading import dataset_statistics
 from vla_adapter_hf.data.reader import index_episodes
 from vla_adapter_hf.data.statistics import column_statistics, table_statistics, with_key_and_mask
 from vla_adapter_hf.recording.lerobot_writer import LeRobotLayout, assemble, save_episode
-from vla_adapter_hf.utils.images import encode_image
+from vla_adapter_hf.utils.frames import encode_image
 
 
 STRIDE = 4  # control steps from a row to the next

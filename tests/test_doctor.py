@@ -52,7 +52,7 @@ from vla_adapter_hf.doctor.suggest import suggest, train_command
 from vla_adapter_hf.doctor.timing import check_frame_lag, frame_lag
 from vla_adapter_hf.recording.lerobot_writer import LeRobotLayout, assemble, save_episode
 from vla_adapter_hf.training.train import train
-from vla_adapter_hf.utils.images import encode_image
+from vla_adapter_hf.utils.frames import encode_image
 
 
 QUICK = CheckSettings(windows=8)

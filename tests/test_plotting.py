@@ -10,7 +10,7 @@ import pytest
 from vla_adapter_hf import VLAAdapterDataset, VLAAdapterProcessor
 from vla_adapter_hf.data import ImageResize
 from vla_adapter_hf.recording.lerobot_writer import LeRobotLayout, assemble, save_episode
-from vla_adapter_hf.utils.images import encode_image
+from vla_adapter_hf.utils.frames import encode_image
 from vla_adapter_hf.utils.plotting import plot_chunks, plot_training, save_figure
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from vla_adapter_hf.recording.episodes import plan_episode, recording_layout
 from vla_adapter_hf.recording.lerobot_writer import assemble, save_episode, saved_episodes
 from vla_adapter_hf.recording.settings import RecordingSettings
-from vla_adapter_hf.utils.images import encode_image
+from vla_adapter_hf.utils.frames import encode_image
 
 
 SETTINGS = RecordingSettings(render_every=4, image_size=16, chunk_size=8)

@@ -23,7 +23,7 @@ from vla_adapter_hf.recording.lerobot_writer import (
 from vla_adapter_hf.simulation.calvin.simulation import SIZES
 from vla_adapter_hf.simulation.settings import CALVIN_RATE
 from vla_adapter_hf.utils.files import exclusive_folder, visible_files
-from vla_adapter_hf.utils.images import encode_image
+from vla_adapter_hf.utils.frames import encode_image
 
 
 LAYOUT = LeRobotLayout(

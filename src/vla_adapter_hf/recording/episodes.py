@@ -19,7 +19,7 @@ from vla_adapter_hf.simulation.libero.suite import LiberoEnvironment, LiberoSuit
 from vla_adapter_hf.simulation.placement import PLACEMENTS, STREAMS
 from vla_adapter_hf.simulation.policies import Request, make_policy
 from vla_adapter_hf.simulation.settings import CONTROL_RATE
-from vla_adapter_hf.utils.images import encode_image
+from vla_adapter_hf.utils.frames import encode_image
 
 
 STATE_NAMES = ("x", "y", "z", "axis_angle1", "axis_angle2", "axis_angle3", "gripper_l", "gripper_r")

@@ -13,7 +13,7 @@ from PIL import Image
 from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.recording.settings import CAMERA_COLUMNS
 from vla_adapter_hf.utils.files import atomic_path, write_bytes, write_json
-from vla_adapter_hf.utils.images import encode_image
+from vla_adapter_hf.utils.frames import encode_image
 
 
 @dataclass(frozen=True)

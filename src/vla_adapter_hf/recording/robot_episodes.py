@@ -21,7 +21,7 @@ from vla_adapter_hf.recording.lerobot_writer import (
 from vla_adapter_hf.robot.interface import RobotInterface
 from vla_adapter_hf.robot.loop import LoopReport, Step
 from vla_adapter_hf.utils.files import exclusive_folder
-from vla_adapter_hf.utils.images import encode_image
+from vla_adapter_hf.utils.frames import encode_image
 
 
 NUMBERS = ("query", "position")

@@ -20,7 +20,7 @@ from vla_adapter_hf.recording.settings import SceneSettings
 from vla_adapter_hf.simulation.libero.suite import CAMERAS, LiberoEnvironment, LiberoSuite
 from vla_adapter_hf.simulation.placement import STREAMS
 from vla_adapter_hf.utils.files import atomic_path, exclusive_folder
-from vla_adapter_hf.utils.images import encode_image
+from vla_adapter_hf.utils.frames import encode_image
 
 
 SCENES_PER_FILE = 30

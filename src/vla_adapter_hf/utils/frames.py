@@ -1,4 +1,4 @@
-"""Encoded camera frame -> uint8 (height, width, 3)."""
+"""Camera frames, uint8 (height, width, 3), from and to encoded files."""
 
 from __future__ import annotations
 
@@ -79,3 +79,21 @@ def decode_frame(data: bytes, like_tensorflow: bool = False) -> np.ndarray:
             return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except (OSError, SyntaxError) as error:  # Pillow's PNG reader raises SyntaxError on a broken file
         raise ValueError(f"the frame cannot be decoded: {error}") from error
+
+
+def encode_image(image: np.ndarray, image_format: str = "png") -> bytes:
+    """A uint8 frame (height, width, 3) as PNG (lossless) or JPEG (quality 95).
+
+    Raises:
+        ValueError: another format, dtype or shape.
+    """
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image must be uint8 of shape (height, width, 3), got {image.dtype} {image.shape}")
+    buffer = io.BytesIO()
+    if image_format == "png":
+        Image.fromarray(image).save(buffer, "PNG", compress_level=4)
+    elif image_format == "jpeg":
+        Image.fromarray(image).save(buffer, "JPEG", quality=95)
+    else:
+        raise ValueError(f"image_format must be 'png' or 'jpeg', got {image_format!r}")
+    return buffer.getvalue()
