@@ -148,7 +148,6 @@ def test_rtc_moves_the_arm_while_the_policy_thinks(own_arm_policy, roll_out, tmp
     assert any(left_over is not None and left_over.any() for left_over in left_overs), "no chunk was continued"
     sent = np.array([[action[name] for name in moved.action_features] for action in moved.sent])
     assert len(sent) >= 5
-    # Every action is one of the predicted ones; the first is of the first chunk, without the steps that went by.
-    first, predicted = chunks[0][0].numpy(), np.concatenate([chunk[0].numpy() for chunk in chunks])
-    assert np.isclose(first, sent[0], atol=1e-5).all(axis=1).any()
+    # LeRobot drops the actions of the steps that went by: all of the first chunk where the model warms up slowly.
+    predicted = np.concatenate([chunk[0].numpy() for chunk in chunks])
     assert all(np.isclose(predicted, action, atol=1e-5).all(axis=1).any() for action in sent)
