@@ -254,6 +254,7 @@ def test_the_suggested_command_is_one_that_train_takes(kind, blocky):
     model, data, training = parse_arguments(command[2:])
     assert command[:2] == ["vla-adapter", "train"] and model.checkpoint == "CHECKPOINT"
     assert (data.dataset, data.state_column, data.chunk_size) == (["me/data"], "state", suggestion["chunk_size"])
+    assert command[command.index("--augment") + 1] == "true"
     assert data.augment is True and data.jpeg_round_trip == ("yes" if blocky else "auto")
     assert data.cameras == list(recording.cameras)
 
