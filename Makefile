@@ -35,9 +35,10 @@ test: $(VENV)/test-installed lint
 test-simulator: $(VENV)/test-installed $(VENV)/simulator-installed
 	$(BIN)/python -m pytest -m "simulator and not slow" --numprocesses 2 --dist worksteal
 
-# The findings of `vla-adapter check` on many simulated recordings and policies.
+# What takes too long for `make test`, such as the findings of `vla-adapter check` on many simulated recordings. Tests that need
+# a simulator run where `make simulator` has been called.
 test-slow: $(VENV)/test-installed
-	$(BIN)/python -m pytest -m slow tests/test_doctor.py tests/test_doctor_policy.py
+	$(BIN)/python -m pytest -m slow --numprocesses 2 --dist worksteal
 
 # The plugin with LeRobot itself, in an environment of its own with Python 3.12 and a PyTorch with CUDA libraries, which runs on
 # the CPU: 8 GB on disk. Installing takes 3.4 minutes of processor time, the tests 2.3 minutes.
