@@ -197,6 +197,12 @@ def test_no_camera_needs_to_be_chosen_for_statistics():
     assert open_source(DEMOS / "lerobot_v30_video").table.actions.shape == (226, 7)
 
 
+@pytest.mark.parametrize("option", [{"episodes": [0]}, {"chunk_size": 8}])
+def test_options_that_would_not_change_the_statistics_are_refused(option):
+    with pytest.raises(TypeError, match=f"{next(iter(option))} would change nothing.*those of all its episodes"):
+        dataset_statistics(DEMOS / "lerobot_v30_video", **option)
+
+
 MEASURE = """
 import json, re, sys
 import vla_adapter_hf.data

@@ -86,6 +86,23 @@ def test_what_our_layout_does_not_hold_is_reported(converted, tmp_path):
     assert any("not in our layout: robot='libero'" in line for line in lines)
 
 
+def test_the_precision_of_the_weights_comes_along_and_another_one_is_reported(own, converted, tmp_path):
+    assert json.loads((converted / "config.json").read_text())["dtype"] == "float32"
+    small = tmp_path / "small"
+    open_checkpoint(own).load_model("bfloat16").save_pretrained(small)
+    open_checkpoint(own).load_processor().save_pretrained(small)
+    policy = to_lerobot(str(small), tmp_path / "policy", robot="libero")
+    config = json.loads((policy / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"
+    lines = []
+    from_lerobot(str(policy), tmp_path / "same", lines.append)
+    assert not any("dtype" in line for line in lines)
+    # A policy of float32 weights whose option was bfloat16.
+    (policy / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    from_lerobot(str(policy), tmp_path / "other", lines.append)
+    assert any("not in our layout: dtype='float32'" in line for line in lines)
+
+
 def test_to_published_sends_a_policy_of_lerobots_to_from_lerobot(converted, tmp_path):
     """The published layout has no place for its robot and the name of its statistics."""
     with pytest.raises(ValueError, match="vla-adapter from-lerobot"):

@@ -6,22 +6,23 @@ LeRobot imports it by itself: its commands import every installed distribution w
 
 from importlib.metadata import version
 
-from packaging.version import Version
+from packaging.specifiers import SpecifierSet
 
 
-OLDEST, TOO_NEW = Version("0.6.1"), Version("0.7")
+FITS = ">=0.6.1,<0.7"
 
 
 def check_version(installed: str) -> None:
-    """Refuse releases of LeRobot that this plugin was not tested with: their contract with policies differs.
+    """Refuse releases of LeRobot whose contract with policies may differ.
 
     Raises:
         ImportError: the message has the release and those that fit.
     """
-    if not OLDEST <= Version(installed) < TOO_NEW:
+    # By PEP 440 `<0.7` leaves out 0.7.0rc1 too; pre-releases of patches are let through.
+    if not SpecifierSet(FITS).contains(installed, prereleases=True):
         raise ImportError(
-            f"lerobot_policy_vla_adapter fits LeRobot {OLDEST} and later, before {TOO_NEW}; lerobot {installed} is "
-            f"installed. Install one that fits: pip install 'lerobot>={OLDEST},<{TOO_NEW}'."
+            f"lerobot_policy_vla_adapter fits LeRobot {FITS}; lerobot {installed} is installed. Install one that "
+            f"fits: pip install 'lerobot{FITS}'."
         )
 
 

@@ -41,7 +41,7 @@ class VLAAdapterConfig(PreTrainedConfig):
         robot: preset whose gripper and state conventions the dataset and the robot have: libero, calvin or aloha;
             `none` for values that are learnt as they are recorded.
         cameras: names of the dataset's cameras in the order in which the model sees them, third person first; by
-            default the start checkpoint's.
+            default the robot's, else the start checkpoint's.
         chunk_size: actions per chunk, by default the start checkpoint's.
         n_action_steps: actions of a chunk that `select_action` hands out before it asks the model again; by default
             the whole chunk.

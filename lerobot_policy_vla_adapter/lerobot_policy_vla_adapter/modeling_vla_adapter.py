@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import tempfile
+import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,6 +35,10 @@ from .starting import check_fixed_options, load_for_training, refuse_rename_map,
 
 
 logger = logging.getLogger(__name__)
+
+# Answers of rtc that came too late in succession, after which a rollout ends. A model that warms up is late once or
+# twice.
+LATE_ANSWERS = 3
 
 
 class VLAAdapterPolicy(PreTrainedPolicy):
@@ -64,6 +71,7 @@ class VLAAdapterPolicy(PreTrainedPolicy):
         if not config.input_features:
             config.use_features_of_model()
         config.validate_features()
+        self._last_seconds = self._slowest_seconds = 0.0  # of predictions
         self.reset()
 
     @classmethod
@@ -89,8 +97,8 @@ class VLAAdapterPolicy(PreTrainedPolicy):
             revision: on the Hub.
             dataset_stats: not used; they are averages over episodes.
             dataset_meta (`LeRobotDatasetMetadata`): of the dataset to train on.
-            options: as in `PreTrainedConfig.from_pretrained`; `token`, `cache_dir`, `local_files_only` and
-                `force_download` are used.
+            options: as in `PreTrainedConfig.from_pretrained`; `token`, `cache_dir` and `local_files_only` are used,
+                not in training.
 
         Raises:
             ValueError: when checkpoint, dataset and options do not fit together.
@@ -158,6 +166,7 @@ class VLAAdapterPolicy(PreTrainedPolicy):
     def reset(self) -> None:
         """Forget the chunk. LeRobot calls it at the beginning of every episode."""
         self._queue: deque[Tensor] = deque()
+        self._thread: int | None = None  # which the queue is for
         self._late_answers = 0
 
     def forward(self, batch: dict[str, Any], reduction: str = "mean") -> tuple[Tensor, dict | None]:
@@ -192,8 +201,8 @@ class VLAAdapterPolicy(PreTrainedPolicy):
 
         Args:
             batch: from the preprocessor.
-            inference_delay: control steps that LeRobot expects to pass before the chunk is there. Their actions are
-                dropped then, so they are left as they were.
+            inference_delay: control steps of the slowest answer so far. LeRobot drops the actions of the steps that
+                went by.
             prev_chunk_left_over: actions `(steps, values)` of the chunk before that were not executed when the
                 observation was taken, in physical units. LeRobot cuts them, or fills them up with zeros, to
                 `--inference.rtc.execution_horizon` steps. Actions about which both chunks say something are blended.
@@ -204,43 +213,60 @@ class VLAAdapterPolicy(PreTrainedPolicy):
         """
         self._check_delay(inference_delay, prev_chunk_left_over)
         inputs = _model_inputs(batch)
+        start = time.perf_counter()
         actions = self.network.predict_action(**inputs, unnorm_key=self.config.unnorm_key)
+        self._last_seconds = time.perf_counter() - start
+        self._slowest_seconds = max(self._slowest_seconds, self._last_seconds)
         chunk = torch.from_numpy(actions).to(self.network.device, torch.float32)
-        if prev_chunk_left_over is None:
+        rtc = getattr(self.config, "rtc_config", None)  # lerobot-rollout sets it
+        if prev_chunk_left_over is None or (rtc is not None and not rtc.enabled):
             return chunk
         _, stats = select_norm_stats(self.network.config.norm_stats, self.config.unnorm_key)
         blended = torch.tensor(normalized_values(stats["action"]), device=chunk.device)
-        return blend_chunks(
-            chunk, prev_chunk_left_over.to(chunk), inference_delay or 0, self.config.blend, blended=blended
-        )
+        return blend_chunks(chunk, prev_chunk_left_over.to(chunk), self.config.blend, blended)
 
-    def _check_delay(self, delay: int | None, left_over: Tensor | None) -> None:
-        """Refuse to go on when nothing of two chunks in succession reached the robot. The first may have been late
-        because the model was still warming up: that is a warning.
+    def _check_delay(self, slowest: int | None, left_over: Tensor | None) -> None:
+        """Refuse to go on when nothing of several chunks in succession reached the robot. Before that it is a warning.
+
+        LeRobot tells how many control steps the slowest answer took, and not how many the last one did: that is
+        estimated by the time of the predictions.
 
         Raises:
             ValueError: see above.
         """
         chunk_size = self.network.config.chunk_size
         spent = left_over is not None and not left_over.any()
-        self._late_answers = self._late_answers + 1 if spent and (delay or 0) >= chunk_size else 0
+        steps = math.ceil((slowest or 0) * self._last_seconds / self._slowest_seconds) if self._slowest_seconds else 0
+        self._late_answers = self._late_answers + 1 if spent and steps >= chunk_size else 0
         if not self._late_answers:
             return
         message = (
-            f"an answer takes {delay} control steps and a chunk has {chunk_size} actions: the robot stands still, "
+            f"an answer takes {steps} control steps and a chunk has {chunk_size} actions: the robot stands still, "
             f"because LeRobot drops the actions of the steps that went by. Use --inference.type=sync, a lower --fps, "
-            f"or a policy trained with --policy.chunk_size of at least {2 * delay}."
+            f"or a policy trained with --policy.chunk_size of at least {2 * steps}."
         )
-        if self._late_answers > 1:
+        if self._late_answers >= LATE_ANSWERS:
             raise ValueError(message)
         logger.warning(message)
 
     @torch.no_grad()
     def select_action(self, batch: dict[str, Any], **kwargs: Any) -> Tensor:
-        """The next action `(batch, values)`. The model is asked when the actions of the last chunk are used up."""
+        """The next action `(batch, values)`. The model is asked when the actions of the last chunk are used up.
+
+        Raises:
+            ValueError: two threads ask about their own robots, which would mix up their chunks.
+        """
+        thread = threading.get_ident()
         if not self._queue:
             chunk = self.predict_action_chunk(batch)
-            self._queue.extend(chunk.transpose(0, 1)[: self.config.n_action_steps])
+            if not self._queue:  # else another thread was quicker
+                self._thread = thread
+                self._queue.extend(chunk.transpose(0, 1)[: self.config.n_action_steps])
+        if self._thread != thread:
+            raise ValueError(
+                "two threads ask this policy for actions at once, and it keeps the chunk of one robot. Give "
+                "--env.max_parallel_tasks=1, or reset() the policy before another thread uses it."
+            )
         return self._queue.popleft()
 
 
@@ -258,24 +284,22 @@ def _seeded(seed: int, batch: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def blend_chunks(chunk: Tensor, left_over: Tensor, delay: int, share: float, blended: Tensor | None = None) -> Tensor:
+def blend_chunks(chunk: Tensor, left_over: Tensor, share: float, blended: Tensor | None = None) -> Tensor:
     """A chunk that continues the one before.
 
     Args:
         chunk: the new one, `(batch, steps, values)`; its first action belongs to the step of the observation.
         left_over: actions of the one before from that step on, `(steps, values)`; rows of zeros at its end are
             LeRobot's filling.
-        delay: steps that go by until the chunk is there: the actions before are executed meanwhile.
-        share: of the new chunk after that, where both say something.
+        share: of the new chunk where both say something.
         blended: which of the values are blended, boolean `(values,)`; by default all. Of the others, such as a gripper
             with two values, the new chunk's are taken.
     """
     said = left_over.any(dim=-1).nonzero()
     count = min(int(said[-1]) + 1 if len(said) else 0, chunk.shape[1])
-    weights = torch.full((count, chunk.shape[-1]), share, device=chunk.device, dtype=chunk.dtype)
+    weights = torch.full((chunk.shape[-1],), share, device=chunk.device, dtype=chunk.dtype)
     if blended is not None:
-        weights[:, ~blended] = 1
-    weights[:delay] = 0
+        weights[~blended] = 1
     continued = chunk.clone()
     continued[:, :count] = weights * chunk[:, :count] + (1 - weights) * left_over[:count]
     return continued

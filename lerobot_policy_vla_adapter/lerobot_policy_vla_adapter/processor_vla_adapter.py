@@ -37,6 +37,7 @@ from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
 from vla_adapter_hf.robots import RobotPreset, get_robot
 from vla_adapter_hf.training.collator import VLAAdapterDataCollator
 
+from .command_line import given_rename_map
 from .configuration_vla_adapter import VLAAdapterConfig
 
 
@@ -59,7 +60,8 @@ def make_vla_adapter_pre_post_processors(
     """
     preprocessor = PolicyProcessorPipeline[dict[str, Any], dict[str, Any]](
         steps=[
-            RenameObservationsProcessorStep(rename_map={}),
+            # LeRobot hands the option only to processors that it reads from a file.
+            RenameObservationsProcessorStep(rename_map=given_rename_map()),
             AddBatchDimensionProcessorStep(),
             VLAAdapterInputsStep(config.robot, processor_of(config), config),
             DeviceProcessorStep(device=config.device),
@@ -140,7 +142,8 @@ class VLAAdapterInputsStep(ProcessorStep):
                 raise ValueError(
                     f"the model's camera {camera!r} is {'ambiguous' if found else 'missing'} among "
                     f"{', '.join(available) or 'no cameras'}; --rename_map gives LeRobot's cameras the model's names: "
-                    f"{', '.join(self.processor.image_processor.cameras)}."
+                    f"{', '.join(self.processor.image_processor.cameras)}. For a simulator in lerobot-train it is "
+                    "--env.camera_name_mapping."
                 )
             cameras.append(_uint8_frames(observation[found[0]], found[0]))
         for name in available:

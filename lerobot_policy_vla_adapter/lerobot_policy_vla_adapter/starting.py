@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
-from lerobot.configs import parser
+import torch
 from torch import nn
 
 from vla_adapter_hf.checkpoints.checkpoint import Checkpoint
@@ -20,11 +21,15 @@ from vla_adapter_hf.training.demonstrations import load_data
 from vla_adapter_hf.training.presets import ADAPTER_NAME, apply_preset
 from vla_adapter_hf.training.train import config_overrides, load_start
 
+from .command_line import given_episodes, given_rename_map
 from .configuration_vla_adapter import VLAAdapterConfig
 
 
 # Weights, statistics and processors follow these options. After the training, another value would have no effect.
 FIXED_OPTIONS = ("robot", "cameras", "chunk_size", "norm_type", "action_mask", "jpeg_round_trip")
+# How far merged weights may be from those that were stored, as a share of what the adapter adds. Another machine
+# rounds otherwise, and a GPU may multiply in TF32.
+MERGE_TOLERANCE = 0.05
 
 
 def load_for_training(
@@ -46,7 +51,8 @@ def load_for_training(
         the model, for LoRA a `PeftModel` around it, and its processor.
 
     Raises:
-        ValueError: when checkpoint, dataset and options do not fit together, before weights are loaded.
+        ValueError: when checkpoint, dataset and options do not fit together, before weights are loaded; or when the
+            frozen weights of a training with LoRA have changed.
     """
     start = config.open_start(source, revision)
     model_arguments, data_arguments = arguments_of(source, config, start, dataset_meta)
@@ -55,10 +61,12 @@ def load_for_training(
     fields = json.loads(json.dumps(config_overrides(model_arguments, data_arguments, start.config, demonstrations)))
     goes_on = isinstance(start, LeRobotCheckpoint) and goes_on_with(start, config, fields)
     if not goes_on:
-        config.base_checkpoint, config.base_revision, config.trained_batches = source, start.commit, 0
-    adapter = None
+        config.base_checkpoint, config.base_revision = without_links(source), start.commit
+        config.trained_batches = 0
+    config.unnorm_key = None  # from now on the dataset's statistics are the only ones
+    merged = None
     if goes_on and config.preset == "lora":
-        adapter = adapter_folder(start)
+        merged, adapter = start, adapter_folder(start)
         start = config.open_start(str(config.base_checkpoint), config.base_revision)
     model_arguments.checkpoint = start.source
     model_arguments.start_robot = config.start_robot if isinstance(start, PublishedCheckpoint) else None
@@ -66,8 +74,9 @@ def load_for_training(
     config.model = stored_config(model)
     config.use_features_of_model()
     trained = apply_preset(model, config.preset, config.lora_rank)
-    if adapter is not None:
+    if merged is not None:
         trained.load_adapter(str(adapter), ADAPTER_NAME, is_trainable=True)
+        check_merged(trained, merged, str(config.base_checkpoint))
     return trained, processor
 
 
@@ -94,6 +103,7 @@ def arguments_of(
         # LeRobot pads the chunks at an episode's end, and cuts them from consecutive rows.
         pad_chunks=True,
         chunk_column="none",
+        episodes=given_episodes(),
         augment=config.augment,
         jpeg_round_trip=config.jpeg_round_trip,
         action_mask=None if config.action_mask is None else [str(entry) for entry in config.action_mask],
@@ -114,14 +124,17 @@ def check_fixed_options(config: VLAAdapterConfig, start: Checkpoint) -> None:
     of_model = {name: getattr(start.config, name) for name in ("cameras", "chunk_size", "norm_type")}
     of_model["jpeg_round_trip"] = "yes" if start.config.image_jpeg_round_trip else "no"
     for name in FIXED_OPTIONS:
-        given, kept = getattr(config, name), stored.get(name, defaults[name])
+        given, default, kept = getattr(config, name), defaults[name], stored.get(name, defaults[name])
         if name == "robot":
-            given, kept = given or "none", kept or "none"
+            given, default, kept = given or "none", default or "none", kept or "none"
         trained = of_model.get(name, kept)
         if given not in (kept, trained):
+            remedy = "Name it with --policy.path, which takes its options along"
+            if given != default:
+                remedy = "Leave the option out"
             raise ValueError(
                 f"policy.{name}={given!r} would have no effect: {start.source} was trained with {trained!r}, and only "
-                "a training can change it. Leave the option out."
+                f"a training can change it. {remedy}."
             )
 
 
@@ -129,9 +142,9 @@ def refuse_rename_map() -> None:
     """In training LeRobot hands `--rename_map` only to processors that it reads from a file.
 
     Raises:
-        ValueError: it is on the command line.
+        ValueError: it was given.
     """
-    if parser.parse_arg("rename_map") not in (None, "{}"):
+    if given_rename_map():
         raise ValueError("--rename_map has no effect in training; name the dataset's cameras with --policy.cameras.")
 
 
@@ -172,6 +185,46 @@ def adapter_folder(start: LeRobotCheckpoint) -> Path:
     if "adapter_config.json" not in names:
         raise ValueError(f"{start.source} has no {ADAPTER_NAME}/ to go on with; policy.preset was not lora then.")
     return files.paths(names)[0].parent
+
+
+def without_links(source: str) -> str:
+    """The source of a checkpoint as it can be found again. LeRobot moves its link `last` to newer checkpoints."""
+    if not Path(source).exists():
+        return source  # on the Hub, or the embedded one
+    folder = os.path.realpath(source)
+    return folder if os.path.isabs(source) else os.path.relpath(folder)
+
+
+@torch.no_grad()
+def check_merged(model: nn.Module, merged: LeRobotCheckpoint, base: str) -> None:
+    """Compare frozen weights plus adapter with the merged weights that were stored with it.
+
+    Args:
+        model (`PeftModel`): base and adapter.
+        merged ([`LeRobotCheckpoint`]): the checkpoint that the adapter is from.
+        base: where the frozen weights are from.
+
+    Raises:
+        ValueError: they differ: the base is not the one that the adapter was trained on.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    stored = merged.load_model("float32").state_dict()  # mapped, and not copied
+    off = added = rounding = 0.0
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer):
+            weight, delta = layer.get_base_layer().weight, layer.get_delta_weight(ADAPTER_NAME)
+            kept = stored[f"{name}.weight"].to(weight)
+            off += float((weight + delta - kept).square().sum())
+            added += float(delta.square().sum())
+            rounding += float((1e-6 * weight).square().sum())
+    if off > MERGE_TOLERANCE**2 * added + rounding:
+        raise ValueError(
+            f"the adapter of {merged.source} was not trained on the weights that are in {base} now: with them it does "
+            "not give the merged weights that are stored next to it. Put the former weights back, or begin a new "
+            f"training with the merged ones: vla-adapter from-lerobot {merged.source} START, and "
+            "--policy.type=vla_adapter --policy.pretrained_path=START."
+        )
 
 
 def stored_config(model: VLAAdapterForActionPrediction) -> dict[str, Any]:

@@ -1,12 +1,16 @@
 """Predictions through LeRobot's processors: those of our own model and processor, for the same observation."""
 
 import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import make_pre_post_processors
+from lerobot.policies.rtc.configuration_rtc import RTCConfig
 from safetensors.torch import load_file
 
 from lerobot_policy_vla_adapter import VLAAdapterPolicy, make_vla_adapter_pre_post_processors
@@ -196,9 +200,8 @@ def test_a_batch_of_another_preprocessor_is_refused(policy, observation):
 def test_rtc_continues_the_chunk_that_is_being_executed():
     new, old = torch.ones(1, 6, 2), torch.arange(1.0, 9.0).reshape(4, 2)
     padded = torch.cat((old, torch.zeros(6, 2)))  # LeRobot fills up to its execution horizon
-    blended = blend_chunks(new, padded, delay=2, share=0.7)[0]
-    torch.testing.assert_close(blended[:2], old[:2])  # executed before the chunk is there
-    torch.testing.assert_close(blended[2:4], 0.7 * new[0, 2:4] + 0.3 * old[2:4])
+    blended = blend_chunks(new, padded, share=0.7)[0]
+    torch.testing.assert_close(blended[:4], 0.7 * new[0, :4] + 0.3 * old)
     torch.testing.assert_close(blended[4:], new[0, 4:])  # the old chunk says nothing
 
 
@@ -214,9 +217,9 @@ def test_rtc_without_a_chunk_before_is_the_plain_prediction(policy, processors, 
 def test_rtc_takes_values_that_are_not_normalised_from_the_newer_chunk():
     new, old = torch.ones(1, 6, 2), torch.zeros(4, 2)
     old[:, 0] = 3.0
-    blended = blend_chunks(new, old, delay=1, share=0.7, blended=torch.tensor([True, False]))[0]
-    assert blended[:, 1].tolist() == [0, 1, 1, 1, 1, 1], "a gripper has two values, and is not averaged"
-    torch.testing.assert_close(blended[1:4, 0], torch.full((3,), 0.7 + 0.3 * 3))
+    blended = blend_chunks(new, old, share=0.7, blended=torch.tensor([True, False]))[0]
+    assert blended[:, 1].tolist() == [1] * 6, "a gripper has two values, and is not averaged"
+    torch.testing.assert_close(blended[:4, 0], torch.full((4,), 0.7 + 0.3 * 3))
 
 
 def test_rtc_blends_the_arm_and_not_the_gripper_of_a_policy(policy, processors, observation):
@@ -224,28 +227,104 @@ def test_rtc_blends_the_arm_and_not_the_gripper_of_a_policy(policy, processors, 
     plain = policy.predict_action_chunk(batch)[0]
     before = torch.full((4, 7), 0.5)
     chunk = policy.predict_action_chunk(batch, inference_delay=1, prev_chunk_left_over=before)[0]
-    assert torch.equal(chunk[0], before[0])
-    torch.testing.assert_close(chunk[1:, :6], 0.7 * plain[1:, :6] + 0.3 * 0.5)
-    assert torch.equal(chunk[1:, 6], plain[1:, 6])
+    torch.testing.assert_close(chunk[:, :6], 0.7 * plain[:, :6] + 0.3 * 0.5)
+    assert torch.equal(chunk[:, 6], plain[:, 6])
 
 
-def test_rtc_ends_with_an_error_when_every_answer_takes_as_long_as_a_chunk(policy, processors, observation, caplog):
-    """LeRobot drops such answers whole, and the robot would stand still."""
-    batch, dropped = processors[0](dict(observation)), torch.zeros(10, 7)
+def test_rtc_that_is_switched_off_leaves_chunks_as_they_are(policy, processors, observation, monkeypatch):
+    """LeRobot then puts a chunk behind the one before: nothing of it may be in both."""
+    batch = processors[0]({name: value[:1] for name, value in observation.items()})
+    plain = policy.predict_action_chunk(batch)
+    before = torch.full((4, 7), 0.5)
+    for enabled in (True, False):
+        monkeypatch.setattr(policy.config, "rtc_config", RTCConfig(enabled=enabled), raising=False)
+        chunk = policy.predict_action_chunk(batch, inference_delay=1, prev_chunk_left_over=before)
+        assert torch.equal(chunk, plain) == (not enabled)
+
+
+@pytest.fixture
+def answer(policy, processors, observation):
+    """`answer(left_over, slow)`: a chunk of rtc, whose answers take 4 control steps if they are slow."""
+    batch = processors[0]({name: value[:1] for name, value in observation.items()})
+
+    def run(left_over: torch.Tensor | None, slow: bool) -> torch.Tensor:
+        hook = policy.network.register_forward_pre_hook(lambda *_: time.sleep(0.4 if slow else 0))
+        try:
+            return policy.predict_action_chunk(
+                batch, inference_delay=4 if policy._slowest_seconds else 0, prev_chunk_left_over=left_over
+            )
+        finally:
+            hook.remove()
+
     policy.reset()
-    policy.predict_action_chunk(batch, inference_delay=0, prev_chunk_left_over=None)
-    policy.predict_action_chunk(batch, inference_delay=4, prev_chunk_left_over=dropped)
-    assert "an answer takes 4 control steps and a chunk has 4 actions" in caplog.text
+    policy._last_seconds = policy._slowest_seconds = 0.0
+    return run
+
+
+DROPPED = torch.zeros(10, 7)  # LeRobot drops an answer whole that comes too late, and fills up
+
+
+def test_rtc_ends_with_an_error_when_every_answer_takes_as_long_as_a_chunk(answer, caplog):
+    """The robot would stand still."""
+    answer(None, slow=True)
+    answer(DROPPED, slow=True)
+    answer(DROPPED, slow=True)
+    assert caplog.text.count("an answer takes 4 control steps and a chunk has 4 actions") == 2
     with pytest.raises(ValueError, match="takes 4 .* has 4 .*inference.type=sync.*chunk_size of at least 8"):
-        policy.predict_action_chunk(batch, inference_delay=4, prev_chunk_left_over=dropped)
+        answer(DROPPED, slow=True)
 
 
-def test_rtc_goes_on_after_a_slow_first_answer(policy, processors, observation):
-    batch, dropped = processors[0](dict(observation)), torch.zeros(10, 7)
+def test_rtc_goes_on_after_a_slow_first_answer(answer, policy):
+    """LeRobot goes on saying how long the slowest one took."""
+    answer(None, slow=True)
+    plain = answer(DROPPED, slow=False)
+    for _ in range(4):  # the robot may use up a chunk before LeRobot asks for the next
+        assert torch.equal(answer(DROPPED, slow=False), plain)
+    before = torch.full((3, 7), 0.5)
+    chunk = answer(before, slow=False)
+    torch.testing.assert_close(chunk[0, :3, :6], 0.7 * plain[0, :3, :6] + 0.3 * 0.5)
+    assert torch.equal(chunk[0, 3:], plain[0, 3:])
+
+
+def test_two_threads_that_ask_at_once_are_refused(policy, processors, observation):
+    """`lerobot-eval --env.max_parallel_tasks=2` plays two tasks with one policy."""
+    batch = processors[0](dict(observation))
     policy.reset()
-    policy.predict_action_chunk(batch, inference_delay=9, prev_chunk_left_over=dropped)
-    policy.predict_action_chunk(batch, inference_delay=9, prev_chunk_left_over=torch.ones(3, 7))
-    policy.predict_action_chunk(batch, inference_delay=9, prev_chunk_left_over=dropped)
+    policy.select_action(batch)
+    with ThreadPoolExecutor(1) as other:
+        with pytest.raises(ValueError, match="--env.max_parallel_tasks=1"):
+            other.submit(policy.select_action, batch).result()
+        other.submit(policy.reset).result()
+        other.submit(policy.select_action, batch).result()
+
+
+def test_a_rename_map_reaches_the_processors_of_a_checkpoint_of_our_own(trained, observation, monkeypatch):
+    """LeRobot hands it only to processors that it reads from a file."""
+    expected = own_actions(trained, observation)
+    observation["observation.images.image2"] = observation.pop("observation.images.wrist_image")
+    names = '{"observation.images.image2": "observation.images.wrist_image"}'
+    monkeypatch.setattr(sys, "argv", ["lerobot-eval", f"--rename_map={names}"])
+    config = PreTrainedConfig.get_choice_class("vla_adapter")(device="cpu", robot="libero", pretrained_path=trained)
+    policy = VLAAdapterPolicy.from_pretrained(trained, config=config)
+    preprocess, postprocess = make_vla_adapter_pre_post_processors(policy.config)
+    chunk = postprocess(policy.predict_action_chunk(preprocess(observation))).numpy()
+    np.testing.assert_allclose(chunk, expected, atol=TOLERANCE)
+    monkeypatch.setattr(sys, "argv", ["lerobot-eval", "--rename_map=[image2]"])
+    with pytest.raises(ValueError, match="must map names to names"):
+        make_vla_adapter_pre_post_processors(policy.config)
+
+
+def test_lerobot_computes_in_the_precision_of_the_weights(trained, tmp_path, observation):
+    """The precision in which our own commands open them."""
+    small = tmp_path / "bfloat16"
+    checkpoint = open_checkpoint(trained)
+    checkpoint.load_model("bfloat16").save_pretrained(small)
+    checkpoint.load_processor().save_pretrained(small)
+    policy = VLAAdapterPolicy.from_pretrained(to_lerobot(str(small), tmp_path / "policy", robot="libero"))
+    assert policy.config.dtype == "bfloat16"
+    preprocess, postprocess = make_vla_adapter_pre_post_processors(policy.config)
+    chunk = postprocess(policy.predict_action_chunk(preprocess(dict(observation)))).numpy()
+    np.testing.assert_allclose(chunk, own_actions(small, observation), atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -263,6 +342,12 @@ def test_options_of_training_are_refused_where_they_would_have_no_effect(option,
     config = PreTrainedConfig.from_pretrained(converted, cli_overrides=[f"--{option}"])
     name = option.split("=")[0]
     with pytest.raises(ValueError, match=f"policy.{name}=.* would have no effect: .* was trained with '?{kept}'?,"):
+        VLAAdapterPolicy.from_pretrained(converted, config=config)
+
+
+def test_a_checkpoint_of_lerobots_is_not_evaluated_without_its_options(converted):
+    config = PreTrainedConfig.get_choice_class("vla_adapter")(device="cpu", pretrained_path=converted)
+    with pytest.raises(ValueError, match="policy.robot='none' would have no effect.* Name it with --policy.path"):
         VLAAdapterPolicy.from_pretrained(converted, config=config)
 
 

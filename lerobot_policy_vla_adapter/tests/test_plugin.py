@@ -34,14 +34,14 @@ def test_the_factory_finds_the_policy_and_its_configuration():
     assert make_policy_config("vla_adapter", device="cpu").type == "vla_adapter"
 
 
-@pytest.mark.parametrize("release", ["0.4.4", "0.6.0", "0.7.0", "1.0.0"])
+@pytest.mark.parametrize("release", ["0.4.4", "0.6.0", "0.7.0.dev0", "0.7.0rc1", "0.7.0", "1.0.0"])
 def test_other_releases_of_lerobot_are_refused_in_a_sentence(release):
     with pytest.raises(ImportError, match=rf"lerobot {release} is installed. Install one that fits: pip install"):
         lerobot_policy_vla_adapter.check_version(release)
 
 
 def test_the_installed_release_and_its_patches_fit():
-    for release in (version("lerobot"), "0.6.1", "0.6.9"):
+    for release in (version("lerobot"), "0.6.1", "0.6.2rc1", "0.6.9"):
         lerobot_policy_vla_adapter.check_version(release)
 
 

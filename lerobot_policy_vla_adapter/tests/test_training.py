@@ -1,19 +1,24 @@
 """`lerobot-train` on a dataset of LeRobot's own writer: presets, statistics, padded steps, resuming, conversion."""
 
 import json
+import shutil
+from pathlib import Path
 
+import model_fixtures
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lerobot.configs import PreTrainedConfig
 from lerobot.datasets import LeRobotDataset, LeRobotDatasetMetadata
 from lerobot.policies.factory import make_policy
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_actions import TOLERANCE, own_actions
 
 from lerobot_policy_vla_adapter import VLAAdapterPolicy, make_vla_adapter_pre_post_processors
 from vla_adapter_hf import open_checkpoint
-from vla_adapter_hf.checkpoints.lerobot.convert import from_lerobot
+from vla_adapter_hf.checkpoints.lerobot.convert import from_lerobot, to_lerobot
 from vla_adapter_hf.data import dataset_statistics
 from vla_adapter_hf.training.presets import ADAPTER_NAME
 
@@ -168,6 +173,64 @@ def test_a_training_goes_on_from_a_checkpoint_on_another_dataset_with_new_statis
     assert list(stored["model"]["norm_stats"]) == ["mugs"]
     assert stored["base_checkpoint"] == str(checkpoint(tmp_path / "first", 2))
     assert stored["trained_batches"] == 2
+
+
+def test_a_training_with_lora_does_not_go_on_with_other_frozen_weights(train, write_start, dataset, tmp_path):
+    start = write_start(norm_stats=None)
+    train(*words(start, dataset, tmp_path / "run", "--policy.optimizer_lr=1e-3"))
+    config = checkpoint(tmp_path / "run", 2) / "train_config.json"
+    weights = load_file(start / "model.safetensors")
+    name = next(name for name in weights if name.endswith("mlp.fc1.weight"))
+    weights[name] = weights[name] + 1e-3
+    save_file(weights, start / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ValueError, match=f"not trained on the weights that are in {start} now.*vla-adapter from-lerobot"
+    ):
+        train(f"--config_path={config}", "--resume=true", "--steps=4")
+
+
+def test_a_start_is_remembered_without_links(train, start, dataset, tmp_path):
+    """LeRobot moves its link `last` to newer checkpoints."""
+    link = tmp_path / "last"
+    link.symlink_to(start)
+    train(*words(link, dataset, tmp_path / "run", "--policy.preset=frozen", "--steps=1"))
+    stored = json.loads((checkpoint(tmp_path / "run", 1) / "config.json").read_text())
+    assert stored["base_checkpoint"] == str(start)
+
+
+def test_episodes_that_are_not_chosen_may_be_broken(train, start, dataset, tmp_path):
+    """A resumed training leaves them out too."""
+    broken = Path(shutil.copytree(dataset, tmp_path / "broken"))
+    path = next((broken / "data").rglob("*.parquet"))
+    table = pq.read_table(path)
+    actions = np.stack(table["action"].to_numpy())
+    actions[table["episode_index"].to_numpy() == 1] = np.nan
+    column = pa.FixedSizeListArray.from_arrays(pa.array(actions.reshape(-1), pa.float32()), 7)
+    schema = table.schema
+    position = schema.get_field_index("action")
+    pq.write_table(table.set_column(position, schema.field(position), column.cast(schema.field(position).type)), path)
+
+    given = words(start, broken, tmp_path / "run", "--policy.preset=frozen", "--dataset.episodes=[0, 2]")
+    train(*given)
+    stored = json.loads((checkpoint(tmp_path / "run", 2) / "config.json").read_text())
+    expected = dataset_statistics(broken, robot="libero", unnorm_key="cups", on_bad_episode="skip")
+    assert stored["model"]["norm_stats"] == expected
+    train(f"--config_path={checkpoint(tmp_path / 'run', 2) / 'train_config.json'}", "--resume=true", "--steps=3")
+    with pytest.raises(ValueError, match="episode"):
+        train(*[word.replace("[0, 2]", "[0, 1]") for word in given], f"--output_dir={tmp_path / 'other'}")
+
+
+def test_a_streamed_dataset_is_refused(train, start, dataset, tmp_path):
+    with pytest.raises(ValueError, match="--dataset.streaming=true does not go with this policy"):
+        train(*words(start, dataset, tmp_path / "run"), "--dataset.streaming=true")
+
+
+def test_the_key_of_the_starts_statistics_goes_with_them(train, start, trained, dataset, tmp_path):
+    begin = to_lerobot(str(trained), tmp_path / "begin", robot="libero", unnorm_key=model_fixtures.UNNORM_KEY)
+    again = [word for word in words(start, dataset, tmp_path / "run", "--steps=1") if "--policy." not in word]
+    train(*again, f"--policy.path={begin}", "--policy.preset=frozen")
+    stored = json.loads((checkpoint(tmp_path / "run", 1) / "config.json").read_text())
+    assert (list(stored["model"]["norm_stats"]), stored["unnorm_key"]) == (["cups"], None)
 
 
 def test_a_changed_dataset_of_the_same_name_is_refused(train, start, dataset, tmp_path):

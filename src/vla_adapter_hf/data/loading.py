@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vla_adapter_hf.data.dataset import VLAAdapterDataset
-from vla_adapter_hf.data.opening import chosen_format, open_reader, random_access, rows_of_folder
+from vla_adapter_hf.data.opening import OPTIONS, chosen_format, open_reader, random_access, rows_of_folder
 from vla_adapter_hf.data.source import DemonstrationSource
 from vla_adapter_hf.data.statistics import compute_norm_stats
 from vla_adapter_hf.data.streaming import VLAAdapterStreamingDataset
@@ -59,10 +59,20 @@ def open_source(
         cache_dir, progress: see `VLAAdapterDataset`.
         options: column names, `name` and `revision` as of `from_lerobot`, `from_rlds` or `from_dataset`. None stands
             for an option that was not given, except for `chunk_column`.
+
+    Raises:
+        TypeError: an option of samples, such as `episodes`, which would change nothing here.
+        ValueError: as for `load_demonstrations`.
     """
     kind = chosen_format(path, format)
     options = {name: value for name, value in options.items() if value is not None or name == "chunk_column"}
     VLAAdapterDataset.check_options(kind, options, path)
+    unused = [name for name in options if name not in OPTIONS[kind]]
+    if unused:
+        raise TypeError(
+            f"{', '.join(unused)} would change nothing: the numbers and the statistics of {str(path)!r} are those of "
+            "all its episodes; leave it out"
+        )
     data: Any = path
     if kind == "dataset":
         data, options["unnorm_key"] = rows_of_folder(path), Path(path).name

@@ -12,7 +12,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from vla_adapter_hf.checkpoints.checkpoint import Checkpoint
 from vla_adapter_hf.checkpoints.embedded import named_source
-from vla_adapter_hf.checkpoints.files import find_weights, read_json
+from vla_adapter_hf.checkpoints.files import find_weights, read_json, stored_dtypes
 from vla_adapter_hf.checkpoints.lerobot.checkpoint import LeRobotCheckpoint
 from vla_adapter_hf.checkpoints.lerobot.layout import (
     PROCESSOR_FILES,
@@ -44,7 +44,8 @@ def to_lerobot(
 ) -> Path:
     """Write a checkpoint of our own layout as a policy that LeRobot's commands take as `--policy.path`.
 
-    The weights' files are copied. Statistics, processor and model card come along.
+    The weights' files are copied. Statistics, processor and model card come along. LeRobot's commands then compute in
+    the weights' precision (`--policy.dtype`).
 
     Args:
         source (`str`): folder or Hub id of a checkpoint in our own layout, or `embedded`.
@@ -84,7 +85,8 @@ def _write_policy(
     with atomic_path(destination) as temporary:
         temporary.mkdir()
         _copy(checkpoint, [*_weights(checkpoint), *([CARD] if CARD in files.names else [])], temporary)
-        write_json(temporary / "config.json", policy_config(model, checkpoint.config, robot, unnorm_key))
+        config = policy_config(model, checkpoint.config, robot, unnorm_key)
+        write_json(temporary / "config.json", {**config, "dtype": _stored_dtype(checkpoint)})
         for name, pipeline in pipelines(robot).items():
             write_json(temporary / f"{name}.json", pipeline)
         save_file(pack_files(processor), temporary / STATE_FILE)
@@ -129,11 +131,21 @@ def from_lerobot(source: str, destination: str | Path, report_progress: Callable
             card = fill_model_card(config, destination.name, "Trained with LeRobot.", destination.name)
             write_text(temporary / CARD, card)
         open_checkpoint(temporary).check()
-    for option in ("robot", "unnorm_key"):
-        if checkpoint.policy.get(option) is not None:
-            report_progress(f"  not in our layout: {option}={checkpoint.policy[option]!r}; name it where it is needed")
+    policy = checkpoint.policy
+    if policy.get("dtype") == _stored_dtype(checkpoint):
+        policy = {**policy, "dtype": None}
+    for option in ("robot", "unnorm_key", "dtype"):
+        if policy.get(option) is not None:
+            report_progress(f"  not in our layout: {option}={policy[option]!r}; name it where it is needed")
     report_progress(f"Done: {destination}")
     return destination
+
+
+def _stored_dtype(checkpoint: Checkpoint) -> str:
+    """The precision in which LeRobot's commands compute what ours compute in that of the files."""
+    paths = [checkpoint.files.path(name) for name in find_weights(checkpoint.files)]
+    found = set.union(*map(stored_dtypes, paths))
+    return "bfloat16" if found == {torch.bfloat16} else "float32"
 
 
 def _weights(checkpoint: Checkpoint) -> list[str]:
