@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from vla_adapter_hf.checkpoints.attention import choose_attention
+from vla_adapter_hf.checkpoints.exported import ExportedModel
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.quantization import quantization_config
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
@@ -195,10 +196,11 @@ class ServedPolicy:
     def attention_pictures(self, prepared: PreparedObservation) -> list[np.ndarray] | None:
         """Per camera the frame with the policy's attention over it, uint8 `(height, width, 3)`.
 
-        None for a compiled model, which returns no attention, and where matplotlib is missing. It takes a prediction
-        of its own, with eager attention.
+        None for a compiled or an exported model, which returns no attention, and where matplotlib is missing. It takes
+        a prediction of its own, with eager attention.
         """
-        if self.settings.compiled or find_spec("matplotlib") is None:
+        without_attention = self.settings.compiled or isinstance(self.model, ExportedModel)
+        if without_attention or find_spec("matplotlib") is None:
             return None
         _, attention = predict_with_attention(self.model, _joined([prepared.inputs]), self.rules.unnorm_key)
         brightest = float(attention[0].max())
