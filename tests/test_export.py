@@ -11,10 +11,10 @@ import pytest
 import torch
 from data_fixtures import DEMOS
 from model_fixtures import FIXTURES
-from serving_fixtures import recorded_observation
-from transformers import AutoModel, AutoProcessor
+from serving_fixtures import recorded_observation, request, server_thread
+from transformers import AutoConfig, AutoModel, AutoProcessor
 
-from vla_adapter_hf import VLAAdapterProcessor
+from vla_adapter_hf import VLAAdapterConfig, VLAAdapterForActionPrediction, VLAAdapterProcessor
 from vla_adapter_hf.bench.run import bench
 from vla_adapter_hf.bench.settings import BenchSettings
 from vla_adapter_hf.checkpoints.embedded import embedded_folder
@@ -258,6 +258,18 @@ class TestWhereACheckpointIsTaken:
         for ours, exact in zip(*chunks, strict=True):
             assert np.abs(ours.robot_actions - exact.robot_actions).max() < 1e-4
 
+    def test_the_servers_page_shows_predictions_without_attention(self, export_of_embedded):
+        settings = ServeSettings()
+        with server_thread(ServedPolicy.load(str(export_of_embedded), settings), settings) as server:
+            form = json.loads(request(f"{server.url}/example").body)
+            form["images"] = {name: picture.partition(",")[2] for name, picture in form["images"].items()}
+            answers = [request(f"{server.url}/try", json.dumps(form)), request(f"{server.url}/latest")]
+        for answer in answers:
+            assert answer.status == 200
+            shown = json.loads(answer.body)
+            assert np.isfinite(shown["actions"]).all()
+            assert [camera["attention"] for camera in shown["cameras"]] == [None, None]
+
     def test_evaluation(self, export_of_embedded, embedded_policy):
         policy, torch_policy = (
             CheckpointPolicy(folder, "libero", suite="libero_object", name="policy")
@@ -313,6 +325,56 @@ def test_auto_model_opens_an_export(in_openvino):
     model, processor = AutoModel.from_pretrained(in_openvino), AutoProcessor.from_pretrained(in_openvino)
     actions = model.predict_action(**processor(**synthetic_observation(model.config)))
     assert np.array_equal(actions, actions_of(in_openvino))
+    config = AutoConfig.from_pretrained(in_openvino)
+    assert type(config) is VLAAdapterConfig and config.norm_stats == model.config.norm_stats
+    assert VLAAdapterConfig.from_pretrained(in_openvino).norm_stats == config.norm_stats
+
+
+class TestFieldsThatReplaceAnExports:
+    """Statistics are replaced as in a checkpoint of torch. Whatever would change the graph is refused, not ignored."""
+
+    def test_actions_are_in_the_units_of_the_statistics_that_are_given(self, checkpoint, in_openvino):
+        stored = open_checkpoint(checkpoint).config.norm_stats
+        (action, proprio) = (next(iter(stored.values()))[kind] for kind in ("action", "proprio"))
+        numbers = {name: [2.0 * value for value in action[name]] for name in action if name != "mask"}
+        norm_stats = {"mine": {"action": {**action, **numbers}, "proprio": proprio}}
+        opened = open_checkpoint(checkpoint, norm_stats=norm_stats)
+        inputs = opened.load_processor()(**synthetic_observation(opened.config))
+        expected = opened.load_model().predict_action(**inputs)
+        assert np.abs(expected - actions_of(checkpoint)).max() > 0.1
+        for model in (
+            AutoModel.from_pretrained(in_openvino, norm_stats=norm_stats, attn_implementation=None),
+            open_checkpoint(in_openvino, norm_stats=norm_stats).load_model(),
+        ):
+            assert np.abs(model.predict_action(**inputs) - expected).max() < 1e-4
+        assert AutoConfig.from_pretrained(in_openvino, norm_stats=norm_stats).norm_stats == norm_stats
+
+    @pytest.mark.parametrize(
+        "field",
+        [
+            {"norm_type": "bounds"},
+            {"constant_dims": "zero"},
+            {"cameras": ["left", "right"]},
+            {"chunk_size": 4},
+            {"attn_implementation": "eager"},
+            {"robot": "libero"},
+        ],
+    )
+    @pytest.mark.parametrize("load", [AutoModel.from_pretrained, AutoConfig.from_pretrained, open_checkpoint])
+    def test_other_fields_are_refused(self, in_openvino, load, field):
+        with pytest.raises(ValueError, match=f"is an exported checkpoint; {next(iter(field))} cannot be changed"):
+            load(in_openvino, **field)
+
+    @pytest.mark.parametrize("load", [AutoModel.from_pretrained, AutoConfig.from_pretrained, open_checkpoint])
+    def test_a_misspelt_field_is_refused(self, in_openvino, load):
+        with pytest.raises(TypeError, match="did you mean 'norm_stats'"):
+            load(in_openvino, norm_stat={})
+
+    def test_a_configuration_is_refused(self, in_openvino):
+        config = AutoConfig.from_pretrained(in_openvino)
+        for load in (AutoModel.from_pretrained, VLAAdapterForActionPrediction.from_pretrained):
+            with pytest.raises(ValueError, match="Load it with AutoModel.from_pretrained, and without a config"):
+                load(in_openvino, config=config)
 
 
 @pytest.mark.parametrize(

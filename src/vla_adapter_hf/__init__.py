@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcesso
 
 from vla_adapter_hf._version import __version__
 from vla_adapter_hf.checkpoints.auto import (
+    ExportedLayout,
     ExportedModelLoader,
     ExportedVLAAdapterConfig,
     PrismaticProcessor,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:  # so that type checkers know what `__getattr__` returns
 
 def _register() -> None:
     OTHER_LAYOUTS[PublishedVLAAdapterConfig.model_type] = PublishedLayout()
+    OTHER_LAYOUTS[ExportedVLAAdapterConfig.model_type] = ExportedLayout()
     AutoConfig.register(VLAAdapterConfig.model_type, VLAAdapterConfig, exist_ok=True)
     AutoConfig.register(PublishedVLAAdapterConfig.model_type, PublishedVLAAdapterConfig, exist_ok=True)
     AutoModel.register(VLAAdapterConfig, VLAAdapterForActionPrediction, exist_ok=True)

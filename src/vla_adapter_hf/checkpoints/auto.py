@@ -1,4 +1,4 @@
-"""What AutoConfig, AutoModel and AutoProcessor find for checkpoints in the published layout.
+"""What AutoConfig, AutoModel and AutoProcessor find for checkpoints in the published layout and for exported ones.
 
 `AutoModel` has the configuration read first, and does not say there which revision, token or cache it was given; these
 it hands to the model class. So for `AutoModel` the configuration only notes what was asked for, and the model class
@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from vla_adapter_hf.checkpoints.exported import ExportedCheckpoint, ExportedModel
+from vla_adapter_hf.checkpoints.exported import ExportedCheckpoint, ExportedModel, exported_config
 from vla_adapter_hf.checkpoints.files import read_json
 from vla_adapter_hf.checkpoints.open import CONFIG_FIELDS, open_checkpoint
 from vla_adapter_hf.checkpoints.published.checkpoint import PublishedCheckpoint
@@ -113,10 +113,47 @@ class PublishedModel:
         return PublishedLayout().load_model(VLAAdapterForActionPrediction, source, None, **arguments)
 
 
+class ExportedLayout(PublishedLayout):
+    """How [`VLAAdapterConfig`] reads exported checkpoints, and what [`VLAAdapterForActionPrediction`] says of them."""
+
+    def load_model(
+        self, model_class: type, source: str, config: VLAAdapterConfig | None, **kwargs: Any
+    ) -> torch.nn.Module:
+        """Refused.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            f"{source} is an exported checkpoint. Load it with AutoModel.from_pretrained, and without a config: its "
+            "graph has its own. norm_stats={...} replaces its statistics."
+        )
+
+
 class ExportedVLAAdapterConfig(PreTrainedConfig):
-    """What `AutoConfig` finds for exported checkpoints."""
+    """What `AutoConfig` finds for exported checkpoints. Reading one gives a [`VLAAdapterConfig`].
+
+    `AutoModel` gets an instance of this class instead, see the module's docstring.
+
+    Args:
+        overrides (`dict`, *optional*): the fields that were asked for, such as `norm_stats`.
+    """
 
     model_type = ExportedCheckpoint.layout
+    overrides: dict[str, Any] | None = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration, with fields replaced; with `return_unused_kwargs`, which `AutoModel` sets, only these.
+
+        Raises:
+            ValueError: for fields that would change the graph.
+            TypeError: for the misspelt name of a field.
+        """
+        only_noted, source = kwargs.pop("return_unused_kwargs", False), kwargs.get("name_or_path")
+        fields = _take_fields(kwargs)
+        refuse_misspelt(kwargs)
+        return (cls(overrides=fields), kwargs) if only_noted else exported_config(config_dict, source, fields)
 
 
 class ExportedModelLoader:
@@ -128,10 +165,16 @@ class ExportedModelLoader:
     def from_pretrained(
         cls, source: str, *args: Any, config: ExportedVLAAdapterConfig, **kwargs: Any
     ) -> ExportedModel:
-        """The model of an exported checkpoint; see [`ExportedCheckpoint.load_model`] for what it takes."""
+        """The model of an exported checkpoint, with the overrides that `config` notes.
+
+        See [`ExportedCheckpoint.load_model`] for the other arguments.
+
+        Raises:
+            ValueError: for fields that would change the graph, and for other arguments that an export cannot honour.
+        """
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS & set(kwargs)}
         kwargs = {name: value for name, value in kwargs.items() if name not in (*WITHOUT_MEANING, "adapter_kwargs")}
-        return open_checkpoint(source, **hub).load_model(**kwargs)
+        return open_checkpoint(source, **hub, **(config.overrides or {})).load_model(**kwargs)
 
 
 class PrismaticProcessor(VLAAdapterProcessor):

@@ -100,12 +100,7 @@ class ExportedCheckpoint(Checkpoint):
         Raises:
             ValueError: for fields that would change the graph.
         """
-        if changed := sorted(set(fields) - {"norm_stats", "dtype"}):
-            raise ValueError(
-                f"{files.source} is an exported checkpoint; {', '.join(changed)} cannot be changed in it."
-            )
-        stored = {**stored, "model_type": VLAAdapterConfig.model_type}
-        return cls(files, VLAAdapterConfig.from_dict(stored, name_or_path=files.source, **fields))
+        return cls(files, exported_config(stored, files.source, fields))
 
     def load_processor(self, **options: Any) -> VLAAdapterProcessor:
         source, hub = self.files.address
@@ -159,6 +154,21 @@ class ExportedCheckpoint(Checkpoint):
     def check(self) -> None:
         for name in ENGINES[self.record()["engine"]]:
             self.files.path(name)
+
+
+def exported_config(stored: dict[str, Any], source: str | None, fields: dict[str, Any]) -> VLAAdapterConfig:
+    """The configuration in an export's `config.json`, with the norm stats replaced if others are given.
+
+    Raises:
+        ValueError: for fields that would change the graph.
+    """
+    changed = set(fields) - {"norm_stats", "dtype"}
+    if fields.get("attn_implementation") is None:  # the default of programs for any model
+        changed -= {"attn_implementation"}
+    if changed:
+        raise ValueError(f"{source} is an exported checkpoint; {', '.join(sorted(changed))} cannot be changed in it.")
+    stored = {**stored, "model_type": VLAAdapterConfig.model_type}
+    return VLAAdapterConfig.from_dict(stored, name_or_path=source, **fields)
 
 
 def load_engine(engine: str, path: Path, precision: str) -> Any:

@@ -40,14 +40,14 @@ def open_checkpoint(
     Of a repository on the Hub, only small files and the headers of large ones are fetched here.
 
     Args:
-        source (`str` or `Path`): a folder or a Hub id, in our layout, in the published one or in LeRobot's.
+        source (`str` or `Path`): a folder or a Hub id, in our layout, the published one or LeRobot's, or exported.
         robot (`str` or [`RobotPreset`], *optional*): for the published layout, the preset that supplies what the
             weights do not show; LIBERO by default. Refused for other layouts.
         default_robot (`str` or [`RobotPreset`], *optional*): the same if `robot` is not given. Other layouts ignore
             it, because they say it themselves.
         step (`str` or `int`, *optional*): for the published layout, which of several saved steps to take.
         options: `revision`, `token`, `cache_dir`, `subfolder`, `local_files_only` and `force_download`, and fields of
-            [`VLAAdapterConfig`] that replace what the checkpoint says.
+            [`VLAAdapterConfig`] that replace what the checkpoint says. Of an exported checkpoint, only `norm_stats`.
 
     Raises:
         FileNotFoundError: when there is no such folder or repository.
