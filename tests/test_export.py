@@ -2,9 +2,10 @@
 
 import json
 import logging
-import math
 import shutil
 import sys
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,10 +18,12 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from vla_adapter_hf import VLAAdapterConfig, VLAAdapterForActionPrediction, VLAAdapterProcessor
 from vla_adapter_hf.bench.run import bench
 from vla_adapter_hf.bench.settings import BenchSettings
+from vla_adapter_hf.checkpoints.convert import convert
 from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.checkpoints.exported import ENGINES
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.saving import synthetic_observation
+from vla_adapter_hf.data import load_demonstrations
 from vla_adapter_hf.demo.run import demo
 from vla_adapter_hf.doctor.check import check
 from vla_adapter_hf.doctor.settings import PolicySettings
@@ -29,6 +32,7 @@ from vla_adapter_hf.export.engines import CONSTANT_LAYERS, CONVERTERS, SHAPE_KIN
 from vla_adapter_hf.export.export import ExportSettings, export
 from vla_adapter_hf.export.graph import example_inputs, trace
 from vla_adapter_hf.export.sensitivity import action_errors, groups_to_keep, layer_groups, rounded_layers
+from vla_adapter_hf.modeling.normalization_vla_adapter import normalize
 from vla_adapter_hf.robot.policy import LocalPolicy
 from vla_adapter_hf.serving.observations import Observation
 from vla_adapter_hf.serving.policy import ServedPolicy
@@ -43,6 +47,7 @@ pytest.importorskip("onnxruntime", reason="needs the extra [onnx]")
 pytest.importorskip("nncf", reason="needs the extra [openvino]")
 
 RECORDED = str(DEMOS / "lerobot_v30_image")
+CAMERAS = ("observation.images.image", "observation.images.wrist_image")
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +64,26 @@ def checkpoint(tmp_path_factory, tiny_model, tiny_config) -> str:
     model.save_pretrained(folder)
     VLAAdapterProcessor.from_model_config(model.config, tokenizer).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def two_sets(checkpoint, tmp_path_factory) -> str:
+    """The checkpoint with the statistics `chosen_no_noops`, and before them others of twice the size."""
+    folder = shutil.copytree(checkpoint, tmp_path_factory.mktemp("two_sets") / "policy")
+    config = json.loads((folder / "config.json").read_text())
+    (stored,) = config["norm_stats"].values()
+    config["norm_stats"] = {"first": twice(stored), "chosen_no_noops": stored}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def twice(stats):
+    """Statistics of values twice as large."""
+    return {
+        kind: {name: values if name == "mask" else [2.0 * value for value in values] for name, values in entry.items()}
+        for kind, entry in stats.items()
+        if isinstance(entry, dict)
+    }
 
 
 def actions_of(folder) -> np.ndarray:
@@ -132,8 +157,7 @@ def test_bfloat16_is_near(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("engine", ["openvino", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_eight_bits_stay_within_the_allowed_error(checkpoint, tmp_path, engine):
-    cameras = ("observation.images.image", "observation.images.wrist_image")
-    settings = {"to": engine, "precision": "int8", "calibrate": RECORDED, "cameras": cameras, "samples": 6}
+    settings = {"to": engine, "precision": "int8", "calibrate": RECORDED, "cameras": CAMERAS, "samples": 6}
     folder = exported(checkpoint, tmp_path / "exported", **settings, error_ratio=6.0)
     # NNCF must not silence the process.
     assert all(handler.level < logging.ERROR for handler in logging.getLogger().handlers)
@@ -145,25 +169,97 @@ def test_eight_bits_stay_within_the_allowed_error(checkpoint, tmp_path, engine):
     assert len(record["kept"]) < len(layer_groups(open_checkpoint(checkpoint).load_model()))
 
 
-def test_an_int8_export_is_judged_on_observations_that_it_was_not_calibrated_with(checkpoint, tmp_path, monkeypatch):
-    seen = {"calibration": [], "check": []}
-    exported_predictions = export_module._exported_predictions
+@dataclass
+class Int8Run:
+    """What an int8 export was made from: inputs of the graph, and the record that it wrote."""
+
+    calibration: list = field(default_factory=list)
+    sensitivity: list = field(default_factory=list)
+    check: list = field(default_factory=list)
+    record: dict = field(default_factory=dict)
+
+
+@pytest.fixture(scope="module")
+def int8_run(two_sets, tmp_path_factory) -> Int8Run:
+    """An export of a checkpoint in our own layout with two sets of statistics. NNCF, which is slow, rounds nothing."""
+    run, exported_predictions = Int8Run(), export_module._exported_predictions
 
     def quantized(converter, calibration, kept_layers):
-        seen["calibration"] += [sample[2].tobytes() for sample in calibration]
+        run.calibration += calibration
         return converter.model
 
+    def errors(model, samples, groups, report_progress):
+        run.sensitivity += samples
+        return dict.fromkeys(groups, 0.0)
+
     def predictions(folder, samples):
-        seen["check"] += [sample[2].tobytes() for sample in samples]
+        run.check += samples
         return exported_predictions(folder, samples)
 
-    monkeypatch.setattr(OpenVINOConverter, "quantized", quantized)
-    monkeypatch.setattr(export_module, "_exported_predictions", predictions)
-    cameras = ("observation.images.image", "observation.images.wrist_image")
-    settings = {"precision": "int8", "calibrate": RECORDED, "cameras": cameras, "samples": 6}
-    exported(checkpoint, tmp_path / "exported", **settings, error_ratio=math.inf)
-    assert len(seen["calibration"]) == 4 and len(set(seen["check"])) == 2
-    assert not set(seen["calibration"]) & set(seen["check"])
+    settings = {"precision": "int8", "calibrate": RECORDED, "cameras": CAMERAS, "samples": 9, "robot": "libero"}
+    settings |= {"unnorm_key": "chosen", "error_ratio": 1e3}
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(OpenVINOConverter, "quantized", quantized)
+        monkeypatch.setattr(export_module, "action_errors", errors)
+        monkeypatch.setattr(export_module, "_exported_predictions", predictions)
+        folder = exported(two_sets, tmp_path_factory.mktemp("int8") / "exported", **settings)
+    run.record = json.loads((folder / "export.json").read_text())
+    return run
+
+
+def test_an_int8_export_is_judged_on_observations_that_it_was_not_calibrated_with(int8_run):
+    calibration, check = (
+        {sample[2].tobytes() for sample in samples} for samples in (int8_run.calibration, int8_run.check)
+    )
+    assert (len(int8_run.calibration), len(check)) == (6, 3)
+    assert not calibration & check
+
+
+def test_the_blocks_sensitivity_is_measured_all_over_the_dataset(int8_run):
+    pictures = [sample[2].tobytes() for sample in int8_run.calibration]
+    measured = [pictures.index(sample["pixel_values"].numpy().tobytes()) for sample in int8_run.sensitivity]
+    assert measured == [0, 1, 3, 5]
+
+
+def test_states_are_normalised_with_the_statistics_that_are_chosen(int8_run, two_sets):
+    config = open_checkpoint(two_sets).config
+    state = load_demonstrations(RECORDED, cameras=CAMERAS, chunk_size=1)[0]["state"]
+    proprio = {
+        key: normalize(state, stats["proprio"], config.norm_type, config.constant_dims)
+        for key, stats in config.norm_stats.items()
+    }
+    assert np.allclose(int8_run.calibration[0][3], proprio["chosen_no_noops"])
+    assert not np.allclose(int8_run.calibration[0][3], proprio["first"])
+    assert int8_run.record["unnorm_key"] == "chosen_no_noops" and len(int8_run.record["errors"]["mean_in_units"]) == 7
+
+
+class TestRefusedBeforeWeightsAreRead:
+    @pytest.fixture
+    def without_weights(self, two_sets, tmp_path) -> str:
+        """The configuration of the checkpoint with two sets of statistics, and nothing else."""
+        (tmp_path / "policy").mkdir()
+        shutil.copy(Path(two_sets, "config.json"), tmp_path / "policy")
+        return str(tmp_path / "policy")
+
+    def test_a_calibration_that_does_not_say_which_statistics_are_the_datasets(self, without_weights, tmp_path):
+        settings = {"precision": "int8", "calibrate": RECORDED, "cameras": CAMERAS}
+        with pytest.raises(ValueError, match="unnorm_key is needed.*: chosen_no_noops, first"):
+            exported(without_weights, tmp_path / "exported", **settings)
+
+    def test_statistics_that_the_checkpoint_lacks(self, without_weights, tmp_path):
+        with pytest.raises(ValueError, match="unnorm_key='third' is not in the model's norm_stats"):
+            exported(without_weights, tmp_path / "exported", unnorm_key="third")
+
+    def test_a_robot_that_neither_the_checkpoint_nor_a_dataset_needs(self, without_weights, tmp_path):
+        with pytest.raises(ValueError, match="robot='calvin' goes with checkpoints in the published layout"):
+            exported(without_weights, tmp_path / "exported", robot="calvin")
+
+    @pytest.mark.parametrize("rewrite", [exported, convert])
+    def test_an_export(self, in_openvino, tmp_path, rewrite):
+        with pytest.raises(
+            ValueError, match="is an exported checkpoint, which torch cannot load; name the checkpoint"
+        ):
+            rewrite(str(in_openvino), tmp_path / "again")
 
 
 def test_only_layers_are_rounded(checkpoint):
@@ -334,10 +430,8 @@ class TestFieldsThatReplaceAnExports:
     """Statistics are replaced as in a checkpoint of torch. Whatever would change the graph is refused, not ignored."""
 
     def test_actions_are_in_the_units_of_the_statistics_that_are_given(self, checkpoint, in_openvino):
-        stored = open_checkpoint(checkpoint).config.norm_stats
-        (action, proprio) = (next(iter(stored.values()))[kind] for kind in ("action", "proprio"))
-        numbers = {name: [2.0 * value for value in action[name]] for name in action if name != "mask"}
-        norm_stats = {"mine": {"action": {**action, **numbers}, "proprio": proprio}}
+        (stored,) = open_checkpoint(checkpoint).config.norm_stats.values()
+        norm_stats = {"mine": {"action": twice(stored)["action"], "proprio": stored["proprio"]}}
         opened = open_checkpoint(checkpoint, norm_stats=norm_stats)
         inputs = opened.load_processor()(**synthetic_observation(opened.config))
         expected = opened.load_model().predict_action(**inputs)

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import HfApi
 
+from vla_adapter_hf.checkpoints.exported import refuse_exported
 from vla_adapter_hf.checkpoints.model_card import fill_model_card, published_results
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.own import OwnCheckpoint
@@ -53,6 +54,7 @@ def convert(
     destination = check_destination(destination)
     report_progress(f"Looking into {source}")
     checkpoint = open_checkpoint(source, robot=robot, step=step)
+    refuse_exported(checkpoint)
     checkpoint.check()
     config = checkpoint.config
     for name, text in {"chunk": f"{config.chunk_size} actions", "cameras": ", ".join(config.cameras)}.items():

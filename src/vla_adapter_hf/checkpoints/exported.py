@@ -156,6 +156,19 @@ class ExportedCheckpoint(Checkpoint):
             self.files.path(name)
 
 
+def refuse_exported(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that has no weights for torch.
+
+    Raises:
+        ValueError: when it is an exported one.
+    """
+    if isinstance(checkpoint, ExportedCheckpoint):
+        raise ValueError(
+            f"{checkpoint.source} is an exported checkpoint, which torch cannot load; name the checkpoint that it was "
+            "exported from."
+        )
+
+
 def exported_config(stored: dict[str, Any], source: str | None, fields: dict[str, Any]) -> VLAAdapterConfig:
     """The configuration in an export's `config.json`, with the norm stats replaced if others are given.
 

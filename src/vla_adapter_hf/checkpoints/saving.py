@@ -102,11 +102,17 @@ def compare_actions(
     return difference
 
 
-def synthetic_observation(config: VLAAdapterConfig) -> dict[str, object]:
-    """An observation of the right sizes for any model: smooth random frames and a state within the statistics."""
+def synthetic_observation(config: VLAAdapterConfig, unnorm_key: str | None = None) -> dict[str, object]:
+    """An observation of the right sizes for any model: smooth random frames and a state within the statistics.
+
+    Args:
+        config ([`VLAAdapterConfig`]): of the model.
+        unnorm_key (`str`, *optional*): which statistics, as they are stored; by default the first.
+    """
     generator = np.random.default_rng(0)
     coarse = generator.integers(0, 256, (config.num_cameras, 8, 8, 3), dtype=np.uint8)
-    proprio = next(iter(config.norm_stats.values()))["proprio"] if config.norm_stats else {}
+    norm_stats = config.norm_stats or {}
+    proprio = norm_stats[unnorm_key or next(iter(norm_stats))]["proprio"] if norm_stats else {}
     return {
         "images": [frame.repeat(32, axis=0).repeat(32, axis=1) for frame in coarse],
         "text": "pick up the object and place it in the basket",

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from vla_adapter_hf.checkpoints.exported import ENGINES, GRAPH_INPUTS, MODEL_TYPE, RECORD, ExportedModel
+from vla_adapter_hf.checkpoints.exported import (
+    ENGINES,
+    GRAPH_INPUTS,
+    MODEL_TYPE,
+    RECORD,
+    ExportedModel,
+    refuse_exported,
+)
 from vla_adapter_hf.checkpoints.model_card import fill_model_card
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.saving import check_destination, synthetic_observation
@@ -20,6 +26,8 @@ from vla_adapter_hf.data import load_demonstrations
 from vla_adapter_hf.export.engines import CONVERTERS, Arrays, Converter, check_packages
 from vla_adapter_hf.export.graph import trace
 from vla_adapter_hf.export.sensitivity import action_errors, groups_to_keep, layer_groups
+from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
+from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
 from vla_adapter_hf.robots import physical_scale
 from vla_adapter_hf.utils.files import atomic_path, write_json, write_text
 
@@ -29,7 +37,7 @@ PRECISIONS = ("fp32", "bf16", "int8")
 TOLERANCE = 1e-4
 # How often more layers are kept before an int8 export is given up.
 ROUNDS = 3
-# Samples that the layers' sensitivity is measured with: each costs a prediction per block.
+# Samples, spread over the dataset, that the blocks' sensitivity is measured with: each costs a prediction per block.
 SENSITIVITY_SAMPLES = 4
 # Every so many observations, one is left out of the calibration. On those an int8 export is judged.
 HELD_OUT = 3
@@ -43,7 +51,8 @@ class ExportSettings:
         to: the engine, `"openvino"` or `"onnx"`.
         precision: `"fp32"`, `"bf16"` (OpenVINO only) or `"int8"`.
         calibrate: for int8, a dataset of demonstrations: folder or Hub id.
-        robot: for published checkpoints and for the dataset, the robot preset.
+        robot: the robot preset, for the dataset and for checkpoints in the published layout. Those of our own layout
+            say themselves what they are.
         cameras: for the dataset, the columns of the model's cameras; by default found by the model's names.
         samples: observations that are taken from the dataset. For int8 every third is left out of the calibration, and
             the errors are measured on those.
@@ -51,7 +60,8 @@ class ExportSettings:
         dynamic_batch: leave the batch size open. A graph of batch 1 is quicker and predicts batches row after row.
         error_ratio: for int8, how many times the error of bfloat16 the mean error of an action may be. Layers that err
             most stay in higher precision until it is met. `inf` rounds every layer, whatever the error.
-        unnorm_key: statistics for the report in the action's units.
+        unnorm_key: the norm stats that normalise the dataset's states, and that the errors in the action's units are
+            of. Needed for int8 if the checkpoint has several sets; otherwise the first one.
 
     Raises:
         ValueError: an unknown name, a number out of range, or settings that do not go together.
@@ -109,15 +119,19 @@ def export(
         report_progress (`Callable`): receives a line of progress at a time.
 
     Raises:
-        ValueError: for a source that cannot be read, a destination that exists, or data that does not fit.
+        ValueError: for a source that cannot be read or is exported, a destination that exists, statistics that are
+            missing or not chosen, or data that does not fit.
         ImportError: without the engine's packages, before anything is read.
         RuntimeError: when the written graph does not predict what torch predicts; nothing is left then.
     """
     settings = settings or ExportSettings()
     check_packages(settings.to, settings.precision)
     destination = check_destination(destination)
-    options = {} if settings.robot is None else {"robot": settings.robot}
-    checkpoint = open_checkpoint(source, **options)
+    # Without a dataset, a robot that the checkpoint has no use for is a mistake.
+    robot = "robot" if settings.calibrate is None else "default_robot"
+    checkpoint = open_checkpoint(source, **{robot: settings.robot})
+    refuse_exported(checkpoint)
+    settings = replace(settings, unnorm_key=_statistics(checkpoint.config, settings))
     report_progress(f"Reading {source}")
     model = checkpoint.load_model(dtype="float32")
     processor = checkpoint.load_processor()
@@ -154,8 +168,21 @@ def export(
     return destination
 
 
+def _statistics(config: VLAAdapterConfig, settings: ExportSettings) -> str:
+    """The key, as stored, of the norm stats that states are normalised with.
+
+    Raises:
+        ValueError: without statistics, for a key that is unknown, and without a key where a dataset's states belong to
+            one of several sets.
+    """
+    key = settings.unnorm_key
+    if key is None and settings.calibrate is None:
+        key = next(iter(config.norm_stats or {}), None)
+    return select_norm_stats(config.norm_stats, key)[0]
+
+
 def _record(settings: ExportSettings, kept: Sequence[str]) -> dict[str, Any]:
-    names = ("precision", "prompt_tokens", "dynamic_batch")
+    names = ("precision", "prompt_tokens", "dynamic_batch", "unnorm_key")
     return {"engine": settings.to, **{name: asdict(settings)[name] for name in names}, "kept": list(kept)}
 
 
@@ -170,15 +197,14 @@ def _samples(model: Any, processor: Any, settings: ExportSettings) -> Iterator[A
     # The path of an exported model's own predictions, with an engine that only looks.
     record = {"prompt_tokens": settings.prompt_tokens, "dynamic_batch": False}
     recorder = ExportedModel(model.config, record, remember)
-    key = settings.unnorm_key or next(iter(model.config.norm_stats or {}), None)
-    for observation in islice(_observations(model.config, settings), settings.samples):
-        recorder.predict_action(**processor(**observation), unnorm_key=key)
+    for observation in _observations(model.config, settings):
+        recorder.predict_action(**processor(**observation), unnorm_key=settings.unnorm_key)
         yield recorded.pop()
 
 
 def _observations(config: Any, settings: ExportSettings) -> Iterator[dict[str, Any]]:
     if settings.calibrate is None:
-        yield synthetic_observation(config)
+        yield synthetic_observation(config, settings.unnorm_key)
         return
     cameras = list(settings.cameras or config.cameras)
     options = {} if settings.robot is None else {"robot": settings.robot}
@@ -188,9 +214,14 @@ def _observations(config: Any, settings: ExportSettings) -> Iterator[dict[str, A
             f"{settings.calibrate} has states of {dataset.state_dim} values, the checkpoint takes "
             f"{config.proprio_dim}."
         )
-    for index in np.linspace(0, len(dataset) - 1, min(settings.samples, len(dataset))).astype(int):
-        sample = dataset[int(index)]
+    for index in _spread(len(dataset), settings.samples):
+        sample = dataset[index]
         yield {"images": sample["images"], "text": sample["text"], "state": sample["state"]}
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """Up to `count` indices of a sequence, evenly spread from its first to its last entry."""
+    return np.linspace(0, length - 1, min(count, length)).astype(int).tolist()
 
 
 def _held_out(samples: Sequence[Arrays]) -> tuple[list[Arrays], list[Arrays]]:
@@ -249,7 +280,7 @@ def _write_int8(
     errors: dict[str, float] = {}
     if target < math.inf:
         report_progress(f"Measuring the blocks' sensitivity; a mean error of {target:.2e} (normalised) is allowed")
-        inputs = [_tensors(sample) for sample in calibration[:SENSITIVITY_SAMPLES]]
+        inputs = [_tensors(calibration[index]) for index in _spread(len(calibration), SENSITIVITY_SAMPLES)]
         errors = action_errors(model, inputs, groups, report_progress)
     aim = target
     for _ in range(ROUNDS):
@@ -292,12 +323,10 @@ def _check(
     report_progress(f"Read back, against torch on {len(samples)} observations: {_in_words(errors)}")
     if settings.precision == "fp32" and not difference.max() <= TOLERANCE:
         raise RuntimeError(f"verification failed: the exported graph's actions differ by {difference.max():.2e}.")
-    if model.config.norm_stats:
-        key = settings.unnorm_key or next(iter(model.config.norm_stats))
-        scale = physical_scale(model.config.norm_stats[key]["action"], model.config.norm_type)
-        errors["mean_in_units"] = (difference.mean(axis=(0, 1)) * scale).tolist()
-        listed = ", ".join(f"{value:.2g}" for value in errors["mean_in_units"])
-        report_progress(f"  on average in the action's units, by dimension: {listed}")
+    scale = physical_scale(model.config.norm_stats[settings.unnorm_key]["action"], model.config.norm_type)
+    errors["mean_in_units"] = (difference.mean(axis=(0, 1)) * scale).tolist()
+    listed = ", ".join(f"{value:.2g}" for value in errors["mean_in_units"])
+    report_progress(f"  on average in the action's units, by dimension: {listed}")
     return errors
 
 
