@@ -213,6 +213,33 @@ class TestLoop:
         assert report.held > 0
         assert robot.sent[-1].tolist() == [0.0, 0.0, 1.0]
 
+    @pytest.mark.parametrize("given, held", [(None, [0.0, 0.0, 1.0]), ((False,) * 3, [0.0, 7.0, 1.0])])
+    def test_changes_are_known_from_the_policy_and_what_the_settings_say_wins(self, given, held):
+        robot, policy = RecordingRobot(), CountingPolicy()
+        policy.delta_actions = (True, True, False)
+        settings = LoopSettings(fps=200, max_steps=20, delta_actions=given)
+        run(policy, robot, "go", settings, on_step=lambda step: step.position == CHUNK - 1)
+        assert robot.sent[-2].tolist() == [0.0, 7.0, 1.0]
+        assert robot.sent[-1].tolist() == held  # what brings the arm to rest
+
+    def test_one_warning_says_what_hold_means_where_nothing_is_known(self, caplog):
+        robot = RecordingRobot()
+        run(CountingPolicy(), robot, "go", LoopSettings(fps=200, max_steps=2))
+        assert not caplog.records  # joint targets
+        robot.action_features = dict.fromkeys(("x.vel", "y", "gripper.pos"), float)
+        run(CountingPolicy(), robot, "go", LoopSettings(fps=200, max_steps=2))
+        assert [record.message.split("targets")[0] for record in caplog.records] == [
+            "Nothing says whether x.vel, y are "
+        ]
+        run(CountingPolicy(), robot, "go", LoopSettings(fps=200, max_steps=2, delta_actions=(True, True, False)))
+        assert len(caplog.records) == 1
+
+    def test_changes_of_another_size_are_refused_before_the_robot_is_connected(self):
+        robot = RecordingRobot()
+        with pytest.raises(ValueError, match="delta_actions must have one value for each of the policy's 3 actions"):
+            run(CountingPolicy(), robot, "go", LoopSettings(delta_actions=[True]))
+        assert robot.calls == []
+
     def test_a_policy_that_never_answers_ends_the_loop_with_an_error_and_a_disconnected_robot(self):
         robot, policy = RecordingRobot(), CountingPolicy()
         policy.predict = lambda *arguments: threading.Event().wait()
@@ -353,6 +380,7 @@ class TestInterface:
 
 def test_a_checkpoint_moves_a_robot(tmp_path, published_pro):
     policy = LocalPolicy(published_pro, robot="libero")
+    assert policy.delta_actions == (True,) * 6 + (False,)
     observation = synthetic_observation(policy.model.config)
 
     class Arm(RecordingRobot):
@@ -397,4 +425,5 @@ def test_a_policy_on_a_cpu_whose_threads_spin_says_what_to_set(published_pro, mo
 def test_a_gripper_whose_convention_is_not_known_is_refused(published_pro):
     with pytest.raises(ValueError, match="a gripper that is learnt as 0...1, and robots take other values"):
         LocalPolicy(published_pro)
-    assert LocalPolicy(published_pro, robot="none").robot is None
+    without = LocalPolicy(published_pro, robot="none")
+    assert without.robot is None and without.delta_actions is None

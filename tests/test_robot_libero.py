@@ -22,8 +22,7 @@ def test_the_loop_solves_an_episode(strategy):
         robot = LiberoRobot(environment, episode=40)
         with embedded_folder() as folder:
             policy = LocalPolicy(folder / "checkpoint", robot="libero")
-        deltas = (True,) * 6 + (False,)
-        settings = LoopSettings(fps=20, strategy=StrategySettings(strategy), max_steps=400, delta_actions=deltas)
+        settings = LoopSettings(fps=20, strategy=StrategySettings(strategy), max_steps=400)
         report = run(policy, robot, environment.instruction, settings, on_step=lambda step: robot.is_solved)
     finally:
         environment.close()

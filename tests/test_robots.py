@@ -36,6 +36,7 @@ def test_presets_have_the_published_sizes(name, chunk, action, state, cameras, n
     assert (robot.chunk_size, robot.action_dim, robot.state_dim) == (chunk, action, state)
     assert (robot.cameras, robot.norm_type) == (cameras, norm_type)
     assert robot.action_mask == ((True,) * 14 if name == "aloha" else (True,) * 6 + (False,))
+    assert robot.delta_actions == ((False,) * 14 if name == "aloha" else (True,) * 6 + (False,))
 
 
 def test_unknown_robot_is_refused_with_the_known_names():
@@ -110,6 +111,8 @@ def test_a_preset_of_ones_own_is_checked():
         RobotPreset("arm", 4, 2, 2, ("front",), "q99", (True, True))
     with pytest.raises(ValueError, match="action_mask of robot 'arm' has 1 entries for action_dim=2"):
         RobotPreset("arm", 4, 2, 2, ("front",), "bounds", (True,))
+    with pytest.raises(ValueError, match="delta_actions of robot 'arm' has 1 entries for action_dim=2"):
+        RobotPreset("arm", 4, 2, 2, ("front",), "bounds", (True, True), delta_actions=(True,))
     own = RobotPreset("arm", 4, 2, 2, ("front",), "bounds", (True, True))
     assert own.gripper is GripperConvention.NONE
     assert np.array_equal(own.to_environment(np.ones((4, 2))), np.ones((4, 2)))

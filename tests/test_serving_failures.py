@@ -91,9 +91,7 @@ def test_an_arm_holds_while_its_server_is_killed_and_goes_on_with_the_next(obser
             return step.query >= 3
 
         arm = RecordedArm(observation)
-        settings = LoopSettings(
-            fps=10, late_after=0.5, give_up_after=120, delta_actions=(True,) * 6 + (False,), max_steps=2000
-        )
+        settings = LoopSettings(fps=10, late_after=0.5, give_up_after=120, max_steps=2000)
         with PolicyClient(f"ws://127.0.0.1:{port}", session="arm", give_up_after=120) as client:
             chunk = ask(client, observation).actions
             report = run(client, arm, observation["prompt"], settings, on_step=on_step)

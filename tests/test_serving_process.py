@@ -201,12 +201,15 @@ def test_a_client_says_what_the_server_refuses(embedded_policy, observation):
     ):
         assert client.metadata["cameras"] == ["image", "wrist_image"]
         assert client.averaged.tolist() == [True] * 6 + [False]  # the gripper opens or closes
+        assert client.delta_actions == (True,) * 6 + (False,)
         with pytest.raises(PolicyError, match="too_old"):
             ask(client, observation, observed_at=time.monotonic() - 5)
         with pytest.raises(PolicyError, match="8 numbers"):
             ask(client, {**observation, "state": np.zeros(3)})
         client.reset()
         assert ask(client, observation).actions.shape == (8, 7)
+        client.metadata["robot"] = "none"  # as of a server that answers in physical units
+        assert client.delta_actions is None
 
 
 def test_a_second_controller_is_refused_until_the_first_leaves(embedded_policy, observation):
@@ -288,7 +291,6 @@ def test_the_loop_solves_a_libero_episode_by_a_server_in_another_process(strateg
         max_steps=400,
         late_after=60,
         give_up_after=120,
-        delta_actions=(True,) * 6 + (False,),
     )
     with ServerProcess(free_port()) as server:
         server.start()

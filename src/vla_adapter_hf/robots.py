@@ -101,9 +101,11 @@ class RobotPreset:
         relabel_deltas: learn the differences of successive states instead of the first six recorded action
             dimensions; the last step of an episode has no successor and is dropped.
         raw_state: for recordings whose state has another size, that size and the indices that make up the state.
+        delta_actions: for each action dimension whether the robot takes it as a change and not as a target. An arm
+            stands still if changes are 0 and targets stay as they are. None: not known.
 
     Raises:
-        ValueError: a norm type that does not exist, a mask whose length is not `action_dim`.
+        ValueError: a norm type that does not exist, a mask or `delta_actions` whose length is not `action_dim`.
     """
 
     name: str
@@ -116,15 +118,17 @@ class RobotPreset:
     gripper: GripperConvention = GripperConvention.NONE
     relabel_deltas: bool = False
     raw_state: tuple[int, tuple[int, ...]] | None = None
+    delta_actions: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.norm_type not in NORM_TYPES:
             raise ValueError(f"norm_type={self.norm_type!r} is not one of {', '.join(map(repr, NORM_TYPES))}")
-        if len(self.action_mask) != self.action_dim:
-            raise ValueError(
-                f"action_mask of robot {self.name!r} has {len(self.action_mask)} entries for "
-                f"action_dim={self.action_dim}"
-            )
+        for field in ("action_mask", "delta_actions"):
+            values = getattr(self, field)
+            if values is not None and len(values) != self.action_dim:
+                raise ValueError(
+                    f"{field} of robot {self.name!r} has {len(values)} entries for action_dim={self.action_dim}"
+                )
 
     def to_training(self, actions: np.ndarray) -> np.ndarray:
         """Recorded actions (..., A) -> the physical actions a model learns, same shape and dtype.
@@ -211,6 +215,7 @@ ROBOTS: dict[str, RobotPreset] = {
         norm_type="bounds_q99",
         action_mask=_SIX_AND_GRIPPER,
         gripper=GripperConvention.LIBERO,
+        delta_actions=_SIX_AND_GRIPPER,
     ),
     "calvin": RobotPreset(
         name="calvin",
@@ -223,6 +228,7 @@ ROBOTS: dict[str, RobotPreset] = {
         gripper=GripperConvention.CALVIN,
         # robot_obs has 15 values: position, Euler angles, gripper width, seven joints, and last the gripper command.
         raw_state=(15, (0, 1, 2, 3, 4, 5, 6, 14)),
+        delta_actions=_SIX_AND_GRIPPER,
     ),
     "aloha": RobotPreset(
         name="aloha",
@@ -232,6 +238,7 @@ ROBOTS: dict[str, RobotPreset] = {
         cameras=("primary", "left_wrist", "right_wrist"),
         norm_type="bounds",
         action_mask=(True,) * 14,
+        delta_actions=(False,) * 14,
     ),
     "bridge": RobotPreset(
         name="bridge",
@@ -243,6 +250,7 @@ ROBOTS: dict[str, RobotPreset] = {
         action_mask=_SIX_AND_GRIPPER,
         gripper=GripperConvention.BRIDGE,
         relabel_deltas=True,
+        delta_actions=_SIX_AND_GRIPPER,
     ),
 }
 

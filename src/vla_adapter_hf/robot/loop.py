@@ -24,6 +24,8 @@ from vla_adapter_hf.robot.strategies import ChunkStrategy, StrategySettings
 logger = logging.getLogger(__name__)
 
 WATCHDOG_ACTIONS = ("hold", "last", "stop")
+# How LeRobot's robots name the target of a joint.
+TARGET_SUFFIX = ".pos"
 # Latencies that the next query's lead is taken from.
 REMEMBERED_LATENCIES = 20
 
@@ -51,8 +53,11 @@ class LoopSettings:
             `"hold"` keeps the arm where it is, `"last"` repeats the last action, `"stop"` ends the loop.
         late_after: seconds without an action of a chunk after which steps count as late, and `"stop"` ends the loop.
         give_up_after: seconds without an action of a chunk after which the loop ends with an error.
-        delta_actions: for each action dimension whether it is a change and not a target; to hold means 0 for those and
-            the last value for the others. None: all are targets.
+        delta_actions: for each action dimension whether it is a change, such as a motion or a speed, and not a target.
+            To hold means 0 for changes and the last value for targets. None: as the policy's robot preset says. Where
+            there is none, all are taken as targets: to hold then repeats the last action, and an arm that takes
+            changes goes on moving. A warning says so, unless all names of the robot's actions end in `.pos`, as those
+            of LeRobot's joint targets do.
         state_model: how actions move the state, for the strategy `async-rolled`.
         limits: lowest and highest action, each (A,); actions are clipped to them. None clips nothing.
 
@@ -198,13 +203,14 @@ def run(
     interface.check_sizes(policy.state_dim, policy.action_dim)
     if settings.limits is not None and np.size(settings.limits[0]) != policy.action_dim:
         raise ValueError(f"limits have {np.size(settings.limits[0])} values, the policy's actions {policy.action_dim}")
+    delta_actions = _find_delta_actions(settings, policy, interface)
     recorded_fps = getattr(policy, "fps", None)
     if recorded_fps is not None and not math.isclose(settings.fps, recorded_fps, rel_tol=0.02):
         logger.warning(
             f"The loop runs at fps={settings.fps:g}, the policy learnt from recordings of {recorded_fps:g} frames a "
             f"second: its movements take {recorded_fps / settings.fps:.2g} times as long"
         )
-    loop = _Loop(policy, interface, instruction, settings, record)
+    loop = _Loop(policy, interface, instruction, settings, delta_actions, record)
     with ExitStack() as ending:  # from the last to the first, each even if the one before fails
         if record is not None:
             record.begin(interface, instruction, settings.fps)
@@ -238,6 +244,28 @@ def _make_interface(robot: Robot, policy: ChunkPolicy) -> RobotInterface:
     return interface
 
 
+def _find_delta_actions(settings: LoopSettings, policy: ChunkPolicy, interface: RobotInterface) -> np.ndarray:
+    """Which values of an action are changes, boolean (A,): those of the settings, else of the policy's preset."""
+    known = settings.delta_actions
+    if known is None:
+        known = getattr(policy, "delta_actions", None)
+    if known is None:
+        unclear = [name for name in interface.action_names if not name.endswith(TARGET_SUFFIX)]
+        if unclear:
+            logger.warning(
+                "Nothing says whether %s are targets or changes. They are taken as targets: an arm that takes changes "
+                "goes on moving where it should hold. Set LoopSettings(delta_actions=...), True for each change",
+                ", ".join(unclear),
+            )
+        return np.zeros(policy.action_dim, dtype=bool)
+    delta_actions = np.asarray(known, dtype=bool)
+    if delta_actions.shape != (policy.action_dim,):
+        raise ValueError(
+            f"delta_actions must have one value for each of the policy's {policy.action_dim} actions, got {known}"
+        )
+    return delta_actions
+
+
 class _Loop:
     def __init__(
         self,
@@ -245,10 +273,11 @@ class _Loop:
         interface: RobotInterface,
         instruction: str,
         settings: LoopSettings,
+        delta_actions: np.ndarray,
         record: Recorder | None,
     ) -> None:
         self.policy, self.interface, self.instruction, self.settings = policy, interface, instruction, settings
-        self.record = record
+        self.delta_actions, self.record = delta_actions, record
         self.report = LoopReport()
         # A policy that does not say which values may be averaged gets all of them averaged.
         self.strategy = ChunkStrategy(settings.strategy, getattr(policy, "averaged", None))
@@ -360,6 +389,6 @@ class _Loop:
         """The action to send where there is none; None before the first, when the arm has not been moved yet."""
         if self.last_action is None:
             return None
-        if kind == "last" or self.settings.delta_actions is None:
+        if kind == "last":
             return self.last_action
-        return np.where(self.settings.delta_actions, 0.0, self.last_action)
+        return np.where(self.delta_actions, 0.0, self.last_action)

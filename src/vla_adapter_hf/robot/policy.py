@@ -34,6 +34,8 @@ class LocalPolicy:
     Attributes:
         averaged: boolean `(A,)`, which of an action's values were normalised. The others, such as a gripper with two
             values, must not be averaged between chunks.
+        delta_actions: for each action dimension whether it is a change and not a target, as the preset says; None
+            without a preset.
 
     Raises:
         ValueError: unknown statistics or robot, a robot with actions of another size, or a gripper whose convention is
@@ -67,6 +69,7 @@ class LocalPolicy:
             raise ValueError(f"the statistics {self.unnorm_key!r} have {reason}")
         self.cameras, self.state_dim, self.action_dim = config.cameras, config.proprio_dim, config.action_dim
         self.averaged = normalized_values(stats["action"])
+        self.delta_actions = None if self.robot is None else self.robot.delta_actions
         self.state_names, self.action_names, self.fps = config.state_names, config.action_names, config.fps
         if self.robot is not None and self.robot.action_dim != self.action_dim:
             raise ValueError(

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from vla_adapter_hf.robots import ROBOTS
 from vla_adapter_hf.serving.errors import ServingError
 from vla_adapter_hf.serving.settings import API_KEY_VARIABLE
 from vla_adapter_hf.utils.extras import install_hint
@@ -158,6 +159,13 @@ class PolicyClient:
         """Boolean `(A,)`: which of an action's values were normalised. The others, such as a gripper with two values,
         must not be averaged between chunks."""
         return np.array(self.metadata["action_mask"], bool)
+
+    @property
+    def delta_actions(self) -> tuple[bool, ...] | None:
+        """For each action dimension whether it is a change and not a target, by the server's robot preset; None
+        without one."""
+        robot = ROBOTS.get(self.metadata.get("robot"))
+        return None if robot is None else robot.delta_actions
 
     @property
     def fps(self) -> float | None:
