@@ -23,6 +23,7 @@ from vla_adapter_hf.serving.app import VLLM_OMNI_PATH
 from vla_adapter_hf.serving.errors import PredictionFailed
 from vla_adapter_hf.serving.policy import ActionRules, ServedPolicy
 from vla_adapter_hf.serving.settings import ServeSettings
+from vla_adapter_hf.serving.vla_eval import VlaEvalEndpoint
 from vla_adapter_hf.serving.wire import pack
 
 
@@ -170,17 +171,8 @@ def test_act_answers_an_error_with_a_status_and_a_message(server, body):
 
 
 def test_vla_eval_gets_one_action_for_each_observation_and_a_new_chunk_for_a_new_episode(server, observation, alone):
-    expected = get_robot("libero").to_environment(alone)
-    seen = {
-        "images": {"agentview": observation["image"], "wrist": observation["wrist_image"]},
-        "states": observation["state"],
-        "task_description": observation["prompt"],
-    }
-
-    def ask(websocket, kind, payload, seq):
-        message = {"type": kind, "payload": payload, "seq": seq, "timestamp": time.time()}
-        websocket.send(pack(message, keys_as_bytes=False))
-
+    expected, seen = get_robot("libero").to_environment(alone), seen_by_vla_eval(observation)
+    ask = send_to_vla_eval
     with server.websocket("/vla-eval") as websocket:
         ask(websocket, "hello", {"harness_version": "0.8.0"}, 1)
         hello = receive(websocket)
@@ -202,6 +194,56 @@ def test_vla_eval_gets_one_action_for_each_observation_and_a_new_chunk_for_a_new
         assert receive(websocket)["type"] == "error"
         ask(websocket, "observation", seen, 24)  # after an error nothing is left of the old chunk
         np.testing.assert_allclose(receive(websocket)["payload"]["actions"], expected[0], atol=BATCH_TOLERANCE)
+
+
+def seen_by_vla_eval(observation):
+    return {
+        "images": {"agentview": observation["image"], "wrist": observation["wrist_image"]},
+        "states": observation["state"],
+        "task_description": observation["prompt"],
+    }
+
+
+def send_to_vla_eval(websocket, kind, payload, seq):
+    message = {"type": kind, "payload": payload, "seq": seq, "timestamp": time.time()}
+    websocket.send(pack(message, keys_as_bytes=False))
+
+
+@pytest.mark.parametrize(
+    "change", [{"episode_restart": True}, {"task_description": "close the drawer"}], ids=["restart", "instruction"]
+)
+def test_vla_eval_gets_a_new_chunk_where_a_subtask_begins_inside_an_episode(
+    server, embedded_policy, observation, change
+):
+    seen = seen_by_vla_eval(observation)
+    new_task = {**observation, "prompt": change.get("task_description", observation["prompt"])}
+    expected = get_robot("libero").to_environment(predicted(embedded_policy, new_task))
+    with server.websocket("/vla-eval") as websocket:
+        for seq in range(3):  # five actions of the first chunk are left
+            send_to_vla_eval(websocket, "observation", seen, seq)
+            receive(websocket)
+        for seq, changed in enumerate([{**seen, **change}, {**seen, "task_description": new_task["prompt"]}]):
+            send_to_vla_eval(websocket, "observation", changed, seq)
+            answer = receive(websocket)["payload"]["actions"]
+            np.testing.assert_allclose(answer, expected[seq], atol=BATCH_TOLERANCE)
+
+
+def test_vla_evals_calvin_gets_motions_in_metres_and_radians(embedded_policy, observation):
+    """CALVIN's simulator multiplies actions by 0.02 m and 0.05 rad; vla-eval's benchmark adds them as they are."""
+    settings = ServeSettings(robot="calvin")
+    policy = copy.copy(embedded_policy)
+    policy.rules = ActionRules.of(embedded_policy.config, settings)
+    learnt = predicted(embedded_policy, observation)
+    with server_thread(policy, settings) as running, running.websocket("/vla-eval") as websocket:
+        send_to_vla_eval(websocket, "hello", {"harness_version": "0.8.0"}, 1)
+        gripper = receive(websocket)["payload"]["action_spec"]["gripper"]
+        send_to_vla_eval(websocket, "observation", seen_by_vla_eval(observation), 2)
+        action = receive(websocket)["payload"]["actions"]
+        ones = VlaEvalEndpoint(running.services).in_benchmark_units(np.ones((1, 7)))
+    np.testing.assert_allclose(ones, [[0.02, 0.02, 0.02, 0.05, 0.05, 0.05, 1.0]])
+    np.testing.assert_allclose(action[:3], 0.02 * learnt[0, :3], atol=0.02 * BATCH_TOLERANCE)
+    assert gripper["format"] == "binary_close_negative"
+    assert action[6] == (1.0 if learnt[0, 6] > 0.5 else -1.0)  # +1 opens
 
 
 def test_health_is_ok_and_metrics_are_prometheus_text(server, observation):

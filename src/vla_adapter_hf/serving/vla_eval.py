@@ -1,6 +1,7 @@
 """vla-eval's protocol: the harness of allenai connects here as to one of its own model servers.
 
-Its benchmarks take one action per observation, so each connection keeps the rest of its chunk, until the episode ends.
+Its benchmarks take one action per observation, so each connection keeps the rest of its chunk. The rest is dropped
+when an episode starts or ends, when a benchmark restarts inside an episode, and when the instruction changes.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ PROTOCOL = "vla-eval"
 LANGUAGE = {"name": "language", "dims": 0, "format": "language"}
 # The harness' names for the rotations and grippers of our robots; it warns where a benchmark has others.
 ACTION_FORMATS = {"libero": ("axis_angle", "binary_close_positive"), "calvin": ("euler_xyz", "binary_close_negative")}
+# From a robot's units to the benchmark's. CALVIN's actions are in -1...1, and its simulator makes 2 cm and 0.05 rad of
+# a 1. vla-eval's benchmark leaves that step out: it adds what it gets to the pose, in metres and radians.
+ACTION_UNITS = {"calvin": np.array([0.02] * 3 + [0.05] * 3 + [1.0])}
 # LIBERO's state as the models were trained on it: the angle of a rotation runs up to 2 pi.
 OBSERVATION_PARAMETERS = {"libero": {"quat_no_antipodal": True}}
 
@@ -43,6 +47,7 @@ class VlaEvalEndpoint:
 
     async def _answer_all(self, websocket: WebSocket) -> None:
         remaining: deque[np.ndarray] = deque()
+        instruction = None
         while (message := await websocket.receive())["type"] != "websocket.disconnect":
             arrived, seq = time.monotonic(), 0
             try:
@@ -52,9 +57,12 @@ class VlaEvalEndpoint:
                         await websocket.send_bytes(_message("hello", self.hello(), seq))
                     elif kind == "observation":
                         observation = self.services.reader.read(payload, arrived)
+                        if payload.get("episode_restart") or observation.instruction != instruction:
+                            remaining.clear()
+                            instruction = observation.instruction
                         if not remaining:
                             prediction = await self.services.engine.predict(observation)
-                            remaining.extend(prediction.chunk.robot_actions.astype(np.float32))
+                            remaining.extend(self.in_benchmark_units(prediction.chunk.robot_actions))
                         await websocket.send_bytes(_message("action", {"actions": remaining.popleft()}, seq))
                     else:  # an episode starts or ends: what is left of the chunk belongs to the one before
                         remaining.clear()
@@ -78,6 +86,12 @@ class VlaEvalEndpoint:
         if isinstance(seq, bool) or not isinstance(seq, int):
             raise InvalidRequest(f"seq must be a number, got {type(seq).__name__}.")
         return kind, payload, seq
+
+    def in_benchmark_units(self, actions: np.ndarray) -> np.ndarray:
+        """The robot's actions `(chunk_size, action_dim)` in the units of vla-eval's benchmark, float32."""
+        robot = self.services.policy.rules.robot
+        units = 1.0 if robot is None else ACTION_UNITS.get(robot.name, 1.0)
+        return (actions * units).astype(np.float32)
 
     def hello(self) -> dict[str, Any]:
         """Who answers, what a benchmark must send, and how the actions are to be understood."""
