@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from devices import DEVICES
 from model_fixtures import tiny_config, tiny_inputs, tiny_model
 from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner
@@ -339,8 +340,9 @@ class TestTurns:
 
 
 class TestRandomWeights:
-    def test_a_checkpoint_of_the_size_asked_for_is_there_and_then_gone(self):
-        with random_checkpoint("small", torch.bfloat16) as folder:
+    @pytest.mark.parametrize("device", DEVICES)
+    def test_a_checkpoint_of_the_size_asked_for_is_there_and_then_gone(self, device):
+        with random_checkpoint("small", torch.bfloat16, device) as folder:
             model = AutoModel.from_pretrained(folder)
             assert model.dtype == torch.bfloat16 and model.config.text_config.hidden_size == 128
             AutoProcessor.from_pretrained(folder)

@@ -1,15 +1,18 @@
 """Weights in eight and four bits: they load through our own strict from_pretrained, and the actions stay near."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from devices import DEVICES
+from devices import DEVICES, move
 from model_fixtures import learner_config, tiny_inputs, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from vla_adapter_hf import quantization_config
+from vla_adapter_hf import VLAAdapterConfig, quantization_config
 from vla_adapter_hf.bench.measures import weight_bytes
+from vla_adapter_hf.bench.random_weights import SIZES
 
 
 pytest.importorskip("torchao")
@@ -30,7 +33,8 @@ def checkpoint(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def inputs():
-    values = tiny_inputs(learner_config())
+    # Three, because with two of them a tower of so few patches has 16 rows, and CUDA's int8 takes 17 or more.
+    values = tiny_inputs(learner_config(), batch_size=3)
     state = values.pop("proprio").double().numpy()
     return {**values, "state": state}
 
@@ -77,24 +81,54 @@ class TestLoaded:
                 error = (layer(rows).float() - expected).norm() / expected.norm()
             assert 0 < error < LAYER_TOLERANCE[kind], name
 
-    def test_what_is_kept_is_in_the_models_precision_and_the_rest_is_not(self, model):
-        kinds = {name: type(weight.data) for name, weight in model.named_parameters() if name.endswith("proj.weight")}
-        assert kinds and all(kind is not torch.Tensor for kind in kinds.values())
-        for name in ("policy.fc_in", "policy.fc_out", "proprio_projector.fc1", "vision_projector.fc2"):
-            assert type(model.get_submodule(name).weight.data) is torch.Tensor
+    def test_what_is_kept_is_in_the_models_precision_and_the_rest_is_not(self, model, kind, device):
+        kept = ["policy.fc_in", "policy.fc_out", "proprio_projector.fc1", "vision_projector.fc2"]
+        rounded = ["language_model.layers.0.self_attn.q_proj", "language_model.layers.1.mlp.down_proj"]
+        rounded += ["policy.blocks.0.attention.k_task", "policy.blocks.1.attention.v_task"]
+        few_rows = ["policy.blocks.1.attention.q_proj", "policy.blocks.0.attention.k_adapter", "policy.blocks.1.fc"]
+        kept += few_rows if (kind, device) == ("int8", "cuda") else []
+        for name in {*kept, *rounded, *few_rows}:
+            assert (type(model.get_submodule(name).weight.data) is torch.Tensor) == (name in kept), name
 
     def test_it_takes_less_memory(self, model, kind, whole, device):
         if (kind, device) == ("int4", "cuda"):
             pytest.skip("this layout pads rows to 1024 numbers, and those of the small model are shorter")
-        assert weight_bytes(model) < {"int8": 0.75, "int4": 0.65}[kind] * weight_bytes(whole)
+        # For CUDA int8 leaves out more of the policy, which is a large part of a small model.
+        share = 0.65 if kind == "int4" else 0.75 if device == "cpu" else 0.85
+        assert weight_bytes(model) < share * weight_bytes(whole)
 
-    def test_it_compiles_without_graph_breaks(self, model, inputs, device):
+    def test_it_compiles_without_graph_breaks(self, model, kind, inputs, device):
         """On a CPU with the kernels of eager, which takes less than the compiler's."""
         torch.compiler.reset()
         expected = model.predict_action(**inputs)
         model.compile_for_inference(prompt_multiple=9, **({"backend": "eager"} if device == "cpu" else {}))
-        compiled = model.predict_action(**inputs)
-        np.testing.assert_allclose(compiled, expected, rtol=0, atol=1e-2)
+        for _ in range(3):  # CUDA records in the second call and replays in the third
+            error = np.abs(model.predict_action(**inputs) - expected)
+            # Compiled kernels round less often than eager ones, and the next layer rounds what they give.
+            assert error.mean() < TOLERANCE[kind] if device == "cuda" else error.max() < 1e-2
+
+
+@pytest.mark.parametrize(("variant", "keep"), [("pro", None), ("original", ["vision_projector"])])
+def test_eight_bits_for_cuda_leave_out_what_its_kernel_does_not_take(tmp_path, variant, keep):
+    """It takes 17 rows or more, and widths by eights. One observation, and the published counts of tokens."""
+    sizes = {**SIZES["small"], "text_config": {**SIZES["small"]["text_config"], "vocab_size": 1024}}
+    tiny_model(VLAAdapterConfig(**sizes, policy_variant=variant)).save_pretrained(tmp_path)
+    options = {"quantization_config": quantization_config("int8", "cuda:0", keep), "dtype": torch.bfloat16}
+    model = AutoModel.from_pretrained(tmp_path, **options)
+    rows, widths = {}, set()
+
+    def count(layer, args, name):
+        rows[name] = args[0].shape[:-1].numel()
+        widths.update(layer.weight.shape)
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, torch.nn.Linear) and type(layer.weight.data) is not torch.Tensor:
+            layer.register_forward_pre_hook(partial(count, name=name))
+    with torch.no_grad():
+        model(**move(tiny_inputs(model.config, batch_size=1), "cpu", torch.bfloat16))
+    assert any("policy.blocks" in name for name in rows) and any("language_model" in name for name in rows)
+    assert min(rows.values()) > 16, rows
+    assert all(width % 8 == 0 for width in widths)
 
 
 def test_eight_bits_are_saved_and_read_back(checkpoint, inputs, tmp_path):

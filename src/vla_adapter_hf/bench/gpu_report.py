@@ -18,14 +18,18 @@ PUBLISHED = (
 
 
 def markdown(report: dict[str, Any]) -> str:
-    """Tables of predictions and stages in milliseconds, the card's limit, and what others report."""
+    """Tables of predictions and stages in milliseconds, the card's limit, and what others report.
+
+    Cells of what was not measured are empty.
+    """
     batches = sorted({int(size) for times in report["predictions"].values() for size in times})
     lines = [f"# {_card(report)}", "", _limits(report), "", _row(["ms, median", *batches]), _rule(len(batches))]
     for name, times in report["predictions"].items():
         lines.append(_row([name, *(_milliseconds(times.get(str(size))) for size in batches)]))
     for precision in report["work"]["weights"]:
-        limits = [f"{limit_seconds(report, precision, size) * 1000:.2f}" for size in batches]
-        lines.append(_row([f"the card's limit, {precision}", *limits]))
+        limits = [limit_seconds(report, precision, size) for size in batches]
+        cells = ["" if seconds is None else f"{seconds * 1000:.2f}" for seconds in limits]
+        lines.append(_row([f"the card's limit, {precision}", *cells]))
     names = list(report["stages"])
     lines += ["", _row(["stage of one prediction, ms", *names]), _rule(len(names))]
     for stage in STAGES:
@@ -36,15 +40,27 @@ def markdown(report: dict[str, Any]) -> str:
     lines += [_row([name, f"{milliseconds:.1f}"]) for name, milliseconds in PUBLISHED]
     lines += ["", _goal(report)]
     if report["left_out"]:
-        lines.append(f"Left out, for lack of time: {'; '.join(report['left_out'])}.")
+        lines += ["", "Left out:", ""]
+        lines += [f"- {entry['what']}: {in_one_line(entry['reason'])}" for entry in report["left_out"]]
     return "\n".join(lines) + "\n"
 
 
-def limit_seconds(report: dict[str, Any], precision: str, batch_size: int) -> float:
-    """The least that a prediction can take at the rates measured: reading its weights once, or its operations."""
+def limit_seconds(report: dict[str, Any], precision: str, batch_size: int) -> float | None:
+    """The least that a prediction can take at the rates measured: reading its weights once, or its operations.
+
+    `None` where one of them was not measured.
+    """
     work, limits = report["work"], report["limits"]
+    if "flops" not in work or "bytes_per_second" not in limits or precision not in limits["operations_per_second"]:
+        return None
     reading = work["weights"][precision] / limits["bytes_per_second"]
     return max(reading, batch_size * work["flops"] / limits["operations_per_second"][precision])
+
+
+def in_one_line(reason: str, most: int = 300) -> str:
+    """The beginning of a message of several lines."""
+    text = " ".join(reason.split())
+    return text if len(text) <= most else f"{text[:most]} ..."
 
 
 def _card(report: dict[str, Any]) -> str:
@@ -55,12 +71,16 @@ def _card(report: dict[str, Any]) -> str:
 
 def _limits(report: dict[str, Any]) -> str:
     limits, work = report["limits"], report["work"]
-    rates = ", ".join(f"{rate / 1e12:.1f} TOP/s in {name}" for name, rate in limits["operations_per_second"].items())
+    measured = [f"a copy at {limits['bytes_per_second'] / 1e9:.0f} GB/s"] if "bytes_per_second" in limits else []
+    rates = limits["operations_per_second"]
+    measured += [f"matrix products at {rate / 1e12:.1f} TOP/s in {name}" for name, rate in rates.items()]
+    text = f"Measured: {', '.join(measured) or 'no limits'}."
+    if "flops" not in work:
+        return text
     weights = ", ".join(f"{size / 1e9:.2f} GB in {name}" for name, size in work["weights"].items())
     return (
-        f"Measured: a copy at {limits['bytes_per_second'] / 1e9:.0f} GB/s, matrix products at {rates}. A prediction "
-        f"reads weights of {weights} and makes {work['flops'] / 1e12:.3f} TFLOP, with {work['prompt_tokens']} prompt "
-        "tokens."
+        f"{text} A prediction reads weights of {weights} and makes {work['flops'] / 1e12:.3f} TFLOP, with "
+        f"{work['prompt_tokens']} prompt tokens."
     )
 
 

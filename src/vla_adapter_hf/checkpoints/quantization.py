@@ -19,6 +19,16 @@ KINDS = ("int8", "int4")
 # Small layers through which everything about frames, state and actions passes: 2.5 % of the published model's weights.
 # docs/speed.md has the effect of rounding each part alone.
 KEPT = ("vision_projector", "proprio_projector", "policy.fc_in", "policy.fc_out")
+# Layers with few rows per observation: one for the state, or one per action or action query. CUDA's product of int8
+# matrices takes 17 rows or more, and outputs by eights. Other products are an error once they are compiled. Before
+# that, torchao computes them in float32.
+FEW_ROWS = (
+    "proprio_projector",
+    "policy.fc_in",
+    "policy.fc_out",
+    r"policy\.blocks\.\d+\.fc",
+    r"policy\.blocks\.\d+\.attention\.(q_proj|k_self|v_self|k_adapter|v_adapter|o_proj)",
+)
 # Weights that share a scale in four bits. Rows whose length is no multiple of it (SigLIP's 4304) are not quantized.
 GROUP_SIZE = 32
 # In 0.17, saved int8 weights could not be loaded, and int4 weights could not be packed for a CPU.
@@ -40,8 +50,8 @@ def quantization_config(
         device (`str` or `torch.device`): CPU or CUDA, where int4 is packed in different ways. For CUDA,
             `from_pretrained` also needs `device_map="cuda"`, and for int4 `dtype="bfloat16"`.
         keep (`Sequence[str]`, *optional*): names of modules to leave in the model's precision, e.g.
-            `["language_model", "policy.fc_out"]`; `KEPT` by default. With `"int4"`, `policy.fc_out` is always one of
-            them.
+            `["language_model", "policy.fc_out"]`; `KEPT` by default. Some always are, because kernels do not take
+            them: with `"int4"` `policy.fc_out`, with `"int8"` on CUDA the layers of `FEW_ROWS`.
 
     Raises:
         ValueError: for another kind or device, or a name that no module of a VLA-Adapter has.
@@ -60,6 +70,7 @@ def quantization_config(
 
     if kind == "int8":
         quant_type = Int8DynamicActivationInt8WeightConfig()
+        kept += FEW_ROWS if device_type == "cuda" else ()
     elif device_type == "cuda":
         quant_type = Int4WeightOnlyConfig(group_size=GROUP_SIZE, int4_packing_format="tile_packed_to_4d")
     else:

@@ -123,7 +123,11 @@ def _refuse(options: dict[str, Any], reason: str) -> None:
 
 def _bench_gpu(given: dict[str, Any], output: Path | None) -> None:
     settings = GpuBenchSettings(**{name: value for name, value in given.items() if value is not None})
-    bench_gpu(settings, output, report_progress=typer.echo)
+    report = bench_gpu(settings, output, report_progress=typer.echo)
+    failed = [entry["what"] for entry in report["left_out"] if entry["traceback"] is not None]
+    if failed:
+        typer.secho(f"error: the rest was measured, but these failed: {'; '.join(failed)}", fg="red", err=True)
+        raise typer.Exit(1)
 
 
 def _bench_server(checkpoint: str | None, server: dict[str, Any], load: dict[str, Any], output: Path | None) -> None:
