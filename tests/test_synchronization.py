@@ -93,7 +93,8 @@ def by_mask(states: torch.Tensor) -> Any:
 
 
 def by_assigned_mask(states: torch.Tensor) -> Any:
-    states[states > 0] = 1
+    """With a tensor of the device. For a number CUDA fills the mask, which does not wait."""
+    states[states > 0] = states[0]
 
 
 def by_positions(states: torch.Tensor) -> Any:
