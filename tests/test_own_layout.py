@@ -296,6 +296,18 @@ class TestDamagedFiles:
         with pytest.raises((ValueError, RuntimeError), match="mismatch"):
             AutoModel.from_pretrained(folder)
 
+    def test_of_a_whole_file_and_older_shards_next_to_it_the_whole_one_is_read_as_in_transformers(self, saved_tiny):
+        folder, model = saved_tiny
+        bias = model.policy.fc_out.bias
+        with torch.no_grad():
+            bias += 1
+        model.save_pretrained(folder.parent / "older", max_shard_size="100KB")
+        for path in (folder.parent / "older").glob("model*.safetensors*"):
+            shutil.copy(path, folder)
+        for dtype in (torch.float32, torch.bfloat16):  # converted, the weights are read by other code
+            loaded = open_checkpoint(folder).load_model(dtype)
+            torch.testing.assert_close(loaded.policy.fc_out.bias, (bias - 1).to(dtype))
+
     def test_a_missing_shard(self, tmp_path):
         tiny_model().save_pretrained(tmp_path, max_shard_size="100KB")
         next(tmp_path.glob("model-00002-*")).unlink()

@@ -464,7 +464,7 @@ class TestRefusals:
         "weight_map", [None, [], {}, {"a": 1}, {"a": "../model.safetensors"}, {"a": "/x.safetensors"}]
     )
     def test_an_index_that_is_damaged_or_leads_elsewhere(self, published_copy, weight_map):
-        shutil.copy(published_copy / WEIGHTS, published_copy.parent / WEIGHTS)
+        shutil.move(published_copy / WEIGHTS, published_copy.parent / WEIGHTS)
         content = {} if weight_map is None else {"weight_map": weight_map}
         (published_copy / "model.safetensors.index.json").write_text(json.dumps(content))
         assert_refused(published_copy, "model.safetensors.index.json")

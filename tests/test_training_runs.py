@@ -188,19 +188,36 @@ def test_tensorboard_gets_the_loss_and_every_metric(start, tmp_path):
 # The Hub
 
 
+class Commits(list):
+    """What each commit uploads, name in the repository -> content, and what the repository then holds."""
+
+    def __init__(self):
+        self.repository = {}
+
+
 @pytest.fixture
 def commits(monkeypatch):
-    """Stands in for the Hub: what each commit would upload, name in the repository -> content."""
-    uploaded = []
+    """Stands in for the Hub."""
+    uploaded = Commits()
 
     def upload_folder(
-        repo_id, folder_path, commit_message, path_in_repo=".", ignore_patterns=None, run_as_future=False, **options
+        repo_id,
+        folder_path,
+        commit_message,
+        path_in_repo=".",
+        ignore_patterns=None,
+        delete_patterns=(),
+        run_as_future=False,
+        **options,
     ):
         # At once, even if asked for a future: what a later step writes into the folder must not be in it yet.
         names = [path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*") if path.is_file()]
         kept = filter_repo_objects(names, ignore_patterns=ignore_patterns)
         files = {(Path(path_in_repo) / name).as_posix(): (Path(folder_path) / name).read_bytes() for name in kept}
         uploaded.append((repo_id, commit_message, files))
+        for name in list(filter_repo_objects(uploaded.repository, allow_patterns=list(delete_patterns))):
+            del uploaded.repository[name]
+        uploaded.repository.update(files)
         commit = CommitInfo(f"https://huggingface.co/{repo_id}/commit/0", commit_message, "", oid="0")
         if not run_as_future:
             return commit
@@ -255,7 +272,7 @@ def test_what_is_pushed_during_and_after_training_loads_and_predicts(start, tmp_
     for same in ((0, 1), (2, 3), (3, 4)):
         np.testing.assert_allclose(*(predictions[number] for number in same), atol=1e-5)
     assert np.abs(predictions[0] - predictions[2]).max() > 1e-4
-    weights = [name for name in commits[-1][2] if name.endswith(".safetensors") and "/" not in name]
+    weights = [name for name in commits.repository if ".safetensors" in name and "/" not in name]
     assert weights == ["model.safetensors"]  # none left of what was pushed before
     assert {"training.png", "chunks.png", "metrics.json"} <= set(commits[-1][2])
 

@@ -86,14 +86,14 @@ def stored_dtypes(path: Path) -> set[torch.dtype | None]:
 
 
 def find_weights(files: FolderFiles | HubFiles) -> list[str]:
-    """The names of `model.safetensors` or of its shards.
+    """The names of `model.safetensors` or, without that, of the shards. transformers has the same order.
 
     Raises:
         ValueError: when a file is missing, or the index of the shards is damaged.
     """
     names, source = ["model.safetensors"], files.source
     index = "model.safetensors.index.json"
-    if index in files.names:
+    if names[0] not in files.names and index in files.names:
         weight_map = read_json(files.path(index), source).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ValueError(f"{index} of {source} must hold a weight_map of files, got {weight_map!r}.")

@@ -40,6 +40,10 @@ from vla_adapter_hf.utils.files import write_json, write_text
 from vla_adapter_hf.utils.plotting import new_figure, plot_chunks, plot_training, save_figure
 
 
+# The weights of a saved model, whole or in shards.
+WEIGHT_FILES = "model*.safetensors*"
+
+
 def train(
     model_arguments: ModelArguments,
     data_arguments: DataArguments,
@@ -226,12 +230,15 @@ def save_trained(model: nn.Module, processor: VLAAdapterProcessor, output: Path,
         for path in written:
             path.replace(output / path.name)
     # `push_to_hub` has put the weights of a checkpoint here, in other files than the merged ones.
-    for path in set(output.glob("model*.safetensors*")) - {output / path.name for path in written}:
+    for path in set(output.glob(WEIGHT_FILES)) - {output / path.name for path in written}:
         path.unlink()
 
 
 def upload(output: Path, repo_id: str, arguments: VLAAdapterTrainingArguments) -> None:
-    """The output folder to the Hub, without its checkpoints, by the `hub_` arguments."""
+    """The output folder to the Hub, without its checkpoints, by the `hub_` arguments.
+
+    Weights that were pushed during the training, in other files, are deleted there.
+    """
     HfApi().upload_folder(
         repo_id=repo_id,
         folder_path=output,
@@ -239,4 +246,5 @@ def upload(output: Path, repo_id: str, arguments: VLAAdapterTrainingArguments) -
         token=arguments.hub_token,
         revision=getattr(arguments, "hub_revision", None),
         ignore_patterns=["_*", ".*", f"{PREFIX_CHECKPOINT_DIR}-*"],
+        delete_patterns=[WEIGHT_FILES],
     )

@@ -149,7 +149,8 @@ def _stored_dtype(checkpoint: Checkpoint) -> str:
 
 
 def _weights(checkpoint: Checkpoint) -> list[str]:
-    return find_weights(checkpoint.files) + ([INDEX] if INDEX in checkpoint.files.names else [])
+    names = find_weights(checkpoint.files)
+    return names if names == ["model.safetensors"] else [*names, INDEX]
 
 
 def _copy(checkpoint: Checkpoint, names: list[str], folder: Path) -> None:
