@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 WATCHDOG_ACTIONS = ("hold", "last", "stop")
 # How LeRobot's robots name the target of a joint.
 TARGET_SUFFIX = ".pos"
+# The shortest time between two actions, as a share of the period. The rest makes up for steps that were a little late.
+SHORTEST_GAP = 0.9
 # Latencies that the next query's lead is taken from.
 REMEMBERED_LATENCIES = 20
 
@@ -142,7 +144,7 @@ class LoopReport:
         late: those of them after `late_after`.
         queries, failures: chunks that came, and queries that failed or answered what cannot be executed.
         latency: seconds of each query.
-        jitter: seconds by which each step began after its time.
+        jitter: seconds by which each step began after its time; a stall of the step before shows in full.
         ended_by: `max_steps`, `on_step`, `interrupt`, `watchdog` or `error`.
     """
 
@@ -284,6 +286,7 @@ class _Loop:
         self.last_action: np.ndarray | None = None
         self.answer: Future | None = None
         self.asked_at = self.acted_at = 0.0  # the last query, and the last action of a chunk
+        self.sent_at = -math.inf  # the last action of any source
         self.error: Exception | None = None
         self.recent: deque[float] = deque(maxlen=REMEMBERED_LATENCIES)
 
@@ -292,7 +295,10 @@ class _Loop:
         period = 1 / settings.fps
         due = self.acted_at = time.monotonic()
         while settings.max_steps is None or report.steps < settings.max_steps:
-            report.jitter.append(time.monotonic() - due)
+            late = time.monotonic() - due
+            report.jitter.append(late)
+            # Less than a period is made up for by and by; a longer stall shifts the clock.
+            due += max(0.0, late - period)
             step = self._step()
             if self.record is not None:
                 self.record.add(step)
@@ -302,8 +308,7 @@ class _Loop:
             if step.source != "chunk" and settings.watchdog == "stop" and self._is_late():
                 report.ended_by = "watchdog"
                 return
-            # A step that took too long shifts the clock: two actions in one period would be a jump.
-            due = max(due + period, time.monotonic() - period)
+            due += period
             time.sleep(max(0.0, due - time.monotonic()))
 
     def come_to_rest(self) -> None:
@@ -331,13 +336,24 @@ class _Loop:
             if action is None:
                 source = "nothing"
         if action is not None:
-            if self.settings.limits is not None:
-                action = np.clip(action, *self.settings.limits)
-            self.last_action = action
-            action = self.interface.write(action)
+            action = self._send(action)
         self.report.steps += 1
         query, position = self.strategy.origin if source == "chunk" else (-1, -1)
         return Step(self.report.steps - 1, action, source, query, position, images, state)
+
+    def _send(self, action: np.ndarray) -> np.ndarray:
+        """Send an action within the limits, not too soon after the one before. Returns what the robot says it sent."""
+        if self.settings.limits is not None:
+            action = np.clip(action, *self.settings.limits)
+        period = 1 / self.settings.fps
+        time.sleep(max(0.0, self.sent_at + SHORTEST_GAP * period - time.monotonic()))
+        began = time.monotonic()
+        sent = self.interface.write(action)
+        # When the robot took the action is not known: with a call that stalled it may have been at the end.
+        ended = time.monotonic()
+        self.sent_at = began if ended - began < period else ended
+        self.last_action = action
+        return sent
 
     def _ask(self, images: dict[str, np.ndarray], state: np.ndarray) -> None:
         upcoming = self.strategy.ask(self._delay())
