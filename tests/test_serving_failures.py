@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from serving_fixtures import ServerProcess, free_port, receive, recorded_observation, server_thread
 from test_serving_process import RecordedArm, ask
-from test_serving_server import BATCH_TOLERANCE, ask_once, metric, model_is_busy, predicted, variants, wait_until
+from test_serving_server import (
+    BATCH_TOLERANCE,
+    ask_once,
+    metric,
+    model_is_busy,
+    predicted,
+    seen_by_vla_eval,
+    send_to_vla_eval,
+    variants,
+    wait_until,
+)
 
 from vla_adapter_hf.robot import LoopSettings, run
 from vla_adapter_hf.robots import get_robot
@@ -54,6 +64,18 @@ def test_a_client_that_is_killed_while_it_waits_harms_nobody_and_frees_its_sessi
         again = ask_once(running, {**observation, "session_id": "arm"})
         np.testing.assert_allclose(again["actions"], expected_of(embedded_policy, observation), atol=BATCH_TOLERANCE)
         assert engine.waiting == 0 and engine._answering == 0
+
+
+def test_a_killed_harness_counts_as_no_error_and_leaves_no_traceback(embedded_policy, observation, caplog, capfd):
+    with server_thread(embedded_policy, ServeSettings()) as running:
+        victim = running.websocket("/vla-eval").__enter__()
+        with model_is_busy(running, observation):
+            send_to_vla_eval(victim, "observation", seen_by_vla_eval(observation), 1)
+            wait_until(lambda: running.services.engine._queue.qsize() == 1)
+            kill(victim)
+        wait_until(lambda: metric(running, 'vla_adapter_connections{protocol="vla-eval"}') == 0)
+        assert metric(running, "vla_adapter_errors_total") == 0
+    assert not caplog.records and "Traceback" not in capfd.readouterr().err
 
 
 def test_a_client_asks_again_while_the_queue_is_full_and_gets_its_own_answer(embedded_policy, observation):

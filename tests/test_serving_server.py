@@ -258,6 +258,32 @@ def test_health_is_ok_and_metrics_are_prometheus_text(server, observation):
     assert metric(server, 'vla_adapter_errors_total{kind="invalid",protocol="act"}') == errors + 1
 
 
+def test_metrics_count_observations_and_nothing_else(server, observation):
+    def counts():
+        return [
+            metric(server, name)
+            for name in 'vla_adapter_requests_total vla_adapter_seconds_count{stage="total"}'.split()
+        ]
+
+    before = counts()
+    with server.websocket("/vla-eval") as harness, server.websocket(VLLM_OMNI_PATH) as robot:
+        for kind in ("hello", "episode_start"):
+            send_to_vla_eval(harness, kind, {}, 1)
+        receive(harness), receive(robot)
+        robot.send(pack({"endpoint": "reset"}))
+        assert receive(robot) == {"status": "reset successful"}
+        assert request(f"{server.url}/latest?after=999999").status == 204
+        assert counts() == before
+        send_to_vla_eval(harness, "observation", seen_by_vla_eval(observation), 2)
+        receive(harness)
+    assert counts() == [count + 1 for count in before]
+
+
+def test_the_queue_is_empty_again_after_an_observation_that_cannot_be_prepared(server, observation):
+    assert ask_once(server, {**observation, "image": np.zeros((8, 8, 7), np.uint8)})["kind"] == "invalid"
+    assert metric(server, "vla_adapter_queue_length") == 0
+
+
 # Batches
 
 

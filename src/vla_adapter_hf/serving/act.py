@@ -29,14 +29,15 @@ class ActEndpoint:
         services = self.services
         body = await read_body(request, services)
         arrived = time.monotonic()
-        with services.timed("decode"):
-            observation = from_json(body, services.settings.max_frame_bytes)
-            is_encoded = isinstance(observation, dict) and "encoded" in observation
-            if is_encoded:
-                if len(observation) != 1 or not isinstance(observation["encoded"], str):
-                    raise InvalidRequest("encoded must be the only entry, and a string.")
-                observation = from_json(observation["encoded"], services.settings.max_frame_bytes)
-        prediction = await services.predict(observation, arrived)
-        with services.timed("encode"):
-            actions = prediction.chunk.actions.tolist()
-            return JSONResponse(json.dumps(actions) if is_encoded else actions)
+        with services.counting_observation("act", arrived):
+            with services.timed("decode"):
+                observation = from_json(body, services.settings.max_frame_bytes)
+                is_encoded = isinstance(observation, dict) and "encoded" in observation
+                if is_encoded:
+                    if len(observation) != 1 or not isinstance(observation["encoded"], str):
+                        raise InvalidRequest("encoded must be the only entry, and a string.")
+                    observation = from_json(observation["encoded"], services.settings.max_frame_bytes)
+            prediction = await services.predict(observation, arrived)
+            with services.timed("encode"):
+                actions = prediction.chunk.actions.tolist()
+                return JSONResponse(json.dumps(actions) if is_encoded else actions)

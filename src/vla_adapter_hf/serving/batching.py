@@ -71,6 +71,7 @@ class Engine:
         self._prepare_thread = ThreadPoolExecutor(1, "prepare")
         self._predict_thread = ThreadPoolExecutor(1, "predict")
         self._loop_task: asyncio.Task | None = None
+        metrics.waiting.set_function(lambda: self.waiting)
 
     async def start(self) -> None:
         """Predict once to warm up, and begin to take observations."""
@@ -139,7 +140,6 @@ class Engine:
         start = time.perf_counter()
         self._preparing += 1
         try:
-            self.metrics.waiting.set(self.waiting)
             prepared = await loop.run_in_executor(self._prepare_thread, self.policy.prepare, observation)
         except ServingError:
             raise
@@ -184,7 +184,6 @@ class Engine:
             if not self._preparing or time.perf_counter() >= end:
                 break
             await asyncio.sleep(0.0005)
-        self.metrics.waiting.set(self.waiting)
         return batch
 
     def _admit(self, entry: _Waiting, batch: list[_Waiting]) -> None:

@@ -41,11 +41,11 @@ async def read_body(request: Request, services: Services) -> bytes:
 def answering(
     services: Services, protocol: str, answer: Callable[[Request], Awaitable[Response]]
 ) -> Callable[[Request], Awaitable[Response]]:
-    """An endpoint that counts its requests and answers errors as JSON with a status of 4xx or 5xx."""
+    """An endpoint that counts its errors and answers them as JSON with a status of 4xx or 5xx."""
 
     async def endpoint(request: Request) -> Response:
         try:
-            with services.engine.answering(), services.counted(protocol):
+            with services.engine.answering(), services.counting_errors(protocol):
                 return await answer(request)
         except ServingError as error:
             headers = {"Retry-After": "1"} if error.may_retry else None

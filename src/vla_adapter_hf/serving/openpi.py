@@ -60,7 +60,7 @@ class OpenpiEndpoint:
         self, message: dict[str, Any], controller: Controller, arrived: float, previous_ms: float | None
     ) -> bytes:
         services = self.services
-        with services.counted(self.protocol):
+        with services.counting_errors(self.protocol):
             data = message.get("bytes")
             if data is None:
                 raise InvalidRequest("a message must be binary msgpack, got text.")
@@ -74,9 +74,10 @@ class OpenpiEndpoint:
                 return pack({"status": "reset successful"})
             if endpoint != "infer":
                 raise InvalidRequest(f"endpoint must be infer or reset, got {str(endpoint)[:40]!r}.")
-            prediction = await services.predict(request, arrived)
-            with services.timed("encode"):
-                return pack(reply_of(prediction, previous_ms))
+            with services.counting_observation(self.protocol, arrived):
+                prediction = await services.predict(request, arrived)
+                with services.timed("encode"):
+                    return pack(reply_of(prediction, previous_ms))
 
 
 def reply_of(prediction: Prediction, previous_ms: float | None) -> dict[str, Any]:

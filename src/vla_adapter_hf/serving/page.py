@@ -88,11 +88,12 @@ class Page:
         """A prediction for the form: `images` in base64 by camera, `instruction` and `state`."""
         body = await read_body(request, self.services)
         arrived = time.monotonic()
-        form = from_json(body, self.services.settings.max_frame_bytes)
-        if not isinstance(form, dict) or not isinstance(form.get("images"), dict):
-            raise InvalidRequest("images must be a map of pictures (PNG or JPEG in base64) by camera.")
-        images = {name: EncodedImage(from_base64(data)) for name, data in form["images"].items()}
-        prediction = await self.services.predict({**form, "images": images}, arrived)
+        with self.services.counting_observation("page", arrived):
+            form = from_json(body, self.services.settings.max_frame_bytes)
+            if not isinstance(form, dict) or not isinstance(form.get("images"), dict):
+                raise InvalidRequest("images must be a map of pictures (PNG or JPEG in base64) by camera.")
+            images = {name: EncodedImage(from_base64(data)) for name, data in form["images"].items()}
+            prediction = await self.services.predict({**form, "images": images}, arrived)
         return JSONResponse(await self._draw(prediction), headers=NO_STORE)
 
     async def _draw(self, prediction: Prediction) -> dict[str, Any]:

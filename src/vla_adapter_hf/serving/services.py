@@ -46,14 +46,14 @@ class Services:
         return await self.engine.predict(self.reader.read(message, arrived))
 
     @contextmanager
-    def counted(self, protocol: str) -> Iterator[None]:
-        """Counts one request and its error. An unexpected error is logged; the client gets a [`PredictionFailed`].
+    def counting_errors(self, protocol: str) -> Iterator[None]:
+        """Around making an answer, not around sending it: a client that went away is no error.
+
+        An unexpected error is logged; the client gets a [`PredictionFailed`].
 
         Raises:
             ServingError: any error of the block.
         """
-        self.metrics.requests.labels(protocol).inc()
-        start = time.perf_counter()
         try:
             yield
         except ServingError as error:
@@ -63,8 +63,15 @@ class Services:
             logger.exception("a request failed")
             self.metrics.errors.labels(protocol, PredictionFailed.kind).inc()
             raise PredictionFailed("the server failed to answer; its log says why.") from error
+
+    @contextmanager
+    def counting_observation(self, protocol: str, arrived: float) -> Iterator[None]:
+        """Counts one observation, and its time since `arrived` (by `time.monotonic`)."""
+        self.metrics.requests.labels(protocol).inc()
+        try:
+            yield
         finally:
-            self.metrics.seconds.labels("total").observe(time.perf_counter() - start)
+            self.metrics.seconds.labels("total").observe(time.monotonic() - arrived)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,14 @@ ACTION_UNITS = {"calvin": np.array([0.02] * 3 + [0.05] * 3 + [1.0])}
 OBSERVATION_PARAMETERS = {"libero": {"quat_no_antipodal": True}}
 
 
+@dataclass
+class _RestOfChunk:
+    """What a connection has not been sent yet, and the instruction that it was predicted for."""
+
+    actions: deque[np.ndarray] = field(default_factory=deque)
+    instruction: str | None = None
+
+
 class VlaEvalEndpoint:
     """Answers `hello`, `episode_start`, `observation` and `episode_end`."""
 
@@ -46,29 +55,36 @@ class VlaEvalEndpoint:
             pass
 
     async def _answer_all(self, websocket: WebSocket) -> None:
-        remaining: deque[np.ndarray] = deque()
-        instruction = None
+        chunk = _RestOfChunk()
         while (message := await websocket.receive())["type"] != "websocket.disconnect":
-            arrived, seq = time.monotonic(), 0
+            arrived, seq, reply = time.monotonic(), 0, None
             try:
-                with self.services.engine.answering(), self.services.counted(PROTOCOL):
-                    kind, payload, seq = self._read(message)
-                    if kind == "hello":
-                        await websocket.send_bytes(_message("hello", self.hello(), seq))
-                    elif kind == "observation":
-                        observation = self.services.reader.read(payload, arrived)
-                        if payload.get("episode_restart") or observation.instruction != instruction:
-                            remaining.clear()
-                            instruction = observation.instruction
-                        if not remaining:
-                            prediction = await self.services.engine.predict(observation)
-                            remaining.extend(self.in_benchmark_units(prediction.chunk.robot_actions))
-                        await websocket.send_bytes(_message("action", {"actions": remaining.popleft()}, seq))
-                    else:  # an episode starts or ends: what is left of the chunk belongs to the one before
-                        remaining.clear()
+                with self.services.engine.answering():
+                    with self.services.counting_errors(PROTOCOL):
+                        kind, payload, seq = self._read(message)
+                        if kind == "hello":
+                            reply = self.hello()
+                        elif kind == "observation":
+                            with self.services.counting_observation(PROTOCOL, arrived):
+                                kind, reply = "action", {"actions": await self._action(payload, arrived, chunk)}
+                        else:  # an episode starts or ends: what is left of the chunk belongs to the one before
+                            chunk.actions.clear()
+                    if reply is not None:
+                        await websocket.send_bytes(_message(kind, reply, seq))
             except ServingError as error:
-                remaining.clear()
+                chunk.actions.clear()
                 await websocket.send_bytes(_message("error", {**error.as_dict(), "error": str(error)}, seq))
+
+    async def _action(self, payload: dict[str, Any], arrived: float, chunk: _RestOfChunk) -> np.ndarray:
+        """The next action of the chunk, `(action_dim,)`. A new task, or nothing left, gets a new chunk."""
+        observation = self.services.reader.read(payload, arrived)
+        if payload.get("episode_restart") or observation.instruction != chunk.instruction:
+            chunk.actions.clear()
+        if not chunk.actions:
+            prediction = await self.services.engine.predict(observation)
+            chunk.instruction = observation.instruction
+            chunk.actions.extend(self.in_benchmark_units(prediction.chunk.robot_actions))
+        return chunk.actions.popleft()
 
     def _read(self, message: dict[str, Any]) -> tuple[str, dict[str, Any], int]:
         data = message.get("bytes")
