@@ -280,14 +280,32 @@ class TestLoop:
         assert robot.calls[-1] == "disconnect"
         assert not robot.sent  # it was never moved
 
-    @pytest.mark.parametrize("nonsense", [np.full((CHUNK, 3), np.nan), np.ones(3), None])
-    def test_what_is_not_a_finite_chunk_is_never_executed(self, nonsense):
+    @pytest.mark.parametrize("limits", [None, ([-9.0] * 3, [9.0] * 3)])
+    @pytest.mark.parametrize(
+        "nonsense", [np.full((CHUNK, 3), np.nan), np.ones((CHUNK, 1)), np.ones((CHUNK, 2)), np.ones(3), None]
+    )
+    def test_what_is_not_a_finite_chunk_of_actions_is_never_executed(self, nonsense, limits):
         robot, policy = RecordingRobot(), CountingPolicy()
         policy.predict = lambda *arguments: nonsense
         with pytest.raises(RuntimeError, match="no usable answer") as raised:
-            run(policy, robot, "go", LoopSettings(fps=100, late_after=0.1, give_up_after=0.2))
+            run(policy, robot, "go", LoopSettings(fps=100, late_after=0.1, give_up_after=0.2, limits=limits))
         assert not robot.sent
         assert raised.value.__cause__ is not None
+
+    def test_an_arm_whose_robot_refuses_an_action_is_sent_the_last_one_that_it_took(self):
+        robot = RecordingRobot()
+        send = robot.send_action
+
+        def picky(action):
+            if action["b.pos"] == 4:
+                raise OSError("the bus does not answer")
+            return send(action)
+
+        robot.send_action = picky
+        with pytest.raises(OSError, match="the bus does not answer"):
+            run(CountingPolicy(), robot, "go", LoopSettings(fps=200))
+        assert robot.sent[-2].tolist() == robot.sent[-1].tolist() == [0.0, 3.0, 1.0]
+        assert robot.calls == ["connect", "disconnect"]
 
     def test_an_error_of_the_policy_is_survived(self):
         policy, failures = CountingPolicy(), iter([True, False, True])

@@ -378,7 +378,10 @@ class _Loop:
         seconds = time.monotonic() - self.asked_at
         try:
             result = answer.result()
-            self.strategy.answer(np.asarray(getattr(result, "actions", result)))
+            chunk = np.asarray(getattr(result, "actions", result))
+            if chunk.ndim != 2 or chunk.shape[1] != self.policy.action_dim:
+                raise ValueError(f"a chunk must have shape (K, {self.policy.action_dim}), got {chunk.shape}")
+            self.strategy.answer(chunk)
         except Exception as error:  # the policy's own, or a chunk that cannot be executed
             self.error = error
             self.report.failures += 1
