@@ -25,7 +25,7 @@ from vla_adapter_hf.recording.episodes import (
 from vla_adapter_hf.recording.scenes import record_scenes
 from vla_adapter_hf.recording.settings import RecordingSettings, SceneSettings
 from vla_adapter_hf.simulation.evaluate import evaluate
-from vla_adapter_hf.simulation.libero.suite import LiberoSuite, object_instruction
+from vla_adapter_hf.simulation.libero.suite import NO_OP, LiberoSuite, object_instruction
 from vla_adapter_hf.simulation.policies import ReplayPolicy
 from vla_adapter_hf.simulation.results import read_results
 from vla_adapter_hf.simulation.settings import EvaluationSettings
@@ -168,10 +168,22 @@ def test_another_target_changes_instruction_and_success(soup):
     soup.reset(1, instruction=object_instruction(other))
     assert soup.target == other
     assert soup.instruction.startswith("pick up the ") and soup.instruction != soup.official_instruction
+    assert soup.other_instructions == [object_instruction(name) for name in soup.movable_objects[1:]]
     soup.reset(1)
     assert soup.instruction == soup.official_instruction
     with pytest.raises(ValueError, match="instruction must be one that fits this scene"):
         soup.reset(1, instruction=object_instruction("teapot_1"))
+
+
+def test_an_episode_may_be_longer_than_robosuites_own_limit_and_success_still_ends_it(soup):
+    soup.reset(1)
+    soup._env.timestep = 1000
+    assert not any(soup.step(NO_OP, observe=False) for _ in range(2))
+    joint = soup._env.objects_dict[soup.target].joints[-1]
+    pose = soup._env.sim.data.get_joint_qpos(joint).copy()
+    pose[:3] = soup.object_position(soup.basket) + [0.0, 0.0, 0.1]
+    soup._env.sim.data.set_joint_qpos(joint, pose)
+    assert any(soup.step(NO_OP, observe=False) for _ in range(20))
 
 
 def test_black_images_keep_the_true_state_and_render_nothing(soup, monkeypatch):

@@ -224,6 +224,7 @@ class LiberoEnvironment(LiberoScene):
                 camera_heights=suite.image_size,
                 camera_widths=suite.image_size,
                 hard_reset=suite.hard_reset,
+                ignore_done=True,  # robosuite's own end after 1,000 steps; LIBERO's `done` is success
             )
         self._goal = self._official_goal = list(self._wrapper.env.parsed_problem["goal_state"])
         super().__init__(self._wrapper.env, basket_region=self._goal[0][-1])
