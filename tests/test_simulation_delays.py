@@ -14,10 +14,7 @@ from vla_adapter_hf.simulation.delays import delay_table, evaluate_delays, read_
 from vla_adapter_hf.simulation.evaluate import evaluate
 from vla_adapter_hf.simulation.intervals import mean_interval
 from vla_adapter_hf.simulation.results import read_results
-from vla_adapter_hf.simulation.settings import DelaySettings, EvaluationSettings
-
-
-STRATEGIES = ("sync", "async", "async-rolled")
+from vla_adapter_hf.simulation.settings import DELAY_STRATEGIES, DelaySettings, EvaluationSettings
 
 
 class SlowPolicy(SeeingPolicy):
@@ -34,7 +31,7 @@ def silent(line: str) -> None:
 
 
 def play_grid(output: Path, report=silent, policy=None, suite=None, **settings):
-    given = {"delays": (0, 4), "strategies": STRATEGIES, "episodes": 2, "processes": 0, "step_limit": 200}
+    given = {"delays": (0, 4), "strategies": DELAY_STRATEGIES, "episodes": 2, "processes": 0, "step_limit": 200}
     policy, suite = policy or SeeingPolicy(), suite or PointSuite()
     return evaluate_delays(policy, suite, output, DelaySettings(**{**given, **settings}), report)
 
@@ -71,14 +68,14 @@ def test_the_plot_is_small_enough_for_documentation(tmp_path):
 
 def test_without_a_delay_all_strategies_execute_the_same(tmp_path):
     actions = []
-    for strategy in STRATEGIES:
+    for strategy in DELAY_STRATEGIES:
         settings = EvaluationSettings(
             tasks=[0], episodes=1, processes=0, strategy=strategy, step_limit=60, save_actions=True
         )
         evaluate(SlowPolicy(), PointSuite(), tmp_path / strategy, settings, silent)
         actions.append(np.load(tmp_path / strategy / "actions" / "00-0000.npy"))
     assert len(actions[0]) > 16
-    assert np.array_equal(actions[0], actions[1]) and np.array_equal(actions[0], actions[2])
+    assert all(np.array_equal(actions[0], others) for others in actions[1:])
 
 
 def test_the_steps_that_a_sync_robot_stands_still_count(tmp_path):
@@ -154,7 +151,8 @@ def test_settings_that_cannot_be_played_are_refused_before_anything_is():
     for settings, message in (
         ({"delays": ()}, "must name at least one each"),
         ({"delays": (0, -1)}, "delay must be 0 or more"),
-        ({"delays": (4,), "strategies": ("late",)}, "strategy must be one of"),
+        ({"delays": (4,), "strategies": ("late",)}, "strategy must be one of sync, async, async-rolled, got 'late'$"),
+        ({"strategies": ("sync", "ensemble"), "execute": 4}, "got 'ensemble'; give ensemble=0 instead"),
         ({"delay": 4}, "give delays and strategies"),
     ):
         with pytest.raises(ValueError, match=message):

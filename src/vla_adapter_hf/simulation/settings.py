@@ -13,6 +13,7 @@ from vla_adapter_hf.simulation.shards import Shard
 DEFAULT_EPISODES = 50  # per task, where a suite does not say otherwise
 CONTROL_RATE = 20  # steps per second in LIBERO
 CALVIN_RATE = 30  # the same in CALVIN
+DELAY_STRATEGIES = ("sync", "async", "async-rolled")  # what a robot does meanwhile; `ensemble` is a setting of its own
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,9 @@ class EvaluationSettings:
             raise ValueError(f"delay must be 0 or more control steps, got {self.delay}")
         if self.step_limit is not None and self.step_limit < 1:
             raise ValueError(f"step_limit must be at least 1 step, got {self.step_limit}")
+        if self.strategy not in DELAY_STRATEGIES:
+            advice = "; give ensemble=0 instead, which averages chunks" if self.strategy == "ensemble" else ""
+            raise ValueError(f"strategy must be one of {', '.join(DELAY_STRATEGIES)}, got {self.strategy!r}{advice}")
         self.chunk_strategy()
         if self.shard is not None:
             Shard.parse(self.shard)
@@ -123,7 +127,7 @@ class EvaluationSettings:
         """
         if self.ensemble is None:
             return ChunkStrategy(StrategySettings(self.strategy, self.execute))
-        if self.strategy not in ("sync", "ensemble"):
+        if self.strategy != "sync":
             raise ValueError(f"ensemble={self.ensemble:g} does not go with strategy={self.strategy!r}")
         return ChunkStrategy(StrategySettings("ensemble", self.execute, self.ensemble))
 
