@@ -20,7 +20,8 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.robots import get_robot
 from vla_adapter_hf.serving.app import VLLM_OMNI_PATH
-from vla_adapter_hf.serving.errors import PredictionFailed
+from vla_adapter_hf.serving.errors import PredictionFailed, StateOutOfRange
+from vla_adapter_hf.serving.example import example_observation
 from vla_adapter_hf.serving.policy import ActionRules, ServedPolicy
 from vla_adapter_hf.serving.settings import ServeSettings
 from vla_adapter_hf.serving.vla_eval import VlaEvalEndpoint
@@ -428,6 +429,37 @@ def test_a_state_in_other_units_is_the_clients_error_in_every_protocol_on_reques
         for protocol in ("vllm-omni", "openpi", "vla-eval", "act"):
             assert f'vla_adapter_errors_total{{kind="out_of_range",protocol="{protocol}"}} 1.0' in metrics
         assert "actions" in ask_once(running, {**observation, "state": mean})
+
+
+@pytest.fixture
+def model_in_millimetres(embedded_policy):
+    """Its statistics say that states of 200...600 are usual, so that LIBERO's, in metres, are far from them."""
+    model = copy.deepcopy(embedded_policy.model)
+    proprio = model.config.norm_stats["libero_object"]["proprio"]
+    for name, value in (("min", 200.0), ("q01", 200.0), ("mean", 400.0), ("q99", 600.0), ("max", 600.0)):
+        proprio[name] = [value] * 8
+    return model
+
+
+def test_warming_up_does_not_use_up_the_warning_of_a_wrong_unit(
+    model_in_millimetres, embedded_policy, observation, caplog
+):
+    policy = ServedPolicy(model_in_millimetres, embedded_policy.processor, ServeSettings(), embedded_policy.rules)
+    policy.warm_up()
+    assert "far outside" not in caplog.text
+    policy.predict([policy.prepare(policy_observation(policy, observation))])
+    assert "state is far outside the range of the training data" in caplog.text
+
+
+def test_a_model_in_other_units_than_the_example_starts_where_a_wrong_unit_is_an_error(
+    model_in_millimetres, embedded_policy, observation
+):
+    settings = ServeSettings(out_of_range="error")
+    policy = ServedPolicy(model_in_millimetres, embedded_policy.processor, settings, embedded_policy.rules)
+    policy.warm_up()
+    with pytest.raises(StateOutOfRange, match="far outside"):
+        policy.prepare(policy_observation(policy, observation))
+    assert np.array_equal(example_observation(policy.config).state, [400.0] * 8)  # the page's
 
 
 def test_a_processor_with_other_settings_than_the_models_is_refused(embedded_policy, observation):

@@ -8,6 +8,7 @@ import numpy as np
 
 from vla_adapter_hf.checkpoints.saving import synthetic_observation
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
+from vla_adapter_hf.modeling.normalization_vla_adapter import find_out_of_range
 from vla_adapter_hf.recording.played_episode import embedded_episode
 
 
@@ -21,9 +22,14 @@ class ExampleObservation:
 
 
 def example_observation(config: VLAAdapterConfig) -> ExampleObservation:
-    """The first observation of the embedded LIBERO episode, for models that it fits; made-up frames for others."""
+    """The first observation of the embedded LIBERO episode, for models that it fits; made-up frames for others.
+
+    It fits a model of two cameras whose states have as many values and the same units.
+    """
     episode = embedded_episode()
-    if config.num_cameras == 2 and config.proprio_dim == episode.states.shape[1]:
+    state = episode.states[:1]
+    fits_in_size = config.num_cameras == 2 and config.proprio_dim == state.shape[1]
+    if fits_in_size and not any(find_out_of_range(state, stats["proprio"]) for stats in config.norm_stats.values()):
         images = dict(zip(config.cameras, episode.frames[0], strict=True))
         return ExampleObservation(images, episode.instruction, episode.states[0])
     made_up = synthetic_observation(config)

@@ -95,7 +95,7 @@ class ObservationReader:
         """
         if not isinstance(message, dict) or not all(isinstance(key, str) for key in message):
             raise InvalidRequest(f"an observation must be a map with names as keys, got {type(message).__name__}.")
-        message = {_without_prefix(key): value for key, value in message.items()}
+        message = _with_plain_names(message)
         request_id = message.get("request_id")
         if request_id is not None and not (isinstance(request_id, (int, str)) and len(str(request_id)) <= 64):
             raise InvalidRequest("request_id must be a number or a string of at most 64 characters.")
@@ -124,6 +124,10 @@ class ObservationReader:
             for name, frame in images.items():
                 if not _is_frame(frame):
                     raise InvalidRequest(f"images[{name[:40]!r}] must be a frame, got {type(frame).__name__}.")
+            images = _with_plain_names(images)
+            twice = sorted(sent.keys() & images.keys())
+            if twice:
+                raise InvalidRequest(f"the observation and its images both have {twice[0][:40]!r}; send one frame.")
             sent |= images
         found = {self.renames[name]: frame for name, frame in sent.items() if name in self.renames}
         rest = {name: frame for name, frame in sent.items() if name not in self.renames}
@@ -142,6 +146,20 @@ class ObservationReader:
             f"{sorted(name[:40] for name in sent)[:10]}. Send the model's names, or start the server with "
             f"--camera theirs={camera}."
         )
+
+
+def _with_plain_names(message: dict[str, Any]) -> dict[str, Any]:
+    """The entries without the protocols' prefixes; an entry of None is as one that is not there.
+
+    Raises:
+        InvalidRequest: two entries have the same name then.
+    """
+    given: dict[str, str] = {}
+    for key, value in message.items():
+        name = _without_prefix(key)
+        if value is not None and given.setdefault(name, key) != key:
+            raise InvalidRequest(f"{given[name][:40]} and {key[:40]} are the same entry; send one.")
+    return {name: message[key] for name, key in given.items()}
 
 
 def _without_prefix(key: str) -> str:

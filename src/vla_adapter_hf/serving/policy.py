@@ -141,6 +141,15 @@ class ServedPolicy:
             InvalidRequest: the observation does not fit the model; the message names the field.
             StateOutOfRange: with `out_of_range="error"`, a state far outside the training data.
         """
+        inputs = self._inputs(observation)
+        if self.settings.out_of_range == "error":
+            try:
+                self.model.check_state_range(inputs["state"], self.rules.unnorm_key)
+            except ValueError as error:
+                raise StateOutOfRange(str(error)) from error
+        return PreparedObservation(observation, inputs)
+
+    def _inputs(self, observation: Observation) -> dict[str, Any]:
         try:
             frames = [
                 decode_image(frame, camera, self.settings.max_frame_bytes)
@@ -150,15 +159,9 @@ class ServedPolicy:
                 images = self.processor.image_processor
                 frames = [pad_to_square(images.process_image(frame, do_convert_rgb=True)) for frame in frames]
             state = np.asarray(observation.state, np.float64)[None]
-            inputs = self.processor(images=[frames], text=[observation.instruction], state=state)
+            return dict(self.processor(images=[frames], text=[observation.instruction], state=state))
         except (ValueError, TypeError) as error:
             raise InvalidRequest(str(error)) from error
-        if self.settings.out_of_range == "error":
-            try:
-                self.model.check_state_range(state, self.rules.unnorm_key)
-            except ValueError as error:
-                raise StateOutOfRange(str(error)) from error
-        return PreparedObservation(observation, dict(inputs))
 
     def predict(self, batch: Sequence[PreparedObservation]) -> list[Chunk]:
         """One chunk per observation, predicted at once.
@@ -168,22 +171,28 @@ class ServedPolicy:
         Raises:
             ValueError: the model's actions are not finite.
         """
-        rows = [prepared.inputs for prepared in batch]
+        return self._predict([prepared.inputs for prepared in batch], self.settings.out_of_range)
+
+    def _predict(self, rows: list[dict[str, Any]], out_of_range: str) -> list[Chunk]:
+        count = len(rows)
         if self.batch_sizes is not None:
-            size = next(size for size in self.batch_sizes if size >= len(rows))
-            rows += [rows[-1]] * (size - len(rows))
+            size = next(size for size in self.batch_sizes if size >= count)
+            rows = rows + [rows[-1]] * (size - count)
         actions = self.model.predict_action(
-            **_joined(rows), unnorm_key=self.rules.unnorm_key, out_of_range=self.settings.out_of_range
+            **_joined(rows), unnorm_key=self.rules.unnorm_key, out_of_range=out_of_range
         )
-        return [self.rules.apply(chunk) for chunk in actions[: len(batch)]]
+        return [self.rules.apply(chunk) for chunk in actions[:count]]
 
     def warm_up(self) -> None:
-        """Predict once for every batch size that has a graph of its own, so that no robot waits for the first time."""
+        """Predict once for every batch size that has a graph of its own, so that no robot waits for the first time.
+
+        The state is made up. Out of range, it is no error, and does not use up the warning that a client's needs.
+        """
         example = example_observation(self.config)
         frames = tuple(example.images.values())
-        prepared = self.prepare(Observation(frames, example.instruction, example.state, arrived=0.0))
+        inputs = self._inputs(Observation(frames, example.instruction, example.state, arrived=0.0))
         for size in self.batch_sizes or (1,):
-            self.predict([prepared] * size)
+            self._predict([inputs] * size, out_of_range="ignore")
 
     def frames_as_seen(self, prepared: PreparedObservation) -> list[np.ndarray]:
         """The frames that the vision towers see, uint8 `(height, width, 3)`: un-normalised `pixel_values`."""
