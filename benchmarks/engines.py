@@ -12,7 +12,8 @@ tokenizer.
 
 All programs are loaded first and then predict once each in turn, while no and while some other processes compute. The
 peak is the memory of a process with one prediction, above that after imports. --also adds a program, such as the
-original, which must answer as docs/speed.md says.
+original, which must answer as docs/speed.md says. It starts with OMP_WAIT_POLICY and GOMP_SPINCOUNT as they are set
+for this script; the line below the table says how the threads of the other rows wait.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -79,7 +81,7 @@ def main() -> None:
         load = loading.get(name, {})
         cells += [f"{load[key]:.2f}" if key in load else "" for key in ("seconds", "peak")]
         print(f"| {name} | {' | '.join(cells)} |")
-    print_notes(arguments, errors)
+    print_notes(arguments, errors, loading[TORCH]["waiting"])
 
 
 def check_folder(arguments: argparse.Namespace) -> None:
@@ -105,8 +107,9 @@ def measured_errors(folder: Path, name: str) -> dict[str, float]:
     return {**errors, "observations": stored["checked_on"], "kept": len(stored["kept"])}
 
 
-def print_notes(arguments: argparse.Namespace, errors: dict[str, dict[str, float]]) -> None:
+def print_notes(arguments: argparse.Namespace, errors: dict[str, dict[str, float]], waiting: str) -> None:
     print(f"\n{arguments.threads} threads, prompts of {arguments.prompt_tokens} tokens; errors of normalised actions.")
+    print(f"PyTorch and OpenVINO: {waiting} waiting of OpenMP's threads. Programs of --also: with their own waiting.")
     for name, measured in errors.items():
         if measured:
             kept = f", {measured['kept']} blocks kept in higher precision" if name == INT8 else ""
@@ -142,8 +145,8 @@ def exports(checkpoint: str, arguments: argparse.Namespace) -> dict[str, list[st
     return found
 
 
-def measure_loading(words: list[str], folder: Path) -> dict[str, float]:
-    """Seconds to load, and GiB at the peak up to the first prediction, in a process of its own."""
+def measure_loading(words: list[str], folder: Path) -> dict[str, Any]:
+    """Seconds to load, GiB at the peak up to the first prediction, and how threads wait, in a process of its own."""
     output = folder / "loading.json"
     subprocess.run(
         [*COMMAND, "bench", *words, "--runs", "1", "--warmup", "0", "--output", str(output)],
@@ -152,7 +155,8 @@ def measure_loading(words: list[str], folder: Path) -> dict[str, float]:
     )
     report = json.loads(output.read_text(encoding="utf-8"))
     output.unlink()
-    return {"seconds": report["load"]["seconds"], "peak": report["memory"]["peak"] / 2**30}
+    peak = report["memory"]["peak"] / 2**30
+    return {"seconds": report["load"]["seconds"], "peak": peak, "waiting": report["waiting"]}
 
 
 def take_turns(commands: dict[str, str], runs: int, numbers: list[int]) -> dict[int, dict[str, list[float]]]:

@@ -27,7 +27,7 @@ TRAVELLING = ("modeling", "processing")
 TRAVELLING_MAY_IMPORT = {"torch", "transformers", "huggingface_hub", "numpy", "PIL", "simplejpeg"}
 # A room imports rooms of the lines above it only, inside functions too.
 LAYERS = (
-    {"_version", "modeling", "processing", "utils"},
+    {"_passive_waiting", "_version", "modeling", "processing", "utils"},
     {"robots"},
     {"checkpoints"},
     {"init", "data", "robot"},

@@ -19,6 +19,7 @@ from transformers import AutoModel, AutoProcessor
 from typer.testing import CliRunner
 
 from vla_adapter_cli import app
+from vla_adapter_hf import _passive_waiting
 from vla_adapter_hf.bench import measures
 from vla_adapter_hf.bench.busy import busy_processes
 from vla_adapter_hf.bench.measures import (
@@ -124,6 +125,7 @@ class TestReport:
         text = "\n".join(report[1])
         for word in ("image preparation", *STAGES, "prediction of 1", "prediction of 3", "matrix product", "in turn"):
             assert word in text
+        assert f"ms ({report[0]['waiting']} waiting), theirs 12500.0 ms (with its own waiting)" in text
 
 
 class TestMeasures:
@@ -333,6 +335,17 @@ class TestTurns:
         text = f"import sys\nfor line in sys.stdin:\n    print({answer!r}, flush=True)\n    raise SystemExit(3)\n"
         with OtherProgram(program(tmp_path, text)) as other, pytest.raises(ValueError, match="exit code 3"):
             other.predict()
+
+    def test_it_waits_as_the_user_chose_and_not_as_this_package_chooses_for_itself(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(_passive_waiting, "ADDED", {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"})
+        monkeypatch.setenv("OMP_WAIT_POLICY", "passive")  # as the package has set it
+        monkeypatch.setenv("GOMP_SPINCOUNT", "7")  # as the user has set it after that
+        answer = "float(os.environ['GOMP_SPINCOUNT']) if 'OMP_WAIT_POLICY' not in os.environ else 1.0"
+        text = (
+            f"import json, os, sys\nfor _ in sys.stdin:\n    print(json.dumps({{'seconds': {answer}}}), flush=True)\n"
+        )
+        with OtherProgram(program(tmp_path, text)) as other:
+            assert other.predict() == 7.0
 
     def test_a_program_that_is_not_there_is_named(self):
         with pytest.raises(ValueError, match="no-such-program"):

@@ -206,20 +206,24 @@ def test_messages_speak_of_options(message, expected):
 @pytest.mark.parametrize(
     "imports, given, expected",
     [
-        ("vla_adapter_hf", {}, "passive 0 True"),
-        ("vla_adapter_hf", {"OMP_WAIT_POLICY": "active"}, "active None False"),
-        ("vla_adapter_hf", {"OMP_WAIT_POLICY": "passive"}, "passive None True"),
-        ("vla_adapter_hf", {"GOMP_SPINCOUNT": "300000"}, "None 300000 False"),
+        ("vla_adapter_hf", {}, "passive 0 True None None"),
+        ("vla_adapter_hf", {"OMP_WAIT_POLICY": "active"}, "active None False active None"),
+        ("vla_adapter_hf", {"OMP_WAIT_POLICY": "passive"}, "passive None True passive None"),
+        ("vla_adapter_hf", {"GOMP_SPINCOUNT": "300000"}, "None 300000 False None 300000"),
         # OpenMP has read its settings, so the environment must not claim something else.
-        ("torch, vla_adapter_hf", {}, "None None False"),
+        ("torch, vla_adapter_hf", {}, "None None False None None"),
     ],
 )
 def test_threads_wait_passively_unless_torch_was_imported_before_or_the_user_says_otherwise(imports, given, expected):
-    """Every command and `python -m vla_adapter_hf.cli` import the package before torch."""
+    """Every command and `python -m vla_adapter_hf.cli` import the package before torch.
+
+    Other programs that are measured get the variables as the user has set them.
+    """
     variables = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     program = (
         f"import os, {imports}; from vla_adapter_hf.utils.devices import waits_passively; "
-        f"print(*map(os.environ.get, {variables}), waits_passively())"
+        "from vla_adapter_hf._passive_waiting import users_environment; "
+        f"print(*map(os.environ.get, {variables}), waits_passively(), *map(users_environment().get, {variables}))"
     )
     environment = {name: value for name, value in os.environ.items() if name not in variables} | given
     done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)

@@ -87,9 +87,10 @@ def all_blocks() -> Iterator[Block]:
 
 
 def command_lines(block: Block) -> list[str]:
-    """A shell block's commands, each on one line, without comments."""
+    """A shell block's commands, each on one line, without comments and without the variables of a leading `env`."""
     lines = block.text.replace("\\\n", " ").splitlines()
-    return [line for line in (re.sub(r"\s#.*", "", f" {line}").strip() for line in lines) if line]
+    lines = [re.sub(r"\s#.*", "", f" {line}").strip() for line in lines]
+    return [re.sub(r"^env (\w+=\S+\s+)+", "", line) for line in lines if line]
 
 
 def commands(pattern: str) -> list:

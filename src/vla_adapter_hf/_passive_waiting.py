@@ -9,5 +9,14 @@ import os
 import sys
 
 
+# What this module has set. The user has not.
+ADDED: dict[str, str] = {}
+
 if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
-    os.environ.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"})
+    ADDED.update({"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"})
+    os.environ.update(ADDED)
+
+
+def users_environment() -> dict[str, str]:
+    """The environment for programs that are not ours: without what this module has set."""
+    return {name: value for name, value in os.environ.items() if ADDED.get(name) != value}

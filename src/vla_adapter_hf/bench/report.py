@@ -52,10 +52,13 @@ def _others(busy: int) -> str:
     return f"{busy} other {'process' if busy == 1 else 'processes'} computing, " if busy else ""
 
 
-def comparison(against: dict[str, Any]) -> str:
-    """The line about another program."""
+def comparison(against: dict[str, Any], waiting: str) -> str:
+    """The line about another program. `waiting` is what our own threads do, `"passive"` or `"active"`."""
     ours, theirs = (against[side]["p50"] * 1e3 for side in ("ours", "theirs"))
-    return f"ours {ours:.1f} ms, theirs {theirs:.1f} ms; by pairs of turns {against['ratio']:.2f} x as fast"
+    return (
+        f"ours {ours:.1f} ms ({waiting} waiting), theirs {theirs:.1f} ms (with its own waiting); by pairs of turns "
+        f"{against['ratio']:.2f} x as fast"
+    )
 
 
 def _row(name: str, times: dict[str, float]) -> str:

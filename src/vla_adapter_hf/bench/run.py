@@ -83,7 +83,7 @@ def bench(
             report_progress(f"in turn with {against}")
             with busy_processes(settings.busy):
                 report["against"] = _take_turns(subject, settings, against)
-            report_progress(comparison(report["against"]))
+            report_progress(comparison(report["against"], report["waiting"]))
             _write(report, output)
     return report
 
