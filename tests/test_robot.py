@@ -322,6 +322,21 @@ class TestLoop:
         assert report.failures == 2 and report.queries >= 3
         assert np.isfinite(robot.sent).all()
 
+    def test_an_answer_about_an_old_observation_is_not_executed_and_a_new_one_is_asked_about(self):
+        policy, robot = CountingPolicy(), RecordingRobot()
+        observe, predict, observed = robot.get_observation, policy.predict, []
+        robot.get_observation = lambda: observed.append(0) or observe()
+
+        def after_an_outage(*arguments):
+            time.sleep(0.0 if policy.queries else 0.5)
+            return predict(*arguments)
+
+        policy.predict = after_an_outage
+        settings = LoopSettings(fps=100, max_age=0.3)
+        report = run(policy, robot, "go", settings, on_step=lambda step: step.position == CHUNK - 1)
+        assert (report.failures, report.queries, len(observed)) == (1, 1, 2)
+        assert {action[0] for action in robot.sent} == {1.0}  # the first chunk's are 0
+
     def test_the_watchdog_can_end_the_loop(self):
         policy, robot = CountingPolicy(), RecordingRobot()
         predict = policy.predict
@@ -418,6 +433,14 @@ class TestInterface:
         run(policy, RecordingRobot(), "go", LoopSettings(fps=200, max_steps=2))
         assert "recordings of 20 frames a second" in caplog.text
 
+    def test_frames_stay_as_they_were_when_a_camera_writes_into_the_same_memory(self):
+        robot, memory = RecordingRobot(), np.zeros((8, 8, 3), np.uint8)
+        observe = robot.get_observation
+        robot.get_observation = lambda: observe() | {"top": memory}
+        frames, _ = RobotInterface(robot, ["top"]).read()
+        memory += 1
+        assert not frames["top"].any()
+
     def test_a_state_that_is_not_finite_is_named(self):
         robot = RecordingRobot()
         observe = robot.get_observation
@@ -440,7 +463,8 @@ def test_a_checkpoint_moves_a_robot(tmp_path, published_pro):
             return values | dict(zip(policy.cameras, observation["images"], strict=True))
 
     arm = Arm()
-    settings = LoopSettings(fps=50, late_after=60, give_up_after=120, strategy=StrategySettings("async"))
+    strategy = StrategySettings("async")
+    settings = LoopSettings(fps=50, late_after=60, give_up_after=120, max_age=120, strategy=strategy)
     report = run(policy, arm, observation["text"], settings, on_step=lambda step: step.query >= 1)
     assert report.queries >= 2 and report.failures == 0
     expected = policy.predict(

@@ -157,7 +157,8 @@ def test_the_loop_drives_an_arm_by_a_client(embedded_policy, observation):
     from vla_adapter_hf.robot import LoopSettings, StrategySettings, run
 
     arm = RecordedArm(observation)
-    settings = LoopSettings(fps=20, strategy=StrategySettings("async"), max_steps=60, late_after=30, give_up_after=60)
+    strategy = StrategySettings("async")
+    settings = LoopSettings(fps=20, strategy=strategy, max_steps=60, late_after=30, give_up_after=60, max_age=60)
     with (
         server_thread(embedded_policy, ServeSettings()) as running,
         PolicyClient(f"ws://127.0.0.1:{running.port}", session="arm") as client,
@@ -291,6 +292,7 @@ def test_the_loop_solves_a_libero_episode_by_a_server_in_another_process(strateg
         max_steps=400,
         late_after=60,
         give_up_after=120,
+        max_age=60,
     )
     with ServerProcess(free_port()) as server:
         server.start()

@@ -116,8 +116,7 @@ class EpisodeRecorder:
             frame = step.images[camera]
             if frame.shape[:2] != size:
                 raise ValueError(f"camera {camera!r} gives frames of {frame.shape[:2]} pixels, the robot says {size}")
-            # A copy: a camera may write its next frame into the same memory.
-            self._frames[camera].append(self._threads.submit(encode_image, frame.copy(), self.image_format))
+            self._frames[camera].append(self._threads.submit(encode_image, frame, self.image_format))
         self._steps.append(step)
 
     def end(self, report: LoopReport) -> None:

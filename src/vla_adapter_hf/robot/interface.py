@@ -79,6 +79,8 @@ class RobotInterface:
     def read(self) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The frames by the model's camera names, uint8 (height, width, 3), and the state (S,) float64.
 
+        Frames are copies: a camera may write its next frame into the same memory.
+
         Raises:
             ValueError: a frame or a number is missing, a number is not finite, or a frame is no uint8 RGB image.
         """
@@ -88,7 +90,7 @@ class RobotInterface:
             raise ValueError(f"the robot's observation lacks {', '.join(missing)}")
         frames = {}
         for camera, name in self.cameras.items():
-            frame = np.asarray(observation[name])
+            frame = np.array(observation[name])
             if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
                 raise ValueError(
                     f"camera {name!r} must give uint8 RGB frames (height, width, 3), got {frame.dtype} {frame.shape}"

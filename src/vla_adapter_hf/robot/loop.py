@@ -55,6 +55,9 @@ class LoopSettings:
             `"hold"` keeps the arm where it is, `"last"` repeats the last action, `"stop"` ends the loop.
         late_after: seconds without an action of a chunk after which steps count as late, and `"stop"` ends the loop.
         give_up_after: seconds without an action of a chunk after which the loop ends with an error.
+        max_age: seconds from the beginning of an observation until its chunk is there. An older chunk, as after a
+            server was away, is not executed: it counts as a failure, and a new observation is asked about. A policy
+            that needs longer needs more.
         delta_actions: for each action dimension whether it is a change, such as a motion or a speed, and not a target.
             To hold means 0 for changes and the last value for targets. None: as the policy's robot preset says. Where
             there is none, all are taken as targets: to hold then repeats the last action, and an arm that takes
@@ -74,6 +77,7 @@ class LoopSettings:
     watchdog: str = "hold"
     late_after: float = 1.0
     give_up_after: float = 10.0
+    max_age: float = 5.0
     delta_actions: Sequence[bool] | None = None
     state_model: StateModel | None = None
     limits: tuple[ArrayLike, ArrayLike] | None = None
@@ -87,6 +91,8 @@ class LoopSettings:
             raise ValueError(
                 f"late_after must be above 0 and at most give_up_after, got {self.late_after} and {self.give_up_after}"
             )
+        if not self.max_age > 0:
+            raise ValueError(f"max_age must be a number of seconds above 0, got {self.max_age}")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1 or None, got {self.max_steps}")
         if self.limits is not None:
@@ -287,6 +293,7 @@ class _Loop:
         self.answer: Future | None = None
         self.asked_at = self.acted_at = 0.0  # the last query, and the last action of a chunk
         self.sent_at = -math.inf  # the last action of any source
+        self.observed_at = 0.0  # the observation that the policy was asked about last
         self.error: Exception | None = None
         self.recent: deque[float] = deque(maxlen=REMEMBERED_LATENCIES)
 
@@ -321,9 +328,11 @@ class _Loop:
         self._take_answer()
         images = state = None
         wants_chunk = self.strategy.wants_chunk(self._delay())
+        began = time.monotonic()
         if wants_chunk or self.record is not None:
             images, state = self.interface.read()
         if wants_chunk:
+            self.observed_at = began
             self._ask(images, state)
         action, source = self.strategy.next_action(), "chunk"
         if action is not None:
@@ -378,11 +387,17 @@ class _Loop:
         seconds = time.monotonic() - self.asked_at
         try:
             result = answer.result()
+            age = time.monotonic() - self.observed_at
+            if age > self.settings.max_age:
+                raise ValueError(
+                    f"the chunk is about what the robot saw {age:.1f} s ago, and max_age is {self.settings.max_age:g} "
+                    "s. If the policy always needs that long, raise LoopSettings.max_age"
+                )
             chunk = np.asarray(getattr(result, "actions", result))
             if chunk.ndim != 2 or chunk.shape[1] != self.policy.action_dim:
                 raise ValueError(f"a chunk must have shape (K, {self.policy.action_dim}), got {chunk.shape}")
             self.strategy.answer(chunk)
-        except Exception as error:  # the policy's own, or a chunk that cannot be executed
+        except Exception as error:  # the policy's own, or a chunk that cannot or must not be executed
             self.error = error
             self.report.failures += 1
             self.strategy.give_up()
