@@ -368,6 +368,38 @@ class TestLoop:
         assert report.ended_by == "interrupt" and report.steps < 20
         assert robot.sent[-1].tolist() == [0.0, 0.0, 1.0] and robot.calls[-1] == "disconnect"
 
+    @pytest.mark.parametrize("error", [OSError("no camera"), KeyboardInterrupt()])
+    @pytest.mark.parametrize("can_disconnect", [True, False])
+    def test_a_robot_whose_connection_failed_half_way_is_disconnected(self, error, can_disconnect, caplog):
+        robot = RecordingRobot()
+        disconnect = robot.disconnect
+
+        def fail() -> None:
+            robot.calls.append("connect")
+            raise error
+
+        def refuse() -> None:
+            disconnect()
+            raise RuntimeError("not connected")
+
+        robot.connect = fail
+        if not can_disconnect:
+            robot.disconnect = refuse
+        with pytest.raises(type(error)):
+            run(CountingPolicy(), robot, "go")
+        assert robot.calls == ["connect", "disconnect"] and not robot.sent
+        assert ("may be open still: not connected" in caplog.text) is not can_disconnect
+
+    def test_an_error_of_disconnect_is_raised(self):
+        robot = RecordingRobot()
+
+        def fail() -> None:
+            raise OSError("the motors are still on")
+
+        robot.disconnect = fail
+        with pytest.raises(OSError, match="the motors are still on"):
+            run(CountingPolicy(), robot, "go", LoopSettings(fps=200, max_steps=2))
+
     def test_rolled_states_reach_the_policy(self):
         policy = CountingPolicy(seconds=0.02)
         model = StateModel(((1, 1),))

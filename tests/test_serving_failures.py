@@ -78,6 +78,31 @@ def test_a_killed_harness_counts_as_no_error_and_leaves_no_traceback(embedded_po
     assert not caplog.records and "Traceback" not in capfd.readouterr().err
 
 
+def test_a_closed_client_ends_its_query_and_frees_its_session(embedded_policy, observation):
+    """As a loop does that ends while the policy thinks: the query's thread is left behind."""
+    with server_thread(embedded_policy, ServeSettings()) as running, ThreadPoolExecutor(1) as robots:
+        url = f"ws://127.0.0.1:{running.port}"
+        with model_is_busy(running, observation):
+            with PolicyClient(url, session="arm") as client:
+                left = robots.submit(ask, client, observation)
+                wait_until(lambda: running.services.engine._queue.qsize() == 1)
+            with pytest.raises(ConnectionError, match="the client was closed before an answer came"):
+                left.result(10)
+        with PolicyClient(url, session="arm", give_up_after=10) as another:
+            assert ask(another, observation).actions.shape == (8, 7)
+
+
+def test_a_closed_client_does_not_come_back_after_an_outage(embedded_policy, observation):
+    with ThreadPoolExecutor(1) as robots:
+        with server_thread(embedded_policy, ServeSettings()) as running:
+            client = PolicyClient(f"ws://127.0.0.1:{running.port}", session="arm")
+        left = robots.submit(ask, client, observation)
+        wait_until(lambda: client._connection is None)
+        client.close()
+        with pytest.raises(ConnectionError, match="the client was closed before an answer came"):
+            left.result(10)
+
+
 def test_a_client_asks_again_while_the_queue_is_full_and_gets_its_own_answer(embedded_policy, observation):
     one, two = variants(observation, 3)[1:]
     with (

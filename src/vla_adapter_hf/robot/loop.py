@@ -185,8 +185,8 @@ def run(
 ) -> LoopReport:
     """Let a policy move a robot.
 
-    The robot is connected first and disconnected in the end, whatever happens. Ctrl-C ends the loop: the watchdog's
-    action is sent once more, so that the arm comes to rest.
+    The robot is connected first and disconnected in the end, whatever happens, also if connecting fails. Ctrl-C ends
+    the loop: the arm is sent the action that holds it, so that it comes to rest.
 
     Args:
         policy: a [`LocalPolicy`] or a `PolicyClient`; it is asked in a thread of its own, one query at a time.
@@ -223,8 +223,7 @@ def run(
         if record is not None:
             record.begin(interface, instruction, settings.fps)
             ending.callback(record.end, loop.report)
-        robot.connect()
-        ending.callback(robot.disconnect)
+        _connect(robot, ending)
         ending.callback(loop.come_to_rest)
         try:
             loop.run(on_step)
@@ -234,6 +233,23 @@ def run(
             loop.report.ended_by = "error"
             raise
     return loop.report
+
+
+def _connect(robot: Robot, ending: ExitStack) -> None:
+    """Connect the robot, and disconnect it when `ending` ends: also what an error or Ctrl-C left half connected."""
+    is_connected = False
+
+    def disconnect() -> None:
+        try:
+            robot.disconnect()
+        except Exception as error:
+            if is_connected:
+                raise
+            logger.warning("connect() failed, and then disconnect() too; the robot may be open still: %s", error)
+
+    ending.callback(disconnect)
+    robot.connect()
+    is_connected = True
 
 
 def _make_interface(robot: Robot, policy: ChunkPolicy) -> RobotInterface:

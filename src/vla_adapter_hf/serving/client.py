@@ -124,7 +124,8 @@ class PolicyClient:
         self._tls = tls
         self._numbers = itertools.count(1)
         self._connection: ClientConnection | None = None
-        self._open = ExitStack()
+        self._open = ExitStack()  # closes the connection
+        self._closed = threading.Event()  # of the requests until the next close()
         self._turn = threading.Lock()
         self.metadata: dict[str, Any] = {}
         self._persist(lambda: None, time.monotonic())
@@ -205,7 +206,7 @@ class PolicyClient:
         reply, attempts = self._persist(ask, observed_at)
         actions = reply.pop("actions", None)
         if not isinstance(actions, np.ndarray) or actions.ndim != 2 or not np.isfinite(actions).all():
-            self.close()
+            self._disconnect()
             raise PolicyError("bad_reply", "the reply holds no finite (chunk_size, action_dim) array of actions.")
         return Answer(actions, observed_at, attempts, reply)
 
@@ -218,9 +219,10 @@ class PolicyClient:
         self._persist(lambda: self._exchange({"endpoint": "reset"}), time.monotonic())
 
     def close(self) -> None:
-        """End the connection; the next request opens another."""
-        self._connection = None
-        self._open.close()
+        """End the connection and the requests of other threads; a request after that opens another connection."""
+        closed, self._closed = self._closed, threading.Event()
+        closed.set()
+        self._disconnect()
 
     def __enter__(self) -> PolicyClient:
         return self
@@ -232,36 +234,46 @@ class PolicyClient:
 
     def _persist(self, ask: Callable[[], Any], since: float) -> tuple[Any, int]:
         """Try until it works, and say how often. One request at a time: threads that share the client take turns."""
+        closed = self._closed
         with self._turn:
-            return self._persist_alone(ask, since)
+            return self._persist_alone(ask, since, closed)
 
-    def _persist_alone(self, ask: Callable[[], Any], since: float) -> tuple[Any, int]:
+    def _persist_alone(self, ask: Callable[[], Any], since: float, closed: threading.Event) -> tuple[Any, int]:
         wait = FIRST_WAIT
         for attempt in itertools.count(1):
             try:
-                self._ensure_connected()
+                self._ensure_connected(closed)
                 return ask(), attempt
             except PolicyError as error:
                 if not error.may_retry:
                     raise
                 reason: Exception = error
             except (OSError, WebSocketException, TimeoutError, ServingError, msgpack.UnpackException) as error:
-                self.close()  # a late answer to this request must not be taken for one to the next
+                self._disconnect()  # a late answer to this request must not be taken for one to the next
                 reason = error
             pause = wait * random.uniform(0.5, 1.0)  # robots that lost the same server do not return all at once
             if time.monotonic() + pause - since > self.give_up_after:
                 raise ConnectionError(f"{self.url}: no answer within {self.give_up_after:g} s: {reason}") from reason
-            time.sleep(pause)
+            if closed.wait(pause):
+                raise ConnectionError(f"{self.url}: the client was closed before an answer came") from reason
             wait = min(2 * wait, LONGEST_WAIT)
         raise AssertionError("unreachable")
 
-    def _ensure_connected(self) -> None:
+    def _disconnect(self) -> None:
+        self._connection = None
+        opened, self._open = self._open, ExitStack()
+        opened.close()
+
+    def _ensure_connected(self, closed: threading.Event) -> None:
+        if closed.is_set():
+            raise ConnectionError("the client was closed")
         if self._connection is not None:
             return
         headers = {"Authorization": f"Api-Key {self._key}"} if self._key else None
         connecting = partial(connect, self.url, compression=None, max_size=MAX_REPLY_BYTES, ssl=self._tls, proxy=None)
+        opened = ExitStack()
         try:
-            connection = self._open.enter_context(
+            connection = opened.enter_context(
                 connecting(additional_headers=headers, open_timeout=self.timeout, close_timeout=1.0)
             )
         except InvalidStatus as error:
@@ -270,11 +282,13 @@ class PolicyClient:
                 raise
             text = (error.response.body or b"").decode("utf-8", "replace")
             raise PolicyError("refused", f"{self.url} answered {status}: {text}") from error
-        self._connection = connection
+        self._open, self._connection = opened, connection
+        if closed.is_set():  # while this thread connected: close() may not have seen the connection
+            raise ConnectionError("the client was closed")
         metadata = self._receive()
         changed = [name for name in FIXED if self.metadata and metadata.get(name) != self.metadata.get(name)]
         if changed:
-            self.close()
+            self._disconnect()
             raise PolicyError(
                 "changed",
                 f"the server came back with another policy: {', '.join(changed)} changed. Make a new PolicyClient if "
@@ -283,10 +297,9 @@ class PolicyClient:
         self.metadata = metadata
 
     def _exchange(self, request: dict[str, Any]) -> dict[str, Any]:
-        assert self._connection is not None
         if self.session is not None:
             request["session_id"] = self.session
-        self._connection.send(pack(request))
+        self._open_connection().send(pack(request))
         reply = self._receive()
         if reply.get("type") == "error":
             raise PolicyError(str(reply.get("kind")), str(reply.get("message")), bool(reply.get("may_retry")))
@@ -294,9 +307,14 @@ class PolicyClient:
             raise ConnectionError("the reply belongs to another request.")
         return reply
 
+    def _open_connection(self) -> ClientConnection:
+        connection = self._connection
+        if connection is None:
+            raise ConnectionError("another thread closed the connection.")
+        return connection
+
     def _receive(self) -> dict[str, Any]:
-        assert self._connection is not None
-        message = self._connection.recv(timeout=self.timeout)
+        message = self._open_connection().recv(timeout=self.timeout)
         reply = unpack(message, MAX_REPLY_BYTES) if isinstance(message, bytes) else None
         if not isinstance(reply, dict):
             raise ConnectionError(f"the server sent {str(message)[:200]!r}, not a map.")
