@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import sys
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,9 +19,10 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from vla_adapter_hf import VLAAdapterConfig, VLAAdapterForActionPrediction, VLAAdapterProcessor
 from vla_adapter_hf.bench.run import bench
 from vla_adapter_hf.bench.settings import BenchSettings
+from vla_adapter_hf.checkpoints import exported as exported_module
 from vla_adapter_hf.checkpoints.convert import convert
 from vla_adapter_hf.checkpoints.embedded import embedded_folder
-from vla_adapter_hf.checkpoints.exported import ENGINES
+from vla_adapter_hf.checkpoints.exported import ENGINES, load_engine
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.saving import synthetic_observation
 from vla_adapter_hf.data import load_demonstrations
@@ -28,7 +30,7 @@ from vla_adapter_hf.demo.run import demo
 from vla_adapter_hf.doctor.check import check
 from vla_adapter_hf.doctor.settings import PolicySettings
 from vla_adapter_hf.export import export as export_module
-from vla_adapter_hf.export.engines import CONSTANT_LAYERS, CONVERTERS, SHAPE_KINDS, OpenVINOConverter
+from vla_adapter_hf.export.engines import CONSTANT_LAYERS, CONVERTERS, SHAPE_KINDS, ONNXConverter, OpenVINOConverter
 from vla_adapter_hf.export.export import ExportSettings, export
 from vla_adapter_hf.export.graph import example_inputs, trace
 from vla_adapter_hf.export.sensitivity import action_errors, groups_to_keep, layer_groups, rounded_layers
@@ -48,6 +50,7 @@ pytest.importorskip("nncf", reason="needs the extra [openvino]")
 
 RECORDED = str(DEMOS / "lerobot_v30_image")
 CAMERAS = ("observation.images.image", "observation.images.wrist_image")
+EIGHT_BITS = {"precision": "int8", "calibrate": RECORDED, "cameras": CAMERAS, "samples": 6}
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +160,7 @@ def test_bfloat16_is_near(checkpoint, tmp_path):
 
 @pytest.mark.parametrize("engine", ["openvino", pytest.param("onnx", marks=pytest.mark.slow)])
 def test_eight_bits_stay_within_the_allowed_error(checkpoint, tmp_path, engine):
-    settings = {"to": engine, "precision": "int8", "calibrate": RECORDED, "cameras": CAMERAS, "samples": 6}
-    folder = exported(checkpoint, tmp_path / "exported", **settings, error_ratio=6.0)
+    folder = exported(checkpoint, tmp_path / "exported", **EIGHT_BITS, to=engine, error_ratio=6.0)
     # NNCF must not silence the process.
     assert all(handler.level < logging.ERROR for handler in logging.getLogger().handlers)
     record = json.loads((folder / "export.json").read_text())
@@ -196,8 +198,7 @@ def int8_run(two_sets, tmp_path_factory) -> Int8Run:
         run.check += samples
         return exported_predictions(folder, samples)
 
-    settings = {"precision": "int8", "calibrate": RECORDED, "cameras": CAMERAS, "samples": 9, "robot": "libero"}
-    settings |= {"unnorm_key": "chosen", "error_ratio": 1e3}
+    settings = EIGHT_BITS | {"samples": 9, "robot": "libero", "unnorm_key": "chosen", "error_ratio": 1e3}
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(OpenVINOConverter, "quantized", quantized)
         monkeypatch.setattr(export_module, "action_errors", errors)
@@ -242,9 +243,8 @@ class TestRefusedBeforeWeightsAreRead:
         return str(tmp_path / "policy")
 
     def test_a_calibration_that_does_not_say_which_statistics_are_the_datasets(self, without_weights, tmp_path):
-        settings = {"precision": "int8", "calibrate": RECORDED, "cameras": CAMERAS}
         with pytest.raises(ValueError, match="unnorm_key is needed.*: chosen_no_noops, first"):
-            exported(without_weights, tmp_path / "exported", **settings)
+            exported(without_weights, tmp_path / "exported", **EIGHT_BITS)
 
     def test_statistics_that_the_checkpoint_lacks(self, without_weights, tmp_path):
         with pytest.raises(ValueError, match="unnorm_key='third' is not in the model's norm_stats"):
@@ -500,10 +500,114 @@ def test_a_damaged_graph_is_a_sentence_and_other_devices_are_refused(in_onnx, tm
         open_checkpoint(folder).load_model()
 
 
-def test_nothing_is_left_of_an_export_that_fails(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="not recognised|exist"):
-        exported(checkpoint, tmp_path / "exported", precision="int8", calibrate=str(tmp_path))
-    assert list(tmp_path.iterdir()) == []
+class TestAnExportThatPredictsOtherThanTorch:
+    """It is not written. The engine here computes with torch and then errs, as a wrong conversion would."""
+
+    @pytest.fixture
+    def engine(self, checkpoint, monkeypatch):
+        model = open_checkpoint(checkpoint).load_model(dtype="float32")
+        engine = ErringEngine(lambda arrays: export_module._predictions(model, [arrays]))
+        monkeypatch.setattr(exported_module, "load_engine", lambda *args: engine)
+        monkeypatch.setattr(export_module, "trace", lambda *args: None)
+        monkeypatch.setattr(export_module, "CONVERTERS", {"openvino": lambda program: engine})
+        monkeypatch.setattr(
+            export_module, "action_errors", lambda model, samples, groups, _: dict.fromkeys(groups, 0.01)
+        )
+        return engine
+
+    def test_an_error_within_the_tolerance_passes(self, checkpoint, engine, tmp_path):
+        engine.errors = [lambda actions: actions + 9e-5]
+        folder = exported(checkpoint, tmp_path / "exported")
+        assert json.loads((folder / "export.json").read_text())["errors"]["mean"] == pytest.approx(9e-5, rel=0.01)
+
+    @pytest.mark.parametrize(
+        ("precision", "error"), [("fp32", 1.1e-4), ("fp32", np.nan), ("bf16", np.nan), ("bf16", np.inf)]
+    )
+    def test_an_error_above_it_leaves_nothing(self, checkpoint, engine, tmp_path, precision, error):
+        engine.errors = [lambda actions: actions + error]
+        with pytest.raises(RuntimeError, match="verification failed: the exported graph's actions differ by"):
+            exported(checkpoint, tmp_path / "exported", precision=precision)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_nor_does_a_graph_of_any_batch_that_mixes_its_rows(self, checkpoint, engine, tmp_path):
+        engine.errors = [lambda actions: actions[::-1]]
+        with pytest.raises(RuntimeError, match="verification failed"):
+            exported(checkpoint, tmp_path / "exported", dynamic_batch=True)
+        assert list(tmp_path.iterdir()) == [] and engine.batches == [1, 2]
+
+    def test_in_eight_bits_more_blocks_are_kept_until_the_error_is_allowed(self, checkpoint, engine, tmp_path):
+        engine.errors = [lambda actions: actions + 1.0, lambda actions: actions]
+        folder = exported(checkpoint, tmp_path / "exported", **EIGHT_BITS | {"samples": 3})
+        first, second = engine.kept
+        kept = json.loads((folder / "export.json").read_text())["kept"]
+        groups = layer_groups(open_checkpoint(checkpoint).load_model())
+        assert first < second == sum(len(groups[group]) for group in kept)
+
+    @pytest.mark.parametrize("error", [1.0, np.nan])
+    def test_after_three_rounds_nothing_is_left(self, checkpoint, engine, tmp_path, error):
+        engine.errors = [lambda actions: actions + error]
+        with pytest.raises(RuntimeError, match="in eight bits the mean error .* is allowed, 2 times that of bfloat16"):
+            exported(checkpoint, tmp_path / "exported", **EIGHT_BITS | {"samples": 3})
+        assert list(tmp_path.iterdir()) == [] and len(engine.kept) == 3
+
+
+class ErringEngine:
+    """An engine and its converter: what `predict` says, changed.
+
+    Args:
+        predict: from the graph's arrays to normalised actions.
+
+    Attributes:
+        errors: for every time that a graph is written, what becomes of the actions; the last one stays.
+        kept: by round, how many layers were kept in higher precision.
+        batches: the batch sizes that were asked for.
+    """
+
+    def __init__(self, predict) -> None:
+        self.predict, self.model, self.written = predict, None, 0
+        self.errors, self.kept, self.batches = [], [], []
+
+    def quantized(self, calibration, kept_layers):
+        self.kept.append(len(kept_layers))
+
+    def save(self, model, folder, half_weights):
+        self.written += 1
+        for name in ENGINES["openvino"]:
+            (folder / name).touch()
+
+    def __call__(self, arrays):
+        self.batches.append(len(arrays[0]))
+        return self.errors[min(self.written, len(self.errors)) - 1](self.predict(arrays))
+
+
+class TestFilesOfAnONNXGraph:
+    @pytest.fixture(scope="class")
+    def converter(self):
+        class Graph(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.linear = torch.nn.Linear(32, 32)
+
+            def forward(self, input_ids, attention_mask, pixel_values, proprio):
+                return self.linear(proprio)
+
+        with torch.no_grad():
+            return ONNXConverter(torch.export.export(Graph(), (torch.zeros(1, 32),) * 4))
+
+    def test_a_second_round_leaves_nothing_of_the_first(self, converter, tmp_path):
+        for _ in range(2):
+            converter.save(deepcopy(converter.model), tmp_path, half_weights=True)
+            assert (tmp_path / "model.onnx.data").stat().st_size == 32 * 32 * 4
+        inputs = [np.random.default_rng(0).standard_normal((1, 32)).astype(np.float32)] * 4
+        assert load_engine("onnx", tmp_path / "model.onnx", "fp32")(inputs).any()
+
+    def test_they_may_be_written_from_within_another_export(self, converter, tmp_path, monkeypatch):
+        for name in ("one", "other"):
+            (tmp_path / name).mkdir()
+            monkeypatch.chdir(tmp_path / "one")
+            converter.save(deepcopy(converter.model), tmp_path / name, half_weights=True)
+        one, other = ((tmp_path / name / "model.onnx.data").read_bytes() for name in ("one", "other"))
+        assert one == other
 
 
 @pytest.mark.parametrize(("settings", "package"), [({}, "openvino"), ({"to": "onnx"}, "onnxscript")])

@@ -25,6 +25,8 @@ Arrays = list[np.ndarray]
 # The types of nodes that layers become, and of those that only move values, in both engines.
 LAYER_KINDS = ("MatMul", "Gemm", "Conv", "Convolution")
 SHAPE_KINDS = ("Constant", "Convert", "Parameter", "Reshape", "Result", "Squeeze", "Transpose", "Unsqueeze")
+# Bytes of a tensor from which on ONNX stores it outside of the graph's file.
+SMALLEST_OUTSIDE = 1024
 # The policy's first layers have constant inputs, so a converter may compute them once and for all.
 CONSTANT_LAYERS = ("policy.fc_in", *(f"policy.blocks.0.attention.{name}" for name in ("q_proj", "k_self", "v_self")))
 
@@ -111,7 +113,10 @@ class Converter(ABC):
 
     @abstractmethod
     def save(self, model: Any, folder: Path, half_weights: bool) -> None:
-        """Write a model (`self.model` or a quantized one) into a folder, with weights in float16 if wanted."""
+        """Write a model (`self.model` or a quantized one) into a folder, with weights in float16 if wanted.
+
+        Files of an earlier one are replaced. The model is not to be used afterwards.
+        """
 
 
 def _nncf_parameters(nncf: Any) -> Any:
@@ -200,12 +205,19 @@ class ONNXConverter(Converter):
 
     def save(self, model: Any, folder: Path, half_weights: bool) -> None:
         import onnx
+        from onnx.external_data_helper import set_external_data
 
+        graph, weights = (folder / name for name in ENGINES[self.engine])
+        for path in (graph, weights):
+            path.unlink(missing_ok=True)  # onnx would append to the weights of an earlier round
         for node in model.graph.node:
             del node.metadata_props[:]  # where in the source an operation comes from: paths of this machine
-        name, weights = ENGINES[self.engine]
-        # One file holds 2 GB at most, so the weights have their own.
-        onnx.save_model(model, str(folder / name), save_as_external_data=True, location=weights)
+        # One file holds 2 GB at most, so the weights have their own. onnx's option for this refuses to write where the
+        # current folder has a file of that name.
+        for tensor in model.graph.initializer:
+            if len(tensor.raw_data) >= SMALLEST_OUTSIDE:
+                set_external_data(tensor, weights.name)
+        onnx.save_model(model, str(graph))
 
 
 CONVERTERS: dict[str, type[OpenVINOConverter] | type[ONNXConverter]] = {

@@ -187,7 +187,7 @@ def _record(settings: ExportSettings, kept: Sequence[str]) -> dict[str, Any]:
 
 
 def _samples(model: Any, processor: Any, settings: ExportSettings) -> Iterator[Arrays]:
-    """Inputs of the graph for batch 1: from the dataset, or one synthetic observation."""
+    """Inputs of the graph for batch 1: from the dataset, or synthetic ones."""
     recorded: list[Arrays] = []
 
     def remember(arrays: Arrays) -> np.ndarray:
@@ -204,7 +204,12 @@ def _samples(model: Any, processor: Any, settings: ExportSettings) -> Iterator[A
 
 def _observations(config: Any, settings: ExportSettings) -> Iterator[dict[str, Any]]:
     if settings.calibrate is None:
-        yield synthetic_observation(config, settings.unnorm_key)
+        observation = synthetic_observation(config, settings.unnorm_key)
+        words = observation["text"].split()
+        # A graph of any batch is checked on three that differ: one alone and two together.
+        for number in range(3 if settings.dynamic_batch else 1):
+            images = [np.roll(frame, 32 * number, axis=1) for frame in observation["images"]]
+            yield {**observation, "images": images, "text": " ".join(words[number:])}
         return
     cameras = list(settings.cameras or config.cameras)
     options = {} if settings.robot is None else {"robot": settings.robot}
@@ -316,12 +321,12 @@ def _check(
         `dict`: mean and largest error, normalised, the largest by dimension, and the mean in the action's units.
 
     Raises:
-        RuntimeError: a float32 export differs.
+        RuntimeError: a float32 export differs, or another one predicts what is no number.
     """
     difference = np.abs(_exported_predictions(folder, samples) - exact)
     errors = _errors(difference)
     report_progress(f"Read back, against torch on {len(samples)} observations: {_in_words(errors)}")
-    if settings.precision == "fp32" and not difference.max() <= TOLERANCE:
+    if not difference.max() <= (TOLERANCE if settings.precision == "fp32" else np.finfo(np.float32).max):
         raise RuntimeError(f"verification failed: the exported graph's actions differ by {difference.max():.2e}.")
     scale = physical_scale(model.config.norm_stats[settings.unnorm_key]["action"], model.config.norm_type)
     errors["mean_in_units"] = (difference.mean(axis=(0, 1)) * scale).tolist()
@@ -347,5 +352,12 @@ def _predictions(model: Any, samples: Sequence[Arrays]) -> np.ndarray:
 
 
 def _exported_predictions(folder: Path, samples: Sequence[Arrays]) -> np.ndarray:
+    """Normalised actions of an export `(samples, chunk_size, action_dim)`.
+
+    A graph of any batch predicts the first sample alone and the others in twos.
+    """
     model = open_checkpoint(folder).load_model()
-    return np.concatenate([model.engine(sample) for sample in samples])
+    size = 2 if model.record["dynamic_batch"] else 1
+    batches = [samples[:1], *(samples[first : first + size] for first in range(1, len(samples), size))]
+    joined = [[np.concatenate(arrays) for arrays in zip(*batch, strict=True)] for batch in batches]
+    return np.concatenate([model.engine(arrays) for arrays in joined])
