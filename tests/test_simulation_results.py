@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from vla_adapter_hf.simulation.intervals import wilson_interval
+from vla_adapter_hf.simulation.libero.suite import LiberoSuite
 from vla_adapter_hf.simulation.results import (
     EpisodeResult,
     ResultsFile,
@@ -14,6 +15,7 @@ from vla_adapter_hf.simulation.results import (
     read_results,
     summarise,
     task_table,
+    write_summary,
 )
 
 
@@ -131,6 +133,17 @@ def test_several_evaluations_are_joined_into_one_table(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             joined_table(wrong)
+
+
+@pytest.mark.parametrize("other", [{}, {"image_size": 64}, {"states": (3,)}, {"robot": "calvin"}])
+def test_frames_states_and_robot_of_other_kinds_are_named_and_are_not_the_published_protocol(tmp_path, other):
+    settings = {"policy": "mine", "black_images": False, "instruction": None, "execute": None, "ensemble": None}
+    settings |= LiberoSuite("libero_object", **other).describe()
+    results = [result(task, episode) for task in range(10) for episode in range(50)]
+    summary = write_summary(tmp_path, results, ["pick up the milk"] * 10, settings, timing=None)
+    text = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert summary["published_protocol"] == ("(published)" in text) == (not other)
+    assert all(f", {name} " in text for name in other)
 
 
 def test_table_has_the_published_form_and_no_average_over_missing_suites():

@@ -372,6 +372,9 @@ def _controls(settings: Mapping[str, Any]) -> list[str]:
         controls = [f"schedule {settings['schedule']}, renderer {settings['renderer']}"]
     else:
         controls = [f"placement {settings.get('placement', 'official')}"]
+    for name, published in (("image_size", 256), ("states", None), ("robot", "libero")):
+        if settings.get(name, published) != published:
+            controls.append(f"{name} {settings[name]}")
     if settings["black_images"]:
         controls.append("black images")
     if settings["instruction"]:

@@ -185,6 +185,7 @@ class LiberoSuite:
             "image_size": self.image_size,
             "states": list(self.states) if self.states is not None else None,
             "hard_reset": self.hard_reset,
+            **({} if self.robot == "libero" else {"robot": self.robot}),
         }
 
     def __getstate__(self) -> dict[str, Any]:
