@@ -10,12 +10,14 @@ from simulator import need_simulator
 
 from vla_adapter_hf.simulation.evaluate import evaluate
 from vla_adapter_hf.simulation.libero.arrangement import AMPLITUDE, CLEARANCE, Scene, Surface, draw_arrangement
+from vla_adapter_hf.simulation.libero.checks import check_scenes
 from vla_adapter_hf.simulation.libero.suite import REACH, LiberoSuite
 from vla_adapter_hf.simulation.libero.task_files import Thing, pairs_to_swap, read_things
 from vla_adapter_hf.simulation.placement import Footprint, gap, placement_generator
 from vla_adapter_hf.simulation.settings import EvaluationSettings
 
 
+MILK = "pick up the milk and place it in the basket"
 RESULTS = Path(__file__).parents[1] / "examples" / "libero_object" / "results" / "pro"
 
 
@@ -179,6 +181,12 @@ def test_another_instruction_is_one_whose_objects_stand_in_the_scene_as_it_says(
         ("libero_10", {"placement": "shuffle"}, r"tasks 8 have none: choose tasks=0,1,2,3,4,5,6,7,9"),
         ("libero_10", {"instruction": "other"}, r"tasks 2, 3, 4, 5, 6, 8, 9 have none: choose tasks=0,1,7"),
         ("libero_10", {"instruction": "other", "tasks": [2]}, "none of the chosen tasks has one"),
+        ("libero_10", {"instruction": "put both moka pots on the stove"}, r"tasks .*, 9 have none: choose tasks=8$"),
+        ("libero_object", {"instruction": MILK}, r"tasks 3, 6, 8, 9 have none: choose tasks=0,1,2,4,5,7$"),
+        ("libero_object", {"episodes": 51}, "of 51 in task 0 of libero_object only 50 are"),
+        ("libero_object", {"episodes": 51, "instruction": "other"}, "of 51 in task 0 of libero_object only 50 are"),
+        ("libero_10", {"episodes": [2, 52], "tasks": [2, 4]}, "of 2 in task 4 of libero_10 only 1 are"),
+        (LiberoSuite("libero_object", states=(3,)), {"episodes": 50}, "Initial states repeat after 1,"),
         ("libero_90", {"placement": "jitter"}, "libero_90 only has 'official'"),
         ("libero_goal_swap", {"instruction": "other"}, "instruction='other' is for libero_spatial"),
     ],
@@ -187,8 +195,24 @@ def test_a_control_that_a_task_cannot_have_is_refused_before_anything_is_played(
     simulator, tmp_path, suite, settings, message
 ):
     with pytest.raises(ValueError, match=message):
-        evaluate("noop", suite, tmp_path / "run", EvaluationSettings(episodes=1, processes=0, **settings))
+        evaluate("noop", suite, tmp_path / "run", EvaluationSettings(**{"episodes": 1, "processes": 0, **settings}))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.simulator
+@pytest.mark.parametrize(
+    "suite, tasks, episodes, instruction",
+    [
+        (LiberoSuite("libero_object"), [0], range(50, 100), None),
+        (LiberoSuite("libero_object", placement="jitter"), [0], range(100), None),
+        (LiberoSuite("libero_object", states=(3, 4)), [0], range(10), "other"),
+        (LiberoSuite("libero_goal"), range(10), range(100), "turn on the stove"),
+        (LiberoSuite("libero_object"), [1, 7], range(50), MILK),
+        (LiberoSuite("libero_object"), range(10), range(50), "grasp something white"),
+    ],
+)
+def test_what_differs_between_episodes_may_be_played(simulator, suite, tasks, episodes, instruction):
+    check_scenes(suite, tasks, episodes, instruction)
 
 
 @pytest.mark.simulator

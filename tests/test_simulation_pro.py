@@ -56,6 +56,11 @@ def test_the_table_has_the_published_rows_below():
         (["--suite", "libero_90_pro"], "LIBERO-PRO perturbs libero_spatial, libero_object, libero_goal, libero_10"),
         (["--suite", "pro", "--placement", "jitter"], "have --placement official only"),
         (["--suite", "pro", "--shard", "1/2"], "--shard 1/2 is for one suite"),
+        (["--suite", "pro", "--instruction", "other"], "suites have no --instruction other"),
+        (
+            ["--suite", "libero_object_pro", "--instruction", "other"],
+            "suites have no --instruction other",
+        ),
         (["--suite", "libero_goal_pro", "--placement", "jitter"], "have --placement official only"),
         (
             ["--suite", "libero_object_swap", "--placement", "jitter"],
@@ -83,6 +88,18 @@ def test_every_suite_of_the_installed_simulator_has_its_tasks():
     assert words["libero_object_swap"] == words["libero_object_object"] == milk
     assert words["libero_object_lan"] == "grab milk and put into basket"
     assert words["libero_object_task"] == "Pick the butter and place it in the basket"
+
+
+@pytest.mark.simulator
+def test_an_instruction_that_a_later_suite_cannot_play_is_refused_before_the_first_is_played(tmp_path):
+    need_simulator()
+    settings = EvaluationSettings(
+        tasks=[1, 7], episodes=1, processes=0, instruction="pick up the milk and place it in the basket"
+    )
+    # In libero_object the milk of task 7 is also in the scene of task 1. The perturbed suites ask for their own only.
+    with pytest.raises(ValueError, match=r"in libero_object_object tasks 1 have none: choose tasks=7$"):
+        evaluate_grid(NoopPolicy("libero"), "libero_object", tmp_path, settings, silent)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.simulator

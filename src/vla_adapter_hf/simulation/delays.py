@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vla_adapter_hf.robot.strategies import STRATEGIES
 from vla_adapter_hf.simulation.environment import Suite
-from vla_adapter_hf.simulation.evaluate import CALVIN, check_controls, load_policy, make_suite
+from vla_adapter_hf.simulation.evaluate import CALVIN, load_policy, make_suite
 from vla_adapter_hf.simulation.grid import evaluate_cells
 from vla_adapter_hf.simulation.intervals import mean_interval, wilson_interval
 from vla_adapter_hf.simulation.policies import Policy, ResidentPolicy
@@ -87,11 +87,8 @@ def evaluate_delays(
         suite = make_suite(suite, settings)
     if isinstance(policy, str):
         policy = load_policy(policy, suite, settings)
-    cells = settings.cells()
-    for cell in cells.values():
-        check_controls(policy, suite, cell)
     output = Path(output)
-    evaluate_cells(policy, {name: (suite, cell) for name, cell in cells.items()}, output, report)
+    evaluate_cells(policy, {name: (suite, cell) for name, cell in settings.cells().items()}, output, report)
     return write_delays([output], output, report)
 
 

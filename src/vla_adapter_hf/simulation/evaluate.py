@@ -21,6 +21,7 @@ from vla_adapter_hf.simulation.calvin.suite import published_suite
 from vla_adapter_hf.simulation.cluster import RayPool, ReplicatedPolicy, connected, import_ray
 from vla_adapter_hf.simulation.environment import Suite
 from vla_adapter_hf.simulation.intervals import wilson_interval
+from vla_adapter_hf.simulation.libero.checks import check_scenes
 from vla_adapter_hf.simulation.libero.suite import PLACED, LiberoSuite
 from vla_adapter_hf.simulation.policies import (
     OraclePolicy,
@@ -93,8 +94,6 @@ def evaluate(
         )
     instructions = list(suite.tasks)
     tasks = choose_tasks(settings.tasks, len(instructions))
-    if isinstance(suite, LiberoSuite):
-        suite.check_tasks(tasks, asks_for_other=settings.instruction == "other")
     selected = [(task, episode) for task in tasks for episode in settings.episode_numbers]
     described = {
         **suite.describe(),
@@ -151,8 +150,13 @@ def make_suite(name: str, settings: EvaluationSettings) -> Suite:
     return LiberoSuite(name, placement=settings.placement, seed=settings.seed, hard_reset=settings.hard_reset)
 
 
-def check_controls(policy: Policy | ResidentPolicy, suite: Suite, settings: EvaluationSettings) -> None:
+def check_controls(policy: Policy | ResidentPolicy | None, suite: Suite, settings: EvaluationSettings) -> None:
     """Refuses settings that the suite or the policy cannot play, before anything is built.
+
+    Args:
+        policy: None checks what does not depend on it.
+        suite: the suite.
+        settings: of the evaluation.
 
     Raises:
         ValueError: the message names the setting.
@@ -166,6 +170,9 @@ def check_controls(policy: Policy | ResidentPolicy, suite: Suite, settings: Eval
         raise ValueError(
             f"strategy='async-rolled' knows how actions move {', '.join(STATE_MODELS)}, not {suite.robot!r}"
         )
+    tasks = choose_tasks(settings.tasks, len(suite.tasks))
+    if is_libero:
+        check_scenes(suite, tasks, settings.episode_numbers, settings.instruction)
 
 
 def _chunk_strategy(suite: Suite, settings: EvaluationSettings) -> ChunkStrategy | PublishedSchedule:

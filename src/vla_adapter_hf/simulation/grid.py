@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from vla_adapter_hf.simulation.environment import Suite
-from vla_adapter_hf.simulation.evaluate import evaluate, load_policy
+from vla_adapter_hf.simulation.evaluate import check_controls, evaluate, load_policy, make_suite
 from vla_adapter_hf.simulation.libero.pro import BASES, PERTURBATIONS, PRO_PUBLISHED, grid
-from vla_adapter_hf.simulation.libero.suite import LiberoSuite
 from vla_adapter_hf.simulation.policies import Policy, ResidentPolicy
 from vla_adapter_hf.simulation.results import rate_cell
 from vla_adapter_hf.simulation.settings import EvaluationSettings
@@ -36,26 +35,34 @@ def evaluate_grid(
         The summary of every suite.
 
     Raises:
-        ValueError: another base suite, a placement other than `official`, or a shard; otherwise as for `evaluate`.
+        ValueError: another base suite, a placement other than `official`, `instruction='other'`, or a shard; otherwise
+            as for `evaluate`.
     """
     settings = settings or EvaluationSettings()
-    if base not in BASES:
-        raise ValueError(f"LIBERO-PRO perturbs {', '.join(BASES)}; got suite={base!r}")
-    if settings.placement != "official":
-        raise ValueError(f"LIBERO-PRO's suites have placement='official' only, got {settings.placement!r}")
-    if settings.shard is not None:
-        raise ValueError(f"shard={settings.shard} is for one suite; play the suites of LIBERO-PRO one by one")
+    suites = _grid_suites(base, settings)
     if isinstance(policy, str):
-        policy = load_policy(policy, LiberoSuite(base), settings)
+        policy = load_policy(policy, suites[base], settings)
     output = Path(output)
-    summaries = evaluate_cells(policy, {suite: (suite, settings) for suite in grid(base)}, output, report)
+    summaries = evaluate_cells(policy, {name: (suite, settings) for name, suite in suites.items()}, output, report)
     write_text(output / "summary.md", grid_table(policy.name, base, summaries))
     return summaries
 
 
+def _grid_suites(base: str, settings: EvaluationSettings) -> dict[str, Suite]:
+    if base not in BASES:
+        raise ValueError(f"LIBERO-PRO perturbs {', '.join(BASES)}; got suite={base!r}")
+    if settings.placement != "official":
+        raise ValueError(f"LIBERO-PRO's suites have placement='official' only, got {settings.placement!r}")
+    if settings.instruction == "other":
+        raise ValueError(f"LIBERO-PRO's suites have no instruction='other'; it is for {', '.join(BASES)} alone")
+    if settings.shard is not None:
+        raise ValueError(f"shard={settings.shard} is for one suite; play the suites of LIBERO-PRO one by one")
+    return {name: make_suite(name, settings) for name in grid(base)}
+
+
 def evaluate_cells(
     policy: Policy | ResidentPolicy,
-    cells: Mapping[str, tuple[str | Suite, EvaluationSettings]],
+    cells: Mapping[str, tuple[Suite, EvaluationSettings]],
     output: Path,
     report: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
@@ -69,7 +76,12 @@ def evaluate_cells(
 
     Returns:
         The summary of every cell.
+
+    Raises:
+        ValueError: as for `evaluate`. What a cell cannot play is refused before any cell is played.
     """
+    for suite, settings in cells.values():
+        check_controls(policy, suite, settings)
     summaries = {}
     for name, (suite, settings) in cells.items():
         report(f"{name}:")
@@ -86,9 +98,12 @@ def evaluate_grids(
     """`evaluate_grid` for all of `BASES`, in a folder for each. `summary.md` in `output` holds all tables.
 
     Raises:
-        ValueError: as for `evaluate_grid`.
+        ValueError: as for `evaluate_grid`, before anything is played.
     """
     output = Path(output)
+    settings = settings or EvaluationSettings()
+    for suite in [suite for base in BASES for suite in _grid_suites(base, settings).values()]:
+        check_controls(None, suite, settings)
     for base in BASES:
         evaluate_grid(policy, base, output / base, settings, report)
     tables = [(output / base / "summary.md").read_text(encoding="utf-8") for base in BASES]

@@ -22,8 +22,9 @@ class EvaluationSettings:
 
     Args:
         tasks: task numbers, as in 3 or 0,2,5-7; by default all tasks.
-        episodes: how many episodes per task, or their numbers, as in 40-49. Episode e starts from initial state e. By
-            default 50, for CALVIN its 1,000 sequences.
+        episodes: how many episodes per task, or their numbers, as in 40-49. LIBERO's episode e starts from initial
+            state e modulo 50; two episodes in which nothing differs are refused. By default 50, for CALVIN its 1,000
+            sequences.
         placement: LIBERO only, but neither libero_90 nor LIBERO-PRO: `official`, `jitter`, `shuffle` or `both`.
         seed: seed of the placements. The simulator's own seed is 0, as published.
         hard_reset: LIBERO only: rebuild the simulation before each episode, which takes longer and gives the same.

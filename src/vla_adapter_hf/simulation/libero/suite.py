@@ -10,7 +10,6 @@ import contextlib
 import gc
 import io
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -22,13 +21,7 @@ from vla_adapter_hf.simulation.libero.arranged import TRIES, arrange
 from vla_adapter_hf.simulation.libero.install import import_libero, load_initial_states
 from vla_adapter_hf.simulation.libero.pro import BASES, PRO_SUITES, task_instruction
 from vla_adapter_hf.simulation.libero.scene import LiberoScene, PhysicalState
-from vla_adapter_hf.simulation.libero.task_files import (
-    Predicates,
-    goal_in,
-    pairs_to_swap,
-    read_task_file,
-    read_things,
-)
+from vla_adapter_hf.simulation.libero.task_files import Predicates, goal_in, read_task_file
 from vla_adapter_hf.simulation.placement import PLACEMENTS, Footprint, draw_placement, placement_generator
 
 
@@ -39,6 +32,7 @@ PLACED = BASES
 CAMERAS = ("agentview", "robot0_eye_in_hand")
 NO_OP = np.array([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, -1.0])
 NO_OP_STEPS = 10
+STATES = 50  # initial states of a task
 REACH = 0.76  # metres from the robot's base; farther out the stretched arm meets its elbow's limit while lifting
 
 
@@ -102,8 +96,8 @@ class LiberoSuite:
             )
         if self.seed < 0:
             raise ValueError(f"seed must be 0 or more, got {self.seed}")
-        if self.states is not None and not (self.states and all(0 <= state < 50 for state in self.states)):
-            raise ValueError(f"states must name initial states 0...49, got {self.states!r}")
+        if self.states is not None and not (self.states and all(0 <= state < STATES for state in self.states)):
+            raise ValueError(f"states must name initial states 0...{STATES - 1}, got {self.states!r}")
 
     @cached_property
     def _benchmark(self) -> Any:
@@ -134,41 +128,18 @@ class LiberoSuite:
     def other_goals(self, task: int) -> dict[str, Predicates]:
         """Instructions of the suite's other tasks that fit the scene of this one, and the goal of each in this scene.
 
-        Empty where no other fits. In libero_object the environment knows them.
+        Empty where no other fits. In libero_object every other object can be asked for.
         """
         if self.name not in PLACED:
             return {}
         here = self.task_file(task)
+        if self.name == "libero_object":
+            [[_, own, region]] = here["goal_state"]
+            fixed = (own, region.removesuffix("_contain_region"))
+            others = [name for names in here["objects"].values() for name in names if name not in fixed]
+            return {object_instruction(name): [["in", name, region]] for name in others}
         goals = {text: goal_in(here, self.task_file(other)) for other, text in enumerate(self.tasks) if other != task}
         return {text: goal for text, goal in goals.items() if goal is not None}
-
-    def check_tasks(self, tasks: Sequence[int], asks_for_other: bool) -> None:
-        """Checks, without a simulator, that every task's scene allows what the settings want.
-
-        Args:
-            tasks: numbers of the tasks to be played.
-            asks_for_other: whether the instruction is to be that of another task.
-
-        Raises:
-            ValueError: a placement has nothing to swap, or there is no other instruction. Says which tasks are fine.
-        """
-        if self.name == "libero_object":
-            return
-        swaps = self.placement in ("shuffle", "both")
-        refusing = [task for task in tasks if swaps and not pairs_to_swap(read_things(self.task_file(task)))]
-        if refusing:
-            self._refuse(
-                tasks, refusing, f"placement={self.placement!r}", "two different objects that may swap places"
-            )
-        refusing = [task for task in tasks if asks_for_other and not self.other_goals(task)]
-        if refusing:
-            self._refuse(tasks, refusing, "instruction='other'", "what another instruction of the suite asks for")
-
-    def _refuse(self, tasks: Sequence[int], refusing: Sequence[int], setting: str, needs: str) -> None:
-        fine = [task for task in tasks if task not in refusing]
-        advice = f"choose tasks={','.join(map(str, fine))}" if fine else "none of the chosen tasks has one"
-        numbers = ", ".join(map(str, refusing))
-        raise ValueError(f"{setting} needs scenes with {needs}; in {self.name} tasks {numbers} have none: {advice}")
 
     def make(self, task: int) -> LiberoEnvironment:
         """Builds the environment of one task: 5 to 9 s and 1.5 to 2.2 GB."""
@@ -456,8 +427,6 @@ class LiberoEnvironment(LiberoScene):
 
     @cached_property
     def _other_goals(self) -> dict[str, Predicates]:
-        if self.suite.name == "libero_object":
-            return {object_instruction(name): [["in", name, self.basket_site]] for name in self.movable_objects[1:]}
         return self.suite.other_goals(self.task)
 
     def _set_goal(self, instruction: str | None) -> None:

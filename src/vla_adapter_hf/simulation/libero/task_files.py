@@ -100,6 +100,11 @@ def pairs_to_swap(things: list[Thing]) -> list[tuple[str, str]]:
     return [(one.name, other.name) for one, other in matter or pairs]
 
 
+def has_fixtures(problem: Mapping[str, Any]) -> bool:
+    """Whether something is fixed to the table; each reset draws its place within its region."""
+    return sum(map(len, problem["fixtures"].values())) > 1
+
+
 def read_relations(problem: Mapping[str, Any]) -> Predicates:
     """What the file says of the scene at the beginning, without places on the table: what is on, in, open, ..."""
     table = _table(problem)
