@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from copy import copy
 from pathlib import Path
 
@@ -157,6 +158,27 @@ def test_the_merged_state_is_that_of_merging_and_leaves_the_adapter_alone(traine
     assert state.keys() == merged.keys()
     for name, tensor in merged.items():
         torch.testing.assert_close(state[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_the_merged_state_takes_no_more_of_the_trainings_device_than_one_weight(trained_lora, monkeypatch):
+    """A checkpoint needs the host's memory: once all updates and all merged weights were on the GPU at a time."""
+    from peft.tuners.lora import Conv2d, Linear
+
+    updates, alive = [], []
+
+    def watched(get_delta_weight):
+        def watch(layer, adapter):
+            alive.append(sum(update() is not None for update in updates))
+            delta = get_delta_weight(layer, adapter)
+            updates.append(weakref.ref(delta))
+            return delta
+
+        return watch
+
+    for layer_class in (Linear, Conv2d):
+        monkeypatch.setattr(layer_class, "get_delta_weight", watched(layer_class.get_delta_weight))
+    merged_state_dict(trained_lora)
+    assert len(alive) > 10 and max(alive) == 0
 
 
 def test_trained_action_queries_survive_merging(trained_lora):

@@ -14,7 +14,13 @@ from transformers import AutoConfig, AutoModel, AutoProcessor
 from typer.testing import CliRunner
 
 from vla_adapter_cli import app
-from vla_adapter_hf import VLAAdapterDataCollator, VLAAdapterDataset, VLAAdapterTrainer, VLAAdapterTrainingArguments
+from vla_adapter_hf import (
+    VLAAdapterDataCollator,
+    VLAAdapterDataset,
+    VLAAdapterTrainer,
+    VLAAdapterTrainingArguments,
+    open_checkpoint,
+)
 from vla_adapter_hf.cli.train import parse_arguments
 from vla_adapter_hf.data import ImageResize
 from vla_adapter_hf.training.checkpoints import find_damage, last_finished_checkpoint
@@ -158,8 +164,8 @@ def make_trainer(start, tmp_path):
         DEMOS, ["image", "wrist_image"], 4, robot="libero", image_transform=ImageResize(28, 0.9)
     )
 
-    def make(preset="frozen", **arguments) -> VLAAdapterTrainer:
-        model = AutoModel.from_pretrained(start, norm_stats=dataset.norm_stats)
+    def make(preset="frozen", source=start, dtype="float32", **arguments) -> VLAAdapterTrainer:
+        model = AutoModel.from_pretrained(source, norm_stats=dataset.norm_stats, dtype=dtype)
         settings = {"max_steps": 2, "save_steps": 2, **arguments}
         return VLAAdapterTrainer(
             apply_preset(model, preset, rank=4),
@@ -179,6 +185,37 @@ def test_checkpoints_of_the_trainer_load_with_auto_classes_without_more(make_tra
     assert AutoModel.from_pretrained(folder).config.norm_stats
     assert AutoProcessor.from_pretrained(folder).image_processor.cameras == ["image", "wrist_image"]
     assert "Fine-tuned, 2 steps." in (folder / "README.md").read_text()
+
+
+def test_an_adapter_is_resumed_on_the_frozen_weights_that_it_was_trained_on_and_no_others(make_trainer, tmp_path):
+    """Such as the merged ones, once a run has been pushed to where it began: the adapter would be added twice."""
+
+    def trainer(**arguments) -> VLAAdapterTrainer:
+        return make_trainer("lora", dtype="bfloat16", bf16=True, learning_rate=1e-2, **arguments)
+
+    folder = tmp_path / "out" / "checkpoint-1"
+    trainer(max_steps=1, save_steps=1).train()
+    trainer(max_steps=1, save_strategy="no").train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=f"adapter of .*checkpoint-1 was not trained on the weights .* {folder} now"):
+        trainer(max_steps=2, source=folder).train(resume_from_checkpoint=True)
+
+
+def test_a_start_on_the_hub_is_opened_again_at_the_commit_that_the_run_began_with(start, copied, monkeypatch):
+    kept = copied / "_arguments.json"
+    kept.write_text(json.dumps(json.loads(kept.read_text()) | {"start_commit": "c0ffee"}))
+    revisions = []
+
+    def open_at(source, *, revision=None, **options):
+        """A folder stands in for the repository."""
+        revisions.append(revision)
+        checkpoint = open_checkpoint(source, **options)
+        checkpoint.files.commit = revision or "newer"
+        return checkpoint
+
+    monkeypatch.setattr("vla_adapter_hf.training.train.open_checkpoint", open_at)
+    run_training(start, copied, *FROZEN, *RESUME, "--max_steps", 5)
+    assert revisions == ["c0ffee", "c0ffee"]  # for its configuration, and for its weights
+    assert json.loads(kept.read_text())["start_commit"] == "c0ffee"
 
 
 def test_a_trainer_without_a_processor_is_refused(start, tmp_path):

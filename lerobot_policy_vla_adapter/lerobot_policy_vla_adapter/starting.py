@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from vla_adapter_hf.checkpoints.checkpoint import Checkpoint
@@ -18,7 +17,7 @@ from vla_adapter_hf.modeling.modeling_vla_adapter import VLAAdapterForActionPred
 from vla_adapter_hf.processing.processing_vla_adapter import VLAAdapterProcessor
 from vla_adapter_hf.training.arguments import DataArguments, ModelArguments
 from vla_adapter_hf.training.demonstrations import load_data
-from vla_adapter_hf.training.presets import ADAPTER_NAME, apply_preset
+from vla_adapter_hf.training.presets import ADAPTER_NAME, apply_preset, check_merged
 from vla_adapter_hf.training.train import config_overrides, load_start
 
 from .command_line import given_episodes, given_rename_map
@@ -27,9 +26,6 @@ from .configuration_vla_adapter import VLAAdapterConfig
 
 # Weights, statistics and processors follow these options. After the training, another value would have no effect.
 FIXED_OPTIONS = ("robot", "cameras", "chunk_size", "norm_type", "action_mask", "jpeg_round_trip")
-# How far merged weights may be from those that were stored, as a share of what the adapter adds. Another machine
-# rounds otherwise, and a GPU may multiply in TF32.
-MERGE_TOLERANCE = 0.05
 
 
 def load_for_training(
@@ -76,7 +72,14 @@ def load_for_training(
     trained = apply_preset(model, config.preset, config.lora_rank)
     if merged is not None:
         trained.load_adapter(str(adapter), ADAPTER_NAME, is_trainable=True)
-        check_merged(trained, merged, str(config.base_checkpoint))
+        check_merged(
+            trained,
+            merged.load_model("float32").state_dict(),  # mapped, and not copied
+            adapter=merged.source,
+            base=str(config.base_checkpoint),
+            remedy=f"begin a new training with the merged ones: vla-adapter from-lerobot {merged.source} START, and "
+            "--policy.type=vla_adapter --policy.pretrained_path=START",
+        )
     return trained, processor
 
 
@@ -193,38 +196,6 @@ def without_links(source: str) -> str:
         return source  # on the Hub, or the embedded one
     folder = os.path.realpath(source)
     return folder if os.path.isabs(source) else os.path.relpath(folder)
-
-
-@torch.no_grad()
-def check_merged(model: nn.Module, merged: LeRobotCheckpoint, base: str) -> None:
-    """Compare frozen weights plus adapter with the merged weights that were stored with it.
-
-    Args:
-        model (`PeftModel`): base and adapter.
-        merged ([`LeRobotCheckpoint`]): the checkpoint that the adapter is from.
-        base: where the frozen weights are from.
-
-    Raises:
-        ValueError: they differ: the base is not the one that the adapter was trained on.
-    """
-    from peft.tuners.lora import LoraLayer
-
-    stored = merged.load_model("float32").state_dict()  # mapped, and not copied
-    off = added = rounding = 0.0
-    for name, layer in model.get_base_model().named_modules():
-        if isinstance(layer, LoraLayer):
-            weight, delta = layer.get_base_layer().weight, layer.get_delta_weight(ADAPTER_NAME)
-            kept = stored[f"{name}.weight"].to(weight)
-            off += float((weight + delta - kept).square().sum())
-            added += float(delta.square().sum())
-            rounding += float((1e-6 * weight).square().sum())
-    if off > MERGE_TOLERANCE**2 * added + rounding:
-        raise ValueError(
-            f"the adapter of {merged.source} was not trained on the weights that are in {base} now: with them it does "
-            "not give the merged weights that are stored next to it. Put the former weights back, or begin a new "
-            f"training with the merged ones: vla-adapter from-lerobot {merged.source} START, and "
-            "--policy.type=vla_adapter --policy.pretrained_path=START."
-        )
 
 
 def stored_config(model: VLAAdapterForActionPrediction) -> dict[str, Any]:

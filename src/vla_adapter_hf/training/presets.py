@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,6 +19,9 @@ ADAPTER_NAME = "lora_adapter"
 POLICY_MODULES = ("action_queries", "policy", "proprio_projector")
 # Where LoRA layers go: every linear layer of these, and the towers' patch embeddings, which are convolutions.
 LORA_MODULES = ("dinov2", "siglip", "vision_projector", "language_model")
+# How far merged weights may be from those that were stored, as a share of what the adapter adds. Another machine
+# rounds otherwise, and a GPU may multiply in TF32.
+MERGE_TOLERANCE = 0.05
 
 # Training arguments of each preset. In effect the released code runs at a constant 2e-4 without clipping: its warm-up
 # of 0.1 counts steps, and its decay is undone by the same lines. The paper describes another schedule.
@@ -117,23 +121,54 @@ def merged_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     """The weights that merging would give, under the plain model's names. The model does not change.
 
     Merging and unmerging in place would change the last digits of the frozen weights, and so the losses of a resumed
-    run.
+    run. Merged tensors are on the CPU. The training's device holds one of them at a time.
     """
-    from peft.tuners.lora import LoraLayer
-
     base, adapter = model.get_base_model(), model.active_adapter
-    deltas = {
-        f"{name}.weight": layer.get_delta_weight(adapter)
-        for name, layer in base.named_modules()
-        if isinstance(layer, LoraLayer)
-    }
+    layers = {f"{name}.weight": layer for name, layer in _lora_layers(model)}
     merged = {}
     for name, tensor in base.state_dict().items():
         name = name.replace(f".modules_to_save.{adapter}.", ".").replace(".base_layer.", ".")
         if ".lora_" in name or ".original_module." in name:
             continue
-        merged[name] = tensor + deltas[name].to(tensor.dtype) if name in deltas else tensor
+        merged[name] = _merged_weight(tensor, layers[name], adapter).cpu() if name in layers else tensor
     return merged
+
+
+@torch.no_grad()
+def check_merged(model: nn.Module, merged: Mapping[str, torch.Tensor], adapter: str, base: str, remedy: str) -> None:
+    """Compare frozen weights plus adapter with the merged weights that were stored with the adapter.
+
+    Args:
+        model (`PeftModel`): frozen weights and adapter.
+        merged: the stored weights, under the plain model's names.
+        adapter, base: where adapter and frozen weights are from, for the message.
+        remedy: what to do if the former frozen weights are lost, for the message.
+
+    Raises:
+        ValueError: they differ: the frozen weights are not those that the adapter was trained on.
+    """
+    off = added = rounding = 0.0
+    for name, layer in _lora_layers(model):
+        weight = layer.get_base_layer().weight
+        now = _merged_weight(weight, layer, model.active_adapter).float()
+        off += float((now - merged[f"{name}.weight"].to(now)).square().sum())
+        added += float((now - weight.float()).square().sum())
+        rounding += float((max(1e-6, torch.finfo(weight.dtype).eps / 10) * weight.float()).square().sum())
+    if off > MERGE_TOLERANCE**2 * added + rounding:
+        raise ValueError(
+            f"the adapter of {adapter} was not trained on the weights that are in {base} now: with them it does not "
+            f"give the merged weights that are stored with it. Put the former weights back, or {remedy}."
+        )
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    return ((name, layer) for name, layer in model.get_base_model().named_modules() if isinstance(layer, LoraLayer))
+
+
+def _merged_weight(weight: torch.Tensor, layer: Any, adapter: str) -> torch.Tensor:
+    return weight + layer.get_delta_weight(adapter).to(weight.dtype)
 
 
 def _refuse_merged_weights(module: nn.Module, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:

@@ -23,6 +23,8 @@ from vla_adapter_hf.utils.files import write_json
 ARGUMENTS = "_arguments.json"
 # In that file, by the name of the statistics: the episodes that were held out.
 HELD_OUT = "held_out"
+# In that file: the commit of a start checkpoint on the Hub.
+START_COMMIT = "start_commit"
 # A resumed run may have other values of these. A dataset may have moved: its statistics are compared instead.
 MAY_CHANGE = {"dataset", "picture_episodes", "attn_implementation", "revision", "check_every", "check_samples"}
 
@@ -70,9 +72,28 @@ def run_arguments(model: ModelArguments, data: DataArguments, seed: int) -> dict
     return json.loads(json.dumps({name: value for name, value in arguments.items() if name not in MAY_CHANGE}))
 
 
-def keep_arguments(arguments: dict[str, Any], held_out: dict[str, list[int]], output: Path) -> None:
-    """Write [`run_arguments`] to the output folder, for [`check_same_run`], and which episodes were held out."""
-    write_json(output / ARGUMENTS, arguments | {HELD_OUT: held_out})
+def keep_arguments(
+    arguments: dict[str, Any], held_out: dict[str, list[int]], start_commit: str | None, output: Path
+) -> None:
+    """Write to the output folder [`run_arguments`], which episodes are held out, and the start's commit on the Hub."""
+    write_json(output / ARGUMENTS, arguments | {HELD_OUT: held_out, START_COMMIT: start_commit})
+
+
+def kept_start_commit(checkpoint: Path, arguments: dict[str, Any]) -> str | None:
+    """The commit of the start checkpoint with which the run of a checkpoint began.
+
+    Its repository may have changed since then, and LoRA's frozen weights come from there.
+
+    Args:
+        checkpoint: the checkpoint to resume from.
+        arguments: [`run_arguments`] of the run that resumes.
+
+    Returns:
+        `None` if the start is a folder, another one, or none was kept.
+    """
+    kept = checkpoint.parent / ARGUMENTS
+    before = json.loads(kept.read_text(encoding="utf-8")) if kept.is_file() else {}
+    return before.get(START_COMMIT) if before.get("checkpoint") == arguments["checkpoint"] else None
 
 
 def check_same_run(checkpoint: Path, arguments: dict[str, Any], fields: dict[str, Any]) -> None:

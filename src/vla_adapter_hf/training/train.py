@@ -34,7 +34,13 @@ from vla_adapter_hf.training.looking import LookingCallback
 from vla_adapter_hf.training.metrics import make_compute_metrics
 from vla_adapter_hf.training.presets import apply_preset, check_preset, merge_lora
 from vla_adapter_hf.training.probing import choose_samples
-from vla_adapter_hf.training.resuming import check_same_run, find_checkpoint, keep_arguments, run_arguments
+from vla_adapter_hf.training.resuming import (
+    check_same_run,
+    find_checkpoint,
+    keep_arguments,
+    kept_start_commit,
+    run_arguments,
+)
 from vla_adapter_hf.training.trainer import VLAAdapterTrainer, VLAAdapterTrainingArguments
 from vla_adapter_hf.utils.files import write_json, write_text
 from vla_adapter_hf.utils.plotting import new_figure, plot_chunks, plot_training, save_figure
@@ -61,7 +67,8 @@ def train(
         `dict[str, float]`: the metrics of training and of the last evaluation.
 
     Raises:
-        ValueError: when data, checkpoint and arguments do not fit together, before weights are loaded.
+        ValueError: when data, checkpoint and arguments do not fit together, before weights are loaded; when the frozen
+            weights of a resumed adapter have changed, before the first step.
         ImportError: when PEFT or matplotlib is missing, before anything is read.
     """
     _check_requirements(model_arguments, training_arguments)
@@ -70,16 +77,17 @@ def train(
     set_seed(training_arguments.seed)
 
     report_progress(f"Reading {', '.join(data_arguments.dataset)}")
-    start = open_checkpoint(model_arguments.checkpoint, **model_arguments.layout())
+    arguments = run_arguments(model_arguments, data_arguments, training_arguments.seed)
+    commit = None if resume_from is None else kept_start_commit(resume_from, arguments)
+    start = open_checkpoint(model_arguments.checkpoint, revision=commit, **model_arguments.layout())
     progress = None if training_arguments.process_index == 0 else False
     demonstrations = load_data(data_arguments, start.config, training_arguments.seed, progress)
     fields = config_overrides(model_arguments, data_arguments, start.config, demonstrations)
     report_progress(f"  {len(demonstrations.train)} samples, statistics of {', '.join(demonstrations.norm_stats)}")
-    arguments = run_arguments(model_arguments, data_arguments, training_arguments.seed)
     if resume_from is not None:
         check_same_run(resume_from, arguments, fields)
     if training_arguments.process_index == 0:
-        keep_arguments(arguments, demonstrations.held_out, output)
+        keep_arguments(arguments, demonstrations.held_out, start.commit, output)
 
     report_progress(f"Loading {model_arguments.checkpoint}")
     model, processor = load_start(start, model_arguments, fields)

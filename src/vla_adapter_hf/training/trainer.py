@@ -21,12 +21,14 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput
 
+from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.training.checkpoints import (
     CheckpointCallback,
     find_damage,
     last_finished_checkpoint,
     list_checkpoints,
 )
+from vla_adapter_hf.training.presets import check_merged
 
 
 logger = logging.getLogger(__name__)
@@ -103,6 +105,7 @@ class VLAAdapterTrainer(Trainer):
       happens before older checkpoints are removed or anything is pushed: a full disk or a kill never costs the last
       finished one.
     - `train(resume_from_checkpoint=True)` takes the last finished checkpoint, not one that was cut short.
+    - A LoRA adapter is not resumed on other frozen weights than it was trained on.
     - The best model can be loaded at the end when a LoRA adapter is trained.
     - `early_stopping_patience` of [`VLAAdapterTrainingArguments`] stops it.
     - Every epoch has its own augmentation in several processes too.
@@ -114,7 +117,7 @@ class VLAAdapterTrainer(Trainer):
             `summary`.
 
     Raises:
-        ValueError: when no processor is given.
+        ValueError: when no processor is given; from `train`, when the frozen weights of an adapter have changed.
     """
 
     def __init__(self, *args: Any, describe: Callable[[int], dict[str, Any]] | None = None, **kwargs: Any):
@@ -181,6 +184,18 @@ class VLAAdapterTrainer(Trainer):
                 f"({str(error).splitlines()[0]})",
                 str(self.args.output_dir),
             ) from error
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        folder = Path(resume_from_checkpoint)
+        if hasattr(self.model, "get_base_model") and (folder / "config.json").is_file():
+            check_merged(
+                self.model,
+                open_checkpoint(folder).load_model().state_dict(),  # mapped, and not copied
+                adapter=str(folder),
+                base=self.model.get_base_model().config.name_or_path or "the start checkpoint",
+                remedy=f"begin a new training with the merged ones: checkpoint {folder}, another output_dir",
+            )
 
     def _load_best_model(self) -> None:
         if not hasattr(self.model, "get_base_model"):
