@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 import pytest
 from data_fixtures import DEMOS, LEROBOT, RLDS, TASKS, copy_of, edit_info, golden, libero_gripper, pixels
+from PIL import Image
 
 from vla_adapter_hf.data.dataset import VLAAdapterDataset
 from vla_adapter_hf.utils import frames
@@ -182,6 +183,18 @@ def plain_rows(**renamed):
 def test_a_plain_dataset_gives_the_same_samples(tmp_path):
     dataset = VLAAdapterDataset.from_dataset(plain_rows(), robot="libero", pad_chunks=True)
     assert_equals_golden(dataset, "lerobot_v30_image")
+
+
+@pytest.mark.parametrize("suffix, expected", [("jpg", True), ("png", False)])
+def test_frames_in_files_of_their_own_are_known_as_jpeg_or_not(tmp_path, suffix, expected):
+    """So a folder of images comes out of `datasets`: paths, and no bytes."""
+    file = tmp_path / f"frame.{suffix}"
+    Image.new("RGB", (8, 8)).save(file)
+    steps = [{"front": str(file), "state": [0.0], "action": [0.0], "episode": 0}] * 3
+    rows = datasets.Dataset.from_list(steps).cast_column("front", datasets.Image())
+    dataset = VLAAdapterDataset.from_dataset(rows, instruction="push", chunk_size=2)
+    assert dataset[0]["images"][0].shape == (8, 8, 3)
+    assert dataset.source.frames_are_jpeg() == expected
 
 
 def test_a_plain_dataset_may_have_its_rows_in_any_order_and_other_names():

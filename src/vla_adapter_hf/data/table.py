@@ -227,5 +227,10 @@ class PlainSource(DemonstrationSource):
     def frames_are_jpeg(self) -> bool:
         self.table  # noqa: B018 - finds the rows
         cell = self._frames[next(row for row in self._first_rows if row >= 0)][self.columns.cameras[0]]
-        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        data = cell
+        if isinstance(cell, dict):
+            data = cell.get("bytes")
+            if not data and cell.get("path"):
+                with open(cell["path"], "rb") as file:
+                    data = file.read(3)
         return isinstance(data, bytes) and is_jpeg(data)
