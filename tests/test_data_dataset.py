@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import shutil
 from contextlib import contextmanager, nullcontext
 
 import datasets
@@ -623,3 +625,39 @@ def test_formats_are_recognised(tmp_path):
 def test_a_robots_description_shows_what_it_is():
     text = repr(VLAAdapterDataset.from_dataset(rows(), chunk_size=3, unnorm_key="mine"))
     assert "4 samples of 2 episodes" in text and "chunk_size=3" in text and "'mine'" in text
+
+
+# Unpacked frames
+
+
+def first_frame(folder) -> np.ndarray:
+    dataset = VLAAdapterDataset.from_lerobot(folder, ["image"], 4)
+    return dataset[0]["images"][0]
+
+
+def with_another_first_frame(folder) -> None:
+    """Write the file of a copy again, without another time of change."""
+    path = folder / "data" / "chunk-000" / "file-000.parquet"
+    before = path.stat()
+    table = pq.read_table(path)
+    name = "observation.images.image"
+    cells = table.column(name).to_pylist()
+    cells[0] = cells[20]
+    column = table.schema.get_field_index(name)
+    pq.write_table(table.set_column(column, name, pa.array(cells, table.schema.field(name).type)), path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_frames_of_a_dataset_that_was_replaced_are_not_those_of_the_one_before(tmp_path):
+    """`rsync -t` and `cp -p` keep the time of change. Old frames would be paired with new actions."""
+    folder = copy_of("lerobot_v30_image", tmp_path)
+    before = first_frame(folder)
+    with_another_first_frame(folder)
+    assert not np.array_equal(first_frame(folder), before)
+
+
+def test_a_folder_name_is_not_taken_for_a_pattern(tmp_path):
+    folder = copy_of("lerobot_v30_image", tmp_path).rename(tmp_path / "run[1]")
+    shutil.copytree(folder, tmp_path / "run1")
+    with_another_first_frame(tmp_path / "run1")
+    assert not np.array_equal(first_frame(folder), first_frame(tmp_path / "run1"))

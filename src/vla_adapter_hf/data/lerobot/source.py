@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import os
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +37,7 @@ class LeRobotSource(DemonstrationSource):
         self._rows: list[int] = []  # its first row in the file, -1 if not known
         self._first_rows: np.ndarray = np.zeros(0, np.int64)  # its first row in the table of images
         self._image_files: list[Path] = []
+        self._image_rows = 0
         self._image_table: datasets.Dataset | None = None
         self._image_chunks: dict[str, tuple[list[int], list[pa.Array]]] = {}
 
@@ -72,6 +75,7 @@ class LeRobotSource(DemonstrationSource):
             shards = sorted({shard for shard, row in zip(self._shards, self._rows, strict=True) if row >= 0})
             self._image_files = [self.reader.folder / self.reader.files[shard][0] for shard in shards]
             counts = [pq.read_metadata(path).num_rows for path in self._image_files]
+            self._image_rows = sum(counts)
             before = dict(zip(shards, np.cumsum([0, *counts]).tolist(), strict=False))
             self._first_rows += [before.get(shard, 0) for shard in self._shards]
             self._first_rows[np.array(self._rows) < 0] = -1
@@ -97,11 +101,12 @@ class LeRobotSource(DemonstrationSource):
         """
         self.table  # noqa: B018 - finds the files
         if self._image_columns and self._image_table is None and self._image_files:
-            cache = cache_directory(self.cache_dir) / "arrow"
+            # `datasets` knows files by path and time of change, and takes a path for a pattern.
+            cache = cache_directory(self.cache_dir) / "arrow" / _footers_digest(self._image_files)
             files = [str(path) for path in self._image_files]
             try:
-                self._image_table = datasets.Dataset.from_parquet(
-                    files, columns=self._image_columns, cache_dir=str(cache)
+                table = datasets.Dataset.from_parquet(
+                    [glob.escape(path) for path in files], columns=self._image_columns, cache_dir=str(cache)
                 )
             except datasets.exceptions.DatasetGenerationError as error:
                 bad = self._first_unreadable_frame()
@@ -113,6 +118,12 @@ class LeRobotSource(DemonstrationSource):
                     f"{self.where}: `datasets` cannot read the description of the columns in {files[0]} and the files "
                     f"after it: {error!r}. Fetch or record them again"
                 ) from error
+            if len(table) != self._image_rows:
+                raise ValueError(
+                    f"{self.where}: the cache in {cache} holds {len(table)} frames, the files {self._image_rows}. "
+                    "Remove that folder"
+                )
+            self._image_table = table
 
     def _first_unreadable_frame(self) -> BadEpisode | None:
         """The first frame in the parquet files that cannot be unpacked; None if all can be."""
@@ -156,6 +167,16 @@ class LeRobotSource(DemonstrationSource):
         starts, chunks = self._image_chunks[column]
         chunk = bisect_right(starts, row) - 1
         return chunks[chunk][row - starts[chunk]].as_py()
+
+
+def _footers_digest(paths: Sequence[Path]) -> str:
+    """A hash of where everything is in some parquet files, and how large it is."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        with path.open("rb") as file:
+            file.seek(-8 - pq.read_metadata(path).serialized_size, os.SEEK_END)
+            digest.update(file.read())
+    return digest.hexdigest()
 
 
 def _hash_columns(path: Path, columns: Sequence[str], digest: Any) -> None:
