@@ -3,6 +3,7 @@
 import base64
 import copy
 import json
+import socket
 import subprocess
 import threading
 import time
@@ -521,13 +522,30 @@ def test_messages_over_the_limit_of_bytes_are_refused_in_every_protocol(embedded
 
 
 def test_a_body_that_never_arrives_is_given_up(embedded_policy):
-    import socket
-
     with server_thread(embedded_policy, ServeSettings(max_seconds=0.3)) as running:
         with socket.create_connection(("127.0.0.1", running.port)) as slow:
             slow.sendall(b"POST /act HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
             slow.settimeout(10)
             assert slow.recv(4096).startswith(b"HTTP/1.1 504")
+
+
+@pytest.mark.parametrize(
+    "parts", [[], [b"GET /hea"], [b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n", b"GET /hea"]]
+)
+def test_a_connection_without_a_whole_request_is_closed_and_makes_room(embedded_policy, observation, parts):
+    with server_thread(embedded_policy, ServeSettings()) as running:
+        running.server.config.timeout_keep_alive = 0.2
+        with running.websocket() as robot, socket.create_connection(("127.0.0.1", running.port)) as silent:
+            receive(robot)
+            silent.settimeout(5)
+            for part in parts:
+                silent.sendall(part)
+                if part.endswith(b"\r\n\r\n"):
+                    assert silent.recv(4096).startswith(b"HTTP/1.1 200")
+            while silent.recv(4096):
+                pass
+            robot.send(pack(observation))  # a websocket may be silent
+            assert receive(robot)["actions"].shape == (8, 7)
 
 
 def test_the_key_is_asked_for_everywhere_but_in_health(embedded_policy, observation):

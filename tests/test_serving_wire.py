@@ -102,7 +102,20 @@ def test_nesting_without_end_is_refused():
     with pytest.raises(InvalidRequest):
         unpack(b"\x91" * 100_000, LIMIT)
     with pytest.raises(InvalidRequest):
-        from_json("[" * 100_000, LIMIT)
+        from_json("[" * 9_000, LIMIT)
+
+
+@pytest.mark.parametrize("value", [[[{}] * 999] * 11, [{str(key): 0 for key in range(1000)}] * 10, [[[]] * 999] * 11])
+def test_a_message_of_more_values_than_an_observation_has_is_refused_before_they_take_time_and_memory(value):
+    for read, message in ((unpack, msgpack.packb(value)), (from_json, json.dumps(value))):
+        with pytest.raises(TooLarge, match="10000 values"):
+            read(message, LIMIT)
+    assert unpack(msgpack.packb(value[:4]), LIMIT) == from_json(json.dumps(value[:4]), LIMIT) == value[:4]
+
+
+def test_a_list_that_is_long_is_refused():
+    with pytest.raises(InvalidRequest, match="1001"):
+        unpack(msgpack.packb([0] * 1001), LIMIT)
 
 
 def test_a_list_that_claims_more_than_is_there_is_refused():

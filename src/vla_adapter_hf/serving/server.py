@@ -11,6 +11,7 @@ from types import FrameType
 import torch
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from vla_adapter_hf.checkpoints.embedded import embedded_folder
 from vla_adapter_hf.serving.app import build_app
@@ -75,6 +76,27 @@ def _load_services(checkpoint: str | None, settings: ServeSettings) -> Services:
     return Services(policy, settings)
 
 
+class PromptProtocol(H11Protocol):
+    """uvicorn's HTTP, which also closes a connection on which no request's head arrives.
+
+    uvicorn waits for the first byte, and for the rest of a head, without end, and counts such connections in
+    `limit_concurrency`. A connection is closed after one to two times `timeout_keep_alive`.
+    """
+
+    def connection_made(self, transport: asyncio.Transport) -> None:
+        super().connection_made(transport)
+        self._close_if_silent(earlier=None)
+
+    def _close_if_silent(self, earlier: tuple[object, bool] | None) -> None:
+        if self.transport.is_closing() or self.transport.get_protocol() is not self:  # closed, or a websocket by now
+            return
+        is_waiting = self.cycle is None or self.cycle.response_complete
+        if is_waiting and (self.cycle, is_waiting) == earlier:
+            self.transport.close()
+        else:
+            self.loop.call_later(self.timeout_keep_alive, self._close_if_silent, (self.cycle, is_waiting))
+
+
 class DrainingServer(uvicorn.Server):
     """Answers what has arrived before it closes connections. A second signal ends it at once."""
 
@@ -131,7 +153,7 @@ def server_config(services: Services, api_key: str | None) -> uvicorn.Config:
         log_level="warning",
         access_log=False,
         server_header=False,
-        http="h11",
+        http=PromptProtocol,
         ws="websockets-sansio",
         ws_max_size=settings.max_message_bytes,
         ws_per_message_deflate=False,  # frames do not compress, and it takes milliseconds

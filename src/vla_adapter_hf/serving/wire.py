@@ -24,8 +24,9 @@ from vla_adapter_hf.serving.errors import InvalidRequest, TooLarge
 PLAIN_DTYPE = re.compile(r"[<>|=]?(?:b1|[iu][1248]|f[248])")
 MAX_DIMENSIONS = 5
 # A list of a message is a state or a few names; frames are arrays.
-MAX_LIST_LENGTH = 100_000
-MAX_MAP_LENGTH = 1_000
+MAX_LENGTH = 1_000
+# Values of a message in all. Messages are decoded between the answers to other robots, so it must not take long.
+MAX_VALUES = 10_000
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,18 @@ def unpack(message: bytes, max_frame_bytes: int) -> Any:
 
     Raises:
         InvalidRequest: the message is broken, nested too deeply, or holds something that is no plain data.
-        TooLarge: an array is over `max_frame_bytes`.
+        TooLarge: an array is over `max_frame_bytes`, or there are more than `MAX_VALUES` values.
     """
+    values = 0
+
+    def count(collection: Any) -> Any:
+        nonlocal values
+        values += 1 + len(collection)
+        _check_count(values)
+        return collection
 
     def restore(value: dict[Any, Any]) -> Any:
+        count(value)
         if b"__ndarray__" in value:
             return make_array(value.get(b"data"), value.get(b"dtype"), value.get(b"shape"), max_frame_bytes)
         if "__ndarray__" in value:
@@ -58,8 +67,9 @@ def unpack(message: bytes, max_frame_bytes: int) -> Any:
         return msgpack.unpackb(
             message,
             object_hook=restore,
-            max_array_len=MAX_LIST_LENGTH,
-            max_map_len=MAX_MAP_LENGTH,
+            list_hook=count,
+            max_array_len=MAX_LENGTH,
+            max_map_len=MAX_LENGTH,
             max_ext_len=0,
         )
     except (ValueError, TypeError, OverflowError, RecursionError, msgpack.UnpackException) as error:
@@ -90,8 +100,11 @@ def from_json(body: bytes | str, max_frame_bytes: int) -> Any:
 
     Raises:
         InvalidRequest: the text is no JSON, or an array in it is broken.
-        TooLarge: an array is over `max_frame_bytes`.
+        TooLarge: an array is over `max_frame_bytes`, or there may be more than `MAX_VALUES` values.
     """
+    # Before anything is made of it. Base64 has none of these signs.
+    signs = ",[{" if isinstance(body, str) else (b",", b"[", b"{")
+    _check_count(sum(body.count(sign) for sign in signs))
 
     def restore(value: dict[str, Any]) -> Any:
         if "__numpy__" not in value:
@@ -103,6 +116,11 @@ def from_json(body: bytes | str, max_frame_bytes: int) -> Any:
         return json.loads(body, object_hook=restore)
     except (ValueError, TypeError, RecursionError) as error:
         raise InvalidRequest(f"the body is no valid JSON: {error}") from error
+
+
+def _check_count(values: int) -> None:
+    if values > MAX_VALUES:
+        raise TooLarge(f"a message may have {MAX_VALUES} values; send frames as arrays or encoded, not as lists.")
 
 
 def from_base64(text: Any) -> bytes:
