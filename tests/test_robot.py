@@ -288,7 +288,8 @@ class TestLoop:
         robot, policy = RecordingRobot(), CountingPolicy()
         policy.predict = lambda *arguments: nonsense
         with pytest.raises(RuntimeError, match="no usable answer") as raised:
-            run(policy, robot, "go", LoopSettings(fps=100, late_after=0.1, give_up_after=0.2, limits=limits))
+            settings = LoopSettings(fps=100, late_after=0.1, give_up_after=0.2, limits=limits, max_steps=200)
+            run(policy, robot, "go", settings)
         assert not robot.sent
         assert raised.value.__cause__ is not None
 
