@@ -194,3 +194,12 @@ def test_an_argument_that_is_nearly_one_is_not_taken_for_it():
     words = ["--checkpoint", "c", "--dataset", "d", "--output_dir", "o", "--use_cpu", "true", "--camera", "image"]
     with pytest.raises(ValueError, match="unknown arguments: --camera image"):
         parse_arguments(words)
+
+
+def test_datasets_of_one_name_are_told_apart_by_the_folders_around_them(tmp_path):
+    folders = [data_fixtures.copy_of("lerobot_v30_image", tmp_path / owner) for owner in ("me", "you")]
+    data = DataArguments(dataset=[str(folder) for folder in folders], cameras=["image"], chunk_size=4)
+    demonstrations = load_data(data, model_fixtures.tiny_config(), seed=0)
+    keys = ["me_lerobot_v30_image", "you_lerobot_v30_image"]
+    assert list(demonstrations.norm_stats) == keys
+    assert [dataset.unnorm_key for dataset in demonstrations.train.datasets] == keys

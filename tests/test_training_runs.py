@@ -14,7 +14,7 @@ from huggingface_hub import CommitInfo, HfApi
 from huggingface_hub.utils import filter_repo_objects
 from torch._dynamo.utils import counters
 from training_fixtures import CHUNK, DEMOS, QUIET, losses, run_training, write_start
-from transformers import AutoModel, AutoProcessor, EarlyStoppingCallback, Trainer
+from transformers import AutoModel, AutoProcessor, EarlyStoppingCallback, Trainer, TrainerState
 
 from vla_adapter_hf import VLAAdapterDataCollator, VLAAdapterDataset, VLAAdapterTrainingArguments
 from vla_adapter_hf.data import BadEpisodeError, ImageResize
@@ -93,10 +93,19 @@ def test_the_command_line_stops_early_and_keeps_the_best_model(start, tmp_path):
     history = [entry["eval_l1_first"] for entry in state["log_history"] if "eval_l1_first" in entry]
     best = int(np.argmin(history)) + 1
     assert state["global_step"] == best + 2 < 20
+    assert f"{best} steps." in (tmp_path / "out" / "README.md").read_text()
     left, wanted = (
         AutoModel.from_pretrained(tmp_path / "out" / name).state_dict() for name in ("", f"checkpoint-{best}")
     )
     assert all(torch.equal(left[name], wanted[name]) for name in wanted)
+
+
+def test_a_resumed_training_goes_on_counting_evaluations_without_a_better_model(make_trainer):
+    settings = {"early_stopping_patience": 2, "learning_rate": 0.0, **EVERY_STEP}  # the first evaluation is the best
+    make_trainer(**settings, max_steps=2).train()
+    trainer = make_trainer(**settings, max_steps=5)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 3
 
 
 @pytest.mark.parametrize(
@@ -315,6 +324,16 @@ def test_resuming_in_code_takes_the_last_finished_checkpoint(make_trainer, tmp_p
     trainer.train(resume_from_checkpoint=True)
     resumed = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert resumed == pytest.approx(whole, abs=1e-6) and len(resumed) == 6
+
+
+@pytest.mark.parametrize("trainer_class", [Trainer, VLAAdapterTrainer])
+def test_the_epoch_reaches_the_dataset_whatever_loader_a_resumed_training_reads_from(make_trainer, trainer_class):
+    """After resuming in the middle of an epoch, accelerate does not hand it on."""
+    trainer = make_trainer(trainer_class)
+    handler = trainer.callback_handler
+    handler.train_dataloader = trainer.accelerator.skip_first_batches(trainer.get_train_dataloader(), 1)
+    handler.on_epoch_begin(trainer.args, TrainerState(epoch=3.0), trainer.control)
+    assert trainer.train_dataset.epoch == 3
 
 
 def test_resuming_in_code_without_a_finished_checkpoint_is_refused(make_trainer, tmp_path):

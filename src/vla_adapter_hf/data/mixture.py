@@ -47,7 +47,10 @@ class VLAAdapterMixture(torch.utils.data.Dataset):
         self._check_same("number of cameras", [len(dataset.cameras) for dataset in self.datasets])
         keys = [dataset.unnorm_key for dataset in self.datasets]
         if len(set(keys)) != len(keys):
-            raise ValueError(f"statistics keys {keys} are not distinct; give each dataset its own unnorm_key=")
+            raise ValueError(
+                f"statistics keys {keys} are not distinct; in Python give each dataset its own unnorm_key=, on the "
+                "command line rename a folder"
+            )
         expected = np.array(weights) * [dataset.num_transitions for dataset in self.datasets]
         self.probabilities = expected / expected.sum()
         self.weights = weights

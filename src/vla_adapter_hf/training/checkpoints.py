@@ -36,6 +36,9 @@ class CheckpointCallback(TrainerCallback):
     With `push_to_hub` the upload is complete too: the output folder, which gets the checkpoint's weights from the
     Trainer, also gets its processor, code and model card.
 
+    It also sets the dataset's epoch, for the draws of the augmentation: accelerate leaves that out with several
+    processes, and after resuming in the middle of an epoch.
+
     Args:
         processor ([`VLAAdapterProcessor`]): is saved with the model.
         describe (`Callable`, *optional*): gives arguments of [`fill_model_card`] at a step.
@@ -53,6 +56,13 @@ class CheckpointCallback(TrainerCallback):
                 'An adapter named "default" is saved where AutoModel would take it for the whole checkpoint; name it: '
                 f'get_peft_model(..., adapter_name="{ADAPTER_NAME}"), or use apply_preset.'
             )
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, train_dataloader: Any, **kwargs
+    ) -> None:
+        dataset = getattr(train_dataloader, "dataset", None)
+        if hasattr(dataset, "set_epoch"):
+            dataset.set_epoch(int(state.epoch))
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs

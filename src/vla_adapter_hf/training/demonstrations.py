@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -69,6 +70,11 @@ def load_data(
         **arguments.reader_options(),
     }
     datasets = [load_demonstrations(path, **options) for path in arguments.dataset]
+    keys = [dataset.unnorm_key for dataset in datasets]
+    for number, (path, key) in enumerate(zip(arguments.dataset, keys, strict=True)):
+        if keys.count(key) > 1:  # the folders, or the repositories of several owners, have the same name
+            longer = f"{Path(path).absolute().parent.name}_{key}"
+            datasets[number] = load_demonstrations(path, **options, unnorm_key=longer)
     trains, validations = datasets, []
     if arguments.validation:
         share = int(arguments.validation) if arguments.validation >= 1 else arguments.validation

@@ -221,8 +221,11 @@ def write_results(
     """The trained model, its metrics and the pictures, in the output folder."""
     output = Path(trainer.args.output_dir)
     model = merge_lora(trainer.accelerator.unwrap_model(trainer.model))
-    callback = trainer.checkpoint_callback
-    save_trained(model, callback.processor, output, callback.card(output, trainer.state.global_step))
+    callback, state = trainer.checkpoint_callback, trainer.state
+    # The weights are those of the best checkpoint if it was loaded.
+    is_best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+    step = state.best_global_step if is_best else state.global_step
+    save_trained(model, callback.processor, output, callback.card(output, step))
     write_json(output / "metrics.json", metrics)
     save_figure(plot_training(trainer.state.log_history), output / "training.png")
     save_figure(plot_chunks(model, callback.processor, demonstrations.parts, episodes), output / "chunks.png")

@@ -14,7 +14,6 @@ from torch import nn
 from transformers import (
     EarlyStoppingCallback,
     Trainer,
-    TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
@@ -79,23 +78,15 @@ class VLAAdapterTrainingArguments(TrainingArguments):
         super().__post_init__()
 
 
-class EpochCallback(TrainerCallback):
-    """Sets the dataset's epoch, for new draws of the augmentation.
+class PatienceCallback(EarlyStoppingCallback):
+    """Early stopping that goes on counting when a training is resumed."""
 
-    In one process accelerate does so. With several processes and its seedable sampler it leaves the dataset out.
-    """
-
-    def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        train_dataloader: Any,
-        **kwargs: Any,
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        dataset = getattr(train_dataloader, "dataset", None)
-        if hasattr(dataset, "set_epoch"):
-            dataset.set_epoch(int(state.epoch))
+        super().on_train_begin(args, state, control, **kwargs)
+        kept = state.stateful_callbacks.get(type(self).__name__, {}).get("attributes", {})
+        self.early_stopping_patience_counter = kept.get("early_stopping_patience_counter", 0)
 
 
 class VLAAdapterTrainer(Trainer):
@@ -107,8 +98,7 @@ class VLAAdapterTrainer(Trainer):
     - `train(resume_from_checkpoint=True)` takes the last finished checkpoint, not one that was cut short.
     - A LoRA adapter is not resumed on other frozen weights than it was trained on.
     - The best model can be loaded at the end when a LoRA adapter is trained.
-    - `early_stopping_patience` of [`VLAAdapterTrainingArguments`] stops it.
-    - Every epoch has its own augmentation in several processes too.
+    - `early_stopping_patience` of [`VLAAdapterTrainingArguments`] stops it, and a resumed training goes on counting.
     - Weight decay acts on everything that trains, as published; a plain Trainer leaves out biases and norms.
 
     Args:
@@ -133,10 +123,9 @@ class VLAAdapterTrainer(Trainer):
             given = [CheckpointCallback(processor, describe)]
             self.add_callback(given[0])
         self.checkpoint_callback = given[0]
-        self.add_callback(EpochCallback)
         patience = getattr(self.args, "early_stopping_patience", None)
         if patience is not None:
-            self.add_callback(EarlyStoppingCallback(patience))
+            self.add_callback(PatienceCallback(patience))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`.
