@@ -234,7 +234,7 @@ class BridgeAttentionPolicy(nn.Module):
         rotary = None if self.rotary is None else self.rotary()
         latents, attentions = (latent,), ()
         for block, task, action in zip(self.blocks, task_states, action_states, strict=True):
-            adapter_tokens = torch.cat((action, proprio_token), dim=1)
+            adapter_tokens = torch.cat((action.to(proprio_token.device), proprio_token), dim=1)
             latent, attention = block(latent, adapter_tokens, task, rotary, **kwargs)
             latents += (latent,)
             attentions += (attention,)

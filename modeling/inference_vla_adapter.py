@@ -89,11 +89,13 @@ class ActionPredictionMixin:
         # 2. To the model's device and precision.
         if self._prompt_multiple is not None:
             input_ids, attention_mask = _pad_prompts(input_ids, attention_mask, self._prompt_multiple)
+        # Weights that wait on the disk are on the meta device. accelerate, which loads them, also moves the inputs.
+        device = input_ids.device if self.device.type == "meta" else self.device
         inputs = {
-            "input_ids": input_ids.to(self.device),
-            "attention_mask": None if attention_mask is None else attention_mask.to(self.device),
-            "pixel_values": pixel_values.to(self.device, self.dtype),
-            "proprio": torch.from_numpy(proprio).to(self.device, self.dtype),
+            "input_ids": input_ids.to(device),
+            "attention_mask": None if attention_mask is None else attention_mask.to(device),
+            "pixel_values": pixel_values.to(device, self.dtype),
+            "proprio": torch.from_numpy(proprio).to(device, self.dtype),
         }
 
         # 3. Predict, without the noise that training adds.

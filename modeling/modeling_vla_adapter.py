@@ -188,7 +188,8 @@ class VLAAdapterForActionPrediction(ActionPredictionMixin, VLAAdapterPreTrainedM
         dinov2 = self.dinov2(frames[:, :3], return_dict=True, **kwargs)
         siglip = self.siglip(frames[:, 3:], return_dict=True, **kwargs)
         prefix_tokens = 1 + config.dinov2_config.num_register_tokens
-        features = torch.cat((dinov2.last_hidden_state[:, prefix_tokens:], siglip.last_hidden_state), dim=-1)
+        features = dinov2.last_hidden_state[:, prefix_tokens:].to(siglip.last_hidden_state.device)
+        features = torch.cat((features, siglip.last_hidden_state), dim=-1)
         features = features.unflatten(0, (-1, config.num_cameras)).flatten(1, 2)  # (batch, cameras * patches, widths)
         return BaseModelOutputWithPooling(
             last_hidden_state=features,
@@ -212,13 +213,16 @@ class VLAAdapterForActionPrediction(ActionPredictionMixin, VLAAdapterPreTrainedM
         """
         batch_size = input_ids.shape[0]
         num_patches, num_queries = patches.shape[1], self.config.num_action_queries
-        device = input_ids.device
         tokens = self.get_input_embeddings()(input_ids)
-        queries = self.action_queries.weight.to(tokens.dtype).expand(batch_size, -1, -1)
-        sources = torch.cat((tokens, patches.to(tokens.dtype), queries), dim=1)
+        # A device map may place the parts on several devices, and leave weights on the disk until their module runs.
+        device = tokens.device
+        queries = self.action_queries(torch.arange(num_queries, device=device)).to(device)
+        queries = queries.to(tokens.dtype).expand(batch_size, -1, -1)
+        sources = torch.cat((tokens, patches.to(device).to(tokens.dtype), queries), dim=1)
 
         # Every source has a position of its own. A scatter needs no stable sort, which export to ONNX does not know.
         real = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).long()
+        real = real.to(device)
         num_real = real.sum(dim=1, keepdim=True)
         rank, padding_rank = real.cumsum(dim=1) - 1, (1 - real).cumsum(dim=1) - 1  # within a row
         token_positions = torch.where(rank > 0, rank + num_patches, 0)
@@ -307,7 +311,7 @@ class VLAAdapterForActionPrediction(ActionPredictionMixin, VLAAdapterPreTrainedM
 
         loss = None
         if actions is not None:
-            loss = l1_loss(predicted, actions, action_is_pad)
+            loss = l1_loss(predicted.to(actions.device), actions, action_is_pad)
         return VLAAdapterOutput(
             loss=loss,
             actions=predicted,
@@ -354,7 +358,7 @@ class VLAAdapterForActionPrediction(ActionPredictionMixin, VLAAdapterPreTrainedM
         task_states, action_states = [], []
         for states in hidden_states:
             task = states[:, :num_patches]
-            action = states.gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
+            action = states.gather(1, positions.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))
             if config.num_task_tokens != num_patches:
                 both = torch.cat((task, action), dim=1)
                 task, action = both[:, : config.num_task_tokens], both[:, config.num_task_tokens :]

@@ -1,10 +1,14 @@
 """What users of transformers expect of any model: attention kernels, checkpointing, compilation, devices, adapters."""
 
 import warnings
+from copy import deepcopy
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from model_fixtures import norm_stats, tiny_config, tiny_inputs, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModel
 
 from vla_adapter_hf import VLAAdapterForActionPrediction
@@ -30,6 +34,16 @@ def inputs(model):
     inputs = tiny_inputs(model.config)
     inputs["attention_mask"][0, :3] = 0  # one padded row
     return inputs
+
+
+class one_device_per_operation(TorchDispatchMode):
+    """An error from an operation on tensors of several devices, unless it copies. torch overlooks the meta device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        if function.overloadpacket is not torch.ops.aten._to_copy:
+            assert len({tensor.device for tensor in tensors}) < 2, f"{function} of tensors on several devices"
+        return function(*args, **(kwargs or {}))
 
 
 def gradients(model, inputs) -> dict[str, torch.Tensor]:
@@ -162,16 +176,36 @@ class TestBuildingAndPlacing:
         assert model.config.dtype == torch.bfloat16
         assert model.predict_action(**processor(**observation)).shape == (1, 8, 7)
 
-    def test_parts_may_be_spilled_to_disk(self, tmp_path, model, inputs):
+    def test_any_part_may_be_spilled_to_disk(self, tmp_path, model, inputs):
+        del inputs["proprio"]
+        expected = model.predict_action(**inputs, state=torch.zeros(2, 8))
         model.save_pretrained(tmp_path / "model")
         parts = {name: "cpu" for name, _ in model.named_children()}
-        loaded = AutoModel.from_pretrained(
-            tmp_path / "model", device_map={**parts, "policy": "disk"}, offload_folder=tmp_path / "disk"
-        )
-        with torch.no_grad():
-            torch.testing.assert_close(
-                loaded(**inputs).actions, model(**inputs).actions, rtol=0, atol=ACTION_TOLERANCE
+        for name in parts:
+            loaded = AutoModel.from_pretrained(
+                tmp_path / "model", device_map={**parts, name: "disk"}, offload_folder=tmp_path / name
             )
+            assert {parameter.device.type for parameter in loaded.get_submodule(name).parameters()} == {"meta"}
+            actions = loaded.predict_action(**inputs, state=torch.zeros(2, 8))
+            assert abs(actions - expected).max() < ACTION_TOLERANCE, name
+
+    def test_parts_may_be_on_two_devices(self, variant):
+        """As `device_map="auto"` spreads them. Tensors get to a part's device by accelerate's hooks and by ours."""
+        in_order = ["dinov2", "siglip", "vision_projector", "language_model.embed_tokens", "language_model.layers.0"]
+        in_order += ["language_model.layers.1", "language_model.norm", "proprio_projector", "policy.norm_in"]
+        in_order += ["policy.fc_in", "policy.blocks.0", "policy.blocks.1", "policy.norm_out", "policy.fc_out"]
+        with_next = {"language_model.embed_tokens": ["action_queries", "language_model.rotary_emb"]}
+        with_next["policy.fc_in"] = ["policy.rotary"] if variant == "pro" else []
+        for name in ("siglip", "language_model.embed_tokens", "language_model.layers.1", "policy.norm_in"):
+            first, model = in_order.index(name), tiny_model(policy_variant=variant)
+            for place, part in enumerate(in_order):
+                hook = AlignDevicesHook("meta" if place >= first else "cpu", place_submodules=True)
+                for one in (part, *with_next.get(part, ())):
+                    add_hook_to_module(model.get_submodule(one), deepcopy(hook))
+            inputs = tiny_inputs(model.config)
+            with torch.no_grad(), one_device_per_operation():
+                output = model(**inputs, actions=torch.zeros(2, 4, 7, device="meta"))
+            assert output.actions.device.type == output.loss.device.type == "meta", name
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_a_dtype_reaches_every_parameter(self, tmp_path, model, dtype):
