@@ -17,7 +17,7 @@ from vla_adapter_hf.checkpoints.convert import convert, convert_to_published
 from vla_adapter_hf.checkpoints.model_card import NOT_EVALUATED, fill_model_card, published_results
 from vla_adapter_hf.checkpoints.published.names import has_effect
 from vla_adapter_hf.checkpoints.published.writing import published_config
-from vla_adapter_hf.checkpoints.saving import verify, write_checkpoint
+from vla_adapter_hf.checkpoints.saving import compare_actions, verify, write_checkpoint
 
 
 # As in the authors' tables: the paper's for LIBERO, the released code's README for the Pro policy.
@@ -91,6 +91,22 @@ def test_a_model_of_any_precision_can_be_verified(pro_model, processor, tmp_path
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
     assert verify(tmp_path, model, processor) < 0.02
+
+
+@pytest.mark.parametrize("half_range", [100.0, 0.01])
+def test_actions_that_were_read_back_are_compared_in_normalised_units(processor, half_range):
+    stats = norm_stats()
+    action = next(iter(stats.values()))["action"]
+    for name, sign in (("min", -1), ("q01", -1), ("max", 1), ("q99", 1)):
+        action[name] = [sign * half_range] * 7
+    model, other = tiny_model(norm_stats=stats), tiny_model(norm_stats=stats)
+    processor = VLAAdapterProcessor.from_model_config(model.config, processor.tokenizer)
+    bias = other.policy.fc_out.bias.data
+    bias[0] += 5e-5
+    assert compare_actions(model, processor, other, processor) == pytest.approx(5e-5, rel=0.1)
+    bias[0] += 1e-3
+    with pytest.raises(RuntimeError, match="the normalised actions differ by 1.05e-03"):
+        compare_actions(model, processor, other, processor)
 
 
 def test_a_written_checkpoint_knows_its_tokenizer(processor, tmp_path):

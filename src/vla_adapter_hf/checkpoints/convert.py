@@ -127,7 +127,7 @@ def convert_to_published(
         write_published(temporary, model.config, _published_tensors_of(model), processor.tokenizer)
         report_progress("Verifying")
         difference = _verify_published(temporary, model, processor, robot)
-        report_progress(f"  read back: the same weights and statistics, actions within {difference:.1e}")
+        report_progress(f"  read back: the same weights and statistics, normalised actions within {difference:.1e}")
     report_progress(f"Done: {destination}")
     _upload(destination, push_to_hub, report_progress)
     return destination
@@ -142,7 +142,7 @@ def _verify_published(folder: Path, model: torch.nn.Module, processor: object, r
     """Read a written folder back and compare tensors and statistics to the bit.
 
     Returns:
-        `float`: the largest difference of an action, in physical units.
+        `float`: the largest difference of a normalised action.
 
     Raises:
         RuntimeError: when they are not the same.

@@ -10,11 +10,12 @@ import torch
 
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.modeling.configuration_vla_adapter import VLAAdapterConfig
+from vla_adapter_hf.robots import physical_scale
 from vla_adapter_hf.utils.files import atomic_path
 
 
-# Largest difference between actions before saving and after loading, in physical units. The weights are equal. Their
-# place in memory changes the order of additions, and so the last digits.
+# Largest difference between normalised actions before saving and after loading. The weights are equal. Their place in
+# memory changes the order of additions, and so the last digits.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 
@@ -56,7 +57,7 @@ def write_checkpoint(
         (temporary / "README.md").write_text(card, encoding="utf-8")
         report_progress("Verifying")
         difference = verify(temporary, model, processor)
-        actions = f", actions within {difference:.1e}" if model.config.norm_stats else ""
+        actions = f", normalised actions within {difference:.1e}" if model.config.norm_stats else ""
         report_progress(f"  read back: the same weights{actions}")
 
 
@@ -67,7 +68,7 @@ def verify(folder: Path, model: torch.nn.Module, processor: object) -> float:
     that code.
 
     Returns:
-        `float`: the largest difference of an action, in physical units.
+        `float`: the largest difference of a normalised action.
 
     Raises:
         RuntimeError: when they are not the same.
@@ -83,7 +84,7 @@ def verify(folder: Path, model: torch.nn.Module, processor: object) -> float:
 def compare_actions(
     model: torch.nn.Module, processor: object, written: torch.nn.Module, written_processor: object
 ) -> float:
-    """The largest difference of an action between the model in memory and the one that was read back.
+    """The largest difference of a normalised action between the model in memory and the one that was read back.
 
     Raises:
         RuntimeError: when it is more than the order of additions explains.
@@ -96,9 +97,10 @@ def compare_actions(
         one.predict_action(**of(**observation), unnorm_key=keys[0])
         for one, of in ((model, processor), (written, written_processor))
     ]
-    difference = float(np.abs(actions[0] - actions[1]).max())
+    scale = physical_scale(model.config.norm_stats[keys[0]]["action"], model.config.norm_type)
+    difference = float((np.abs(actions[0] - actions[1]) / scale).max())
     if not difference <= TOLERANCE[model.dtype]:
-        raise RuntimeError(f"verification failed: read back, the actions differ by {difference:.2e}.")
+        raise RuntimeError(f"verification failed: read back, the normalised actions differ by {difference:.2e}.")
     return difference
 
 
