@@ -39,7 +39,7 @@ from vla_adapter_hf.doctor.copies import check_copies
 from vla_adapter_hf.doctor.endings import expected_grips
 from vla_adapter_hf.doctor.findings import Finding, Report
 from vla_adapter_hf.doctor.frames import blockiness
-from vla_adapter_hf.doctor.gripper import describe_gripper, find_grippers
+from vla_adapter_hf.doctor.gripper import check_gripper, describe_gripper, find_grippers
 from vla_adapter_hf.doctor.idle import find_idle, without_idle
 from vla_adapter_hf.doctor.opening import open_recording
 from vla_adapter_hf.doctor.page import as_page
@@ -410,6 +410,22 @@ def test_a_preset_that_turns_the_gripper_the_wrong_way_is_found():
     learnt = [np.column_stack([part[:, :6], (1 + part[:, 6]) / 2]) for part in recording.actions]
     report = check_recording(replace(recording, actions=learnt), QUICK, robot="libero")
     assert "the gripper is the wrong way round for robot libero" in names(report, "high")
+
+
+def test_a_robot_may_be_written_in_capitals(without_plots):
+    recording = replace(make_recording("delta", seed=3, episodes=4), read_images=None)
+    reports = [check_recording(recording, QUICK, robot=robot) for robot in ("libero", "LIBERO")]
+    assert reports[0].suggestion == reports[1].suggestion and names(reports[0]) == names(reports[1])
+
+
+@pytest.mark.parametrize(("constant", "is_found"), [(0.0, False), (1.0, False), (0.02, True)])
+def test_a_gripper_of_0_and_1_may_stay_at_one_end_for_an_episode(constant, is_found):
+    recording = make_recording("delta", seed=3, episodes=6)
+    actions = [np.column_stack([part[:, :6], (1 - part[:, 6]) / 2]) for part in recording.actions]
+    actions[2][:, 6] = constant
+    recording = replace(recording, actions=actions)
+    found = check_gripper(recording, describe_gripper(recording, 6))
+    assert ("the gripper's range differs between episodes" in [finding.name for finding in found]) == is_found
 
 
 def test_the_suggested_command_runs_as_it_is_and_leaves_a_binary_gripper_unnormalised(tmp_path, processor):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from data_fixtures import DEMOS
 from model_fixtures import FIXTURES, learner_config
 from probe_fixtures import INSTRUCTIONS, train_policy, write_dataset, write_start
 from typer.testing import CliRunner
@@ -18,7 +19,7 @@ from vla_adapter_hf.doctor.expectations import check_gripper_convention, check_s
 from vla_adapter_hf.doctor.findings import Report
 from vla_adapter_hf.doctor.judgement import judge
 from vla_adapter_hf.doctor.measuring import Hold, measure_policy
-from vla_adapter_hf.doctor.policy import _choose_episodes
+from vla_adapter_hf.doctor.policy import _choose_episodes, check_policy
 from vla_adapter_hf.doctor.settings import PolicySettings
 from vla_adapter_hf.doctor.verdicts import Estimate, answer, carrying_cameras, ratio
 from vla_adapter_hf.training.arguments import DataArguments
@@ -403,6 +404,13 @@ def test_data_that_does_not_fit_the_policy_is_a_finding(dataset):
         report = check(dataset, checkpoint=folder / "checkpoint", policy=PolicySettings(samples=20))
     assert report.named("the data does not fit the policy").severity == "high"
     assert report.verdicts == []
+
+
+def test_a_robot_is_also_that_of_a_checkpoint_in_the_published_layout(published_pro):
+    """Its cameras are then those of the preset, which the dataset does not have."""
+    report = Report("test")
+    check_policy(report, published_pro, DEMOS / "lerobot_v30_image", PolicySettings(), robot="calvin")
+    assert "rgb_static" in report.named("the data does not fit the policy").evidence["problem"]
 
 
 def test_on_the_data_of_its_training_a_policy_is_asked_about_the_episodes_that_were_held_out(policy, dataset):

@@ -36,6 +36,7 @@ from vla_adapter_hf.doctor.settings import CheckSettings, PolicySettings
 from vla_adapter_hf.doctor.shapes import check_shapes, describe_shapes, empty_borders
 from vla_adapter_hf.doctor.suggest import suggest, train_command
 from vla_adapter_hf.doctor.timing import check_dropped_steps, check_frame_lag, check_timestamps
+from vla_adapter_hf.robots import get_robot
 from vla_adapter_hf.utils.files import write_json
 
 
@@ -106,9 +107,10 @@ def check_recording(
     """Run all checks on a recording.
 
     Raises:
-        ValueError: no episode can be read.
+        ValueError: no episode can be read, or no preset is called `robot`.
     """
     settings = settings or CheckSettings()
+    robot = None if robot is None else get_robot(robot).name
     report = Report(recording.name)
     if not any(len(actions) for actions in recording.actions):
         problem = f": {recording.problems[0]}" if recording.problems else ""

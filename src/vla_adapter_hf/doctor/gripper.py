@@ -147,7 +147,11 @@ def _check_range(recording: Recording, gripper: Gripper, name: str) -> list[Find
     bottoms = np.array([actions[:, gripper.dim].min() for _, _, actions in recording.episodes()])
     span = np.maximum(np.abs(tops), np.abs(bottoms))
     typical = float(np.median(span))
-    odd = np.flatnonzero((span > 5 * typical) | (span < typical / 5)) if typical > 0 else []
+    # Where 0 is closed and 1 open, a gripper that stays closed is 0 throughout.
+    from_an_end = np.minimum(np.abs(tops - gripper.low), np.abs(tops - gripper.high))
+    stays_at_an_end = (tops - bottoms < 1e-6) & (from_an_end < 1e-6)
+    odd = (span > 5 * typical) | ((span < typical / 5) & ~stays_at_an_end)
+    odd = np.flatnonzero(odd) if typical > 0 else []
     numbers = [recording.numbers[position] for position, _, _ in recording.episodes()]
     if not len(odd):
         return []

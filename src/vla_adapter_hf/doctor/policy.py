@@ -48,15 +48,16 @@ def check_policy(
         dataset: folder or Hub id of demonstrations, best those that the policy was not trained on.
         settings: how many samples, which statistics.
         report_progress: called with a line of text before each part.
-        reading: `format`, `robot`, `cameras` and the readers' options, as of `load_demonstrations`.
+        reading: `format`, `robot`, `cameras` and the readers' options, as of `load_demonstrations`. The robot is also
+            that of a checkpoint in the published layout.
 
     Raises:
         FileNotFoundError, ValueError: the checkpoint cannot be opened, or has no such `unnorm_key`.
     """
     check_device(settings.device)
-    opened = open_checkpoint(checkpoint)
-    config = opened.config
     reading = {name: value for name, value in reading.items() if value is not None}
+    opened = open_checkpoint(checkpoint, default_robot=reading.get("robot"))
+    config = opened.config
     cameras = reading.pop("cameras", None) or list(config.cameras)
     try:
         data = load_demonstrations(
