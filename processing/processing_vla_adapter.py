@@ -95,7 +95,10 @@ class VLAAdapterProcessor(ProcessorMixin):
         except OSError:
             raise
         except Exception as error:  # tokenizers raises plain Exceptions for damaged files
-            raise ValueError(f"tokenizer.json of {source} is missing or damaged: {error}.") from error
+            raise ValueError(
+                f"The tokenizer of {source} cannot be read: tokenizer.json is missing or damaged, or the repository "
+                f"asks for code of its own, which is not run without trust_remote_code: {error}"
+            ) from error
         check_tokenizer(tokenizer, source)
         return [image_processor, tokenizer]
 

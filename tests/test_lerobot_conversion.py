@@ -209,6 +209,22 @@ def test_a_file_that_is_no_processors_is_not_written(converted, tmp_path):
         open_checkpoint(policy).load_processor()
 
 
+def test_a_tokenizer_with_code_of_its_own_is_refused_without_a_question(converted, tmp_path, monkeypatch):
+    policy = Path(shutil.copytree(converted, tmp_path / "policy"))
+    files = load_file(policy / STATE_FILE)
+    stored = json.loads(files["tokenizer_config.json"].numpy().tobytes())
+    foreign = {"tokenizer_class": "Foreign", "auto_map": {"AutoTokenizer": ["foreign.Foreign", None]}}
+    text = json.dumps(stored | foreign).encode()
+    save_file(
+        files | {"tokenizer_config.json": torch.frombuffer(bytearray(text), dtype=torch.uint8)}, policy / STATE_FILE
+    )
+    asked = []
+    monkeypatch.setattr("builtins.input", asked.append)
+    with pytest.raises(ValueError, match="asks for code of its own, which is not run"):
+        open_checkpoint(policy).load_processor()
+    assert asked == []
+
+
 def test_a_policy_without_its_processor_says_so(converted, tmp_path):
     policy = Path(shutil.copytree(converted, tmp_path / "policy"))
     (policy / STATE_FILE).unlink()

@@ -349,6 +349,18 @@ class TestDamagedFiles:
             with pytest.raises(ValueError, match="tokenizer.json"):
                 load(folder)
 
+    def test_a_tokenizer_with_code_of_its_own_is_refused_without_a_question(self, saved, tmp_path, monkeypatch):
+        folder = Path(shutil.copytree(saved, tmp_path / "copy"))
+        path = folder / "tokenizer_config.json"
+        foreign = {"tokenizer_class": "Foreign", "auto_map": {"AutoTokenizer": ["foreign.Foreign", None]}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | foreign))
+        (folder / "foreign.py").write_text("raise SystemExit('this code was run')")
+        monkeypatch.setattr("builtins.input", lambda question: "yes")
+        with pytest.raises(ValueError, match="asks for code of its own, which is not run"):
+            open_checkpoint(folder).load_processor()
+        with pytest.raises(TypeError, match="trust_remote_code"):
+            open_checkpoint(folder).load_processor(trust_remote_code=True)
+
     def test_without_its_configuration_there_is_no_processor(self, saved, tmp_path):
         folder = Path(shutil.copytree(saved, tmp_path / "copy"))
         (folder / "processor_config.json").unlink()

@@ -104,7 +104,7 @@ class ExportedCheckpoint(Checkpoint):
 
     def load_processor(self, **options: Any) -> VLAAdapterProcessor:
         source, hub = self.files.address
-        return VLAAdapterProcessor.from_pretrained(source, **hub, **options)
+        return VLAAdapterProcessor.from_pretrained(source, **hub, **options, trust_remote_code=False)
 
     def load_model(self, dtype: Any = None, device: Any = None, **options: Any) -> ExportedModel:
         """The model.

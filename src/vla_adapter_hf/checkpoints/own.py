@@ -35,7 +35,7 @@ class OwnCheckpoint(Checkpoint):
 
     def load_processor(self, **options: Any) -> VLAAdapterProcessor:
         source, hub = self.files.address
-        return VLAAdapterProcessor.from_pretrained(source, **hub, **options)
+        return VLAAdapterProcessor.from_pretrained(source, **hub, **options, trust_remote_code=False)
 
     def _load(self, model_class: type[VLAAdapterForActionPrediction], **options: Any) -> Any:
         source, hub = self.files.address

@@ -47,7 +47,7 @@ class LeRobotCheckpoint(OwnCheckpoint):
     def load_processor(self, **options: Any) -> VLAAdapterProcessor:
         with tempfile.TemporaryDirectory() as folder:
             unpack_files(self.processor_files(), Path(folder))
-            return VLAAdapterProcessor.from_pretrained(folder, **options)
+            return VLAAdapterProcessor.from_pretrained(folder, **options, trust_remote_code=False)
 
     def processor_files(self) -> dict[str, torch.Tensor]:
         """The processor's files as tensors of bytes, by name.
