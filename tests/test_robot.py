@@ -267,7 +267,7 @@ class TestLoop:
     def test_changes_of_another_size_are_refused_before_the_robot_is_connected(self):
         robot = RecordingRobot()
         with pytest.raises(ValueError, match="delta_actions must have one value for each of the policy's 3 actions"):
-            run(CountingPolicy(), robot, "go", LoopSettings(delta_actions=[True]))
+            run(CountingPolicy(), robot, "go", LoopSettings(delta_actions=[True], max_steps=2))
         assert robot.calls == []
 
     def test_a_policy_that_never_answers_ends_the_loop_with_an_error_and_a_disconnected_robot(self):
