@@ -7,8 +7,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate.data_loader import prepare_data_loader
 from data_fixtures import DEMOS, RLDS, TASKS, copy_of
 
+from vla_adapter_hf import VLAAdapterTrainingArguments
 from vla_adapter_hf.data import (
     BadEpisodeError,
     ImageAugmentation,
@@ -332,6 +334,28 @@ def test_datasets_that_do_not_fit_together_are_refused():
         VLAAdapterMixture([lerobot, one_camera])
     with pytest.raises(ValueError, match="a mixture of no datasets"):
         VLAAdapterMixture([])
+
+
+def frame_numbers(samples) -> torch.Tensor:
+    return torch.tensor([sample["frame_index"] for sample in samples])
+
+
+def test_processes_take_turns_with_the_batches_of_a_stream_whatever_their_shapes(tmp_path):
+    """Prompts are padded batch by batch; batches of several lengths cannot be joined and dispatched."""
+    arguments = VLAAdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    frames = []
+    for process in range(2):
+        stream = VLAAdapterStreamingDataset.from_lerobot(DEMOS / "lerobot_v30_image", cameras=["image"])
+        loader = torch.utils.data.DataLoader(stream, 4, collate_fn=frame_numbers)
+        of_process = prepare_data_loader(
+            loader,
+            num_processes=2,
+            process_index=process,
+            put_on_device=False,
+            dispatch_batches=arguments.accelerator_config.dispatch_batches,
+        )
+        frames.append(next(iter(of_process)).tolist())
+    assert frames == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_texts_of_a_stream_are_the_instructions():

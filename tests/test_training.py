@@ -533,14 +533,20 @@ def test_lora_with_fsdp_is_refused(start, tmp_path):
         run_training(start, tmp_path / "lora", "--fsdp", "full_shard")
 
 
-def test_fsdp_that_accelerate_would_ignore_is_refused(start, tmp_path):
+@pytest.mark.parametrize("processes, message", [(1, "would ignore it here"), (2, "no process has the whole model")])
+def test_fsdp_is_refused_where_it_has_no_effect_and_where_the_result_could_not_be_written(
+    start, tmp_path, processes, message
+):
     words = command(start, tmp_path / "out", "--preset", "full", "--fsdp", "full_shard")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "vla_adapter_hf.cli"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     result = subprocess.run(
-        [*launch, "train", *words], env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        [*launch, "-m", "vla_adapter_hf.cli", "train", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
     assert result.returncode != 0
-    assert "would ignore it here" in result.stderr
+    assert message in result.stderr
 
 
 @pytest.fixture(scope="module")

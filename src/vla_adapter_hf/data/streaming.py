@@ -29,8 +29,9 @@ class VLAAdapterStreamingDataset(DemonstrationSamples, torch.utils.data.Iterable
     """Recorded demonstrations as a stream of samples; see `VLAAdapterDataset` for what a sample holds.
 
     Made by `from_lerobot`, `from_rlds` or `from_dataset`. DataLoader workers share the shards (files) among them, or,
-    if there are fewer shards than workers, the episodes. All processes of a distributed run see the same stream, and
-    accelerate distributes it. There is no length: give `max_steps` to the Trainer.
+    if there are fewer shards than workers, the episodes. All processes of a distributed run read the same stream
+    and, with `VLAAdapterTrainingArguments`, take turns with its batches. There is no length: give `max_steps` to the
+    Trainer.
 
     Args:
         reader: the episodes.

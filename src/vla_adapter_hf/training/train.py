@@ -130,6 +130,12 @@ def _check_requirements(model: ModelArguments, training: VLAAdapterTrainingArgum
             f"preset={model.preset} does not go with fsdp: checkpoints hold the merged weights, which no process has "
             "whole. The adapter is small: use several processes without fsdp, or preset=full."
         )
+    if training.fsdp and training.world_size > 1:
+        raise ValueError(
+            f"fsdp={training.fsdp} in {training.world_size} processes: the result and its pictures could not be "
+            "written at the end, because no process has the whole model. Leave fsdp out, or train with "
+            "VLAAdapterTrainer in a script of your own and save with trainer.save_model."
+        )
 
 
 def config_overrides(

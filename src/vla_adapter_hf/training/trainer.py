@@ -39,6 +39,7 @@ LABEL_NAMES = ["actions", "action_is_pad", "action_scale", "action_mask"]
 class VLAAdapterTrainingArguments(TrainingArguments):
     """`TrainingArguments` with the two defaults that the Trainer needs to leave samples whole and to compute metrics.
 
+    Several processes take turns with the batches of a stream (`dispatch_batches` of `accelerator_config` is off).
     Of the metrics, errors (`l1_...`) are better when they are smaller; `greater_is_better` need not be given.
 
     Raises:
@@ -76,6 +77,9 @@ class VLAAdapterTrainingArguments(TrainingArguments):
         if self.greater_is_better is None and metric.startswith("l1_"):
             self.greater_is_better = False
         super().__post_init__()
+        # Of a stream, accelerate would join the batches of all processes, and prompts are padded batch by batch.
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False
 
 
 class PatienceCallback(EarlyStoppingCallback):
