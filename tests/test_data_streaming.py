@@ -343,6 +343,7 @@ def frame_numbers(samples) -> torch.Tensor:
 def test_processes_take_turns_with_the_batches_of_a_stream_whatever_their_shapes(tmp_path):
     """Prompts are padded batch by batch; batches of several lengths cannot be joined and dispatched."""
     arguments = VLAAdapterTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    assert arguments.accelerator_config.dispatch_batches is False
     frames = []
     for process in range(2):
         stream = VLAAdapterStreamingDataset.from_lerobot(DEMOS / "lerobot_v30_image", cameras=["image"])
