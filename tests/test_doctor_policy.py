@@ -439,7 +439,7 @@ def test_the_held_out_episodes_are_those_of_the_training_however_it_read_the_dat
         options = options | {"on_bad_episode": "skip"}
     arguments = DataArguments([str(folder)], cameras=["front", "wrist"], chunk_size=2, validation=4, **options)
     demonstrations = load_data(arguments, learner_config(), seed=3)
-    keep_arguments({}, demonstrations.held_out, tmp_path)
+    keep_arguments({}, demonstrations.held_out, None, tmp_path)
     data = load_demonstrations(folder, cameras=["front", "wrist"], chunk_size=2, on_bad_episode="skip")
     chosen, whose, _ = _choose_episodes(data, PolicySettings(), tmp_path, "data")
     assert whose == "those that its training held out"
