@@ -41,6 +41,38 @@ def play(policy, suite, output, report=silent, **settings) -> dict:
     return evaluate(policy, suite, output, EvaluationSettings(**settings), report)
 
 
+class HesitantPolicy:
+    """Wants to open the gripper a little in one chunk, and to close it in the next."""
+
+    name = "hesitant"
+    needs_observation = False
+
+    def __init__(self) -> None:
+        self.queries = 0
+
+    def predict(self, requests) -> list[np.ndarray]:
+        gripper = 0.6 if self.queries % 2 == 0 else 0.0  # above 0.5 is open
+        self.queries += 1
+        return [np.tile([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, gripper], (8, 1)) for _ in requests]
+
+
+class RandomPolicy:
+    """Chunks of small random motions, which it remembers."""
+
+    name = "random"
+    needs_observation = False
+
+    def __init__(self) -> None:
+        self.random = np.random.default_rng(0)
+        self.predicted = np.empty((0, 6), np.float32)
+
+    def predict(self, requests) -> list[np.ndarray]:
+        [_] = requests
+        motions = self.random.uniform(-0.01, 0.01, (8, 6)).astype(np.float32)  # as actions are saved
+        self.predicted = np.concatenate((self.predicted, motions))
+        return [np.pad(motions, ((0, 0), (0, 1)))]
+
+
 @dataclass(frozen=True)
 class PointOracle:
     """Knows where the disc is; lives in the environment's process."""
@@ -395,6 +427,16 @@ def test_arguments_that_cannot_work_are_named(tmp_path, arguments, message, proc
         play(SeeingPolicy(), SUITE, tmp_path, **given)
 
 
+@pytest.mark.parametrize(("execute", "grippers"), [(4, [-1, 1, -1]), (2, [-1, 1, -1, 1, -1])])
+def test_averaged_chunks_take_a_binary_gripper_from_the_newest_as_the_loop_on_a_robot_does(
+    tmp_path, execute, grippers
+):
+    settings = {"execute": execute, "ensemble": 0.0, "step_limit": execute * len(grippers)}
+    play(HesitantPolicy(), SUITE, tmp_path, tasks=[0], episodes=1, processes=0, save_actions=True, **settings)
+    actions = np.load(tmp_path / "actions" / "00-0000.npy")
+    assert actions[:, -1].tolist() == [gripper for gripper in grippers for _ in range(execute)]
+
+
 def test_placements_are_the_documented_ones():
     assert PLACEMENTS == ("official", "jitter", "shuffle", "both")
 
@@ -419,6 +461,18 @@ class TestDelay:
             assert actions[2:10, :2].any(axis=1).any()
         summary = (tmp_path / "async" / "summary.md").read_text()
         assert "delay of 2 steps, async, at most 60 steps" in summary
+
+    @pytest.mark.parametrize("strategy", ["async", "async-rolled"])
+    @pytest.mark.parametrize("delay", [2, 5, 12])
+    def test_nothing_is_blended_because_a_chunk_is_used_up_when_the_next_one_comes(self, tmp_path, strategy, delay):
+        policy = RandomPolicy()
+        settings = {"delay": delay, "strategy": strategy, "step_limit": 80, "save_actions": True}
+        play(policy, SUITE, tmp_path, tasks=[0], episodes=1, processes=0, **settings)
+        executed = np.load(tmp_path / "actions" / "00-0000.npy")[:, :6]
+        moves = executed[executed.any(axis=1)]
+        assert len(policy.predicted) >= 40
+        assert len(moves) >= 20
+        assert all((policy.predicted == move).all(axis=1).any() for move in moves)
 
     def test_the_step_limit_counts_the_delay(self, tmp_path):
         play(NoopPolicy("libero"), SUITE, tmp_path, tasks=[0], episodes=1, processes=0, delay=5, step_limit=12)

@@ -176,8 +176,10 @@ def check_controls(policy: Policy | ResidentPolicy | None, suite: Suite, setting
 
 
 def _chunk_strategy(suite: Suite, settings: EvaluationSettings) -> ChunkStrategy | PublishedSchedule:
-    """What executes chunks: the suite's choice, where it has one."""
-    return suite.chunk_strategy(settings) if hasattr(suite, "chunk_strategy") else settings.chunk_strategy()
+    """What executes chunks: the suite's choice, where it has one. A binary gripper is the newest chunk's."""
+    if hasattr(suite, "chunk_strategy"):
+        return suite.chunk_strategy(settings)
+    return settings.chunk_strategy(averaged=np.array(get_robot(suite.robot).action_mask))
 
 
 def load_policy(name: str, suite: Suite, settings: EvaluationSettings) -> Policy | ResidentPolicy:
@@ -351,7 +353,7 @@ class _EpisodeLoop:
             if self.settings.black_images:
                 observation = blackened(observation)
             upcoming = slot.strategy.ask(self.settings.delay)
-            if len(upcoming):
+            if observation is not None and len(upcoming):
                 state = STATE_MODELS[self.suite.robot].roll(observation.state, upcoming)
                 observation = replace(observation, state=state)
             requests.append(Request(observation, slot.report.instruction, slot.task, slot.episode, slot.report.steps))

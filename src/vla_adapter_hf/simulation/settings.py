@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+
 from vla_adapter_hf.robot.strategies import ChunkStrategy, StrategySettings
 from vla_adapter_hf.simulation.shards import Shard
 
@@ -120,17 +122,20 @@ class EvaluationSettings:
         published = {"strategy": "sync", "delay": 0, "step_limit": None}
         return {} if chosen == published else {"time": chosen}
 
-    def chunk_strategy(self) -> ChunkStrategy:
+    def chunk_strategy(self, averaged: np.ndarray | None = None) -> ChunkStrategy:
         """A new strategy that executes chunks as these settings say.
+
+        Args:
+            averaged: which of an action's values may be averaged, see `ChunkStrategy`.
 
         Raises:
             ValueError: `ensemble` with an asynchronous strategy, or without overlapping chunks.
         """
         if self.ensemble is None:
-            return ChunkStrategy(StrategySettings(self.strategy, self.execute))
+            return ChunkStrategy(StrategySettings(self.strategy, self.execute), averaged)
         if self.strategy != "sync":
             raise ValueError(f"ensemble={self.ensemble:g} does not go with strategy={self.strategy!r}")
-        return ChunkStrategy(StrategySettings("ensemble", self.execute, self.ensemble))
+        return ChunkStrategy(StrategySettings("ensemble", self.execute, self.ensemble), averaged)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from vla_adapter_hf.robot.strategies import ChunkStrategy
+from vla_adapter_hf.robots import get_robot
 from vla_adapter_hf.simulation.calvin.install import check_renderer, draw_sequences, read_instructions
 from vla_adapter_hf.simulation.calvin.schedules import STEP_LIMITS, PublishedSchedule
 from vla_adapter_hf.simulation.calvin.scores import PUBLISHED_SEQUENCES, SUBTASKS
@@ -206,7 +207,7 @@ class CalvinSuite:
             ValueError: settings of other strategies together with the published schedule.
         """
         if self.schedule != "published":
-            return settings.chunk_strategy()
+            return settings.chunk_strategy(averaged=np.array(get_robot(self.robot).action_mask))
         chosen = {"execute": settings.execute, "ensemble": settings.ensemble, "delay": settings.delay or None}
         chosen |= {"strategy": None if settings.strategy == "sync" else settings.strategy}
         given = [f"{name}={value}" for name, value in chosen.items() if value is not None]
