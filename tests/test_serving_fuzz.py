@@ -1,7 +1,10 @@
 """Whatever a client sends, no input crashes the server, none makes it hang, and only observations get actions."""
 
 import json
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import msgpack
 import numpy as np
@@ -185,6 +188,16 @@ class TestNoInputIsAnsweredWithActions:
     @pytest.mark.parametrize("path", ["/act", "/try"])
     def test_http(self, server, runs, path):
         given(BODIES)(runs(lambda body: check_act(server, path, body)))()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_decoders_stand_a_million_inputs_that_look_for_new_lines():
+    pytest.importorskip("atheris", reason="pip install atheris")
+    command = [sys.executable, str(Path(__file__).with_name("fuzz_decoders.py")), "-runs=1000000"]
+    run = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    assert run.returncode == 0, run.stdout[-2_000:] + run.stderr[-5_000:]
+    assert "Done 1000000 runs" in run.stderr
 
 
 def test_a_client_that_vanishes_in_the_middle_of_a_message_harms_nobody(server):
