@@ -39,7 +39,7 @@ NAMES = sorted(
     | {*observations.INSTRUCTION_KEYS, *observations.STATE_KEYS, observations.JOINTS, observations.GRIPPER}
     | {"front", "images", "age", "timestamp", "request_id"}
 )
-WORDS = ["go", "raw", "png", "jpeg", "|u1", "<f4", "<f8", ">f8", "<f2", "<i8", "|b1", "|O", "<U2", ""]
+# How an array, a number and a picture are written, and what their entries usually hold.
 FORMS = [
     (b"__ndarray__", b"data", b"dtype", b"shape"),
     ("__ndarray__", "data", "dtype", "shape"),
@@ -47,7 +47,13 @@ FORMS = [
     ("__image__", "format", "data", "dtype", "shape"),
     ("agentview", "wrist", "front"),
 ]
-USUAL = [None, True, 0, 1, math.nan, math.inf, [1, 1, 3], [STATE_DIM], b"\0" * 3, b"\0" * 8 * STATE_DIM]
+USUAL = {
+    "data": [b"\0" * 3, b"\0" * 8 * STATE_DIM, 0.5],
+    "dtype": ["|u1", "<f4", "<f8", ">f8", "<f2", "<i8", "|b1", "|O", "<U2"],
+    "shape": [[1, 1, 3], [STATE_DIM], [2, STATE_DIM // 2], [3], []],
+    "format": ["png", "jpeg", "raw"],
+}
+PLAIN = [None, True, 0, 1, math.nan, math.inf, "go", ""]
 
 
 def read_input(data: bytes) -> None:
@@ -94,18 +100,26 @@ def changed_message(data: bytes) -> bytes:
 
 def any_value(choices: atheris.FuzzedDataProvider, depth: int = 0) -> Any:
     """A value that msgpack can write, often one that looks like an array or a picture."""
-    kind = choices.ConsumeIntInRange(0, 9)
-    if kind >= 6 and depth < 3:
-        return {name: any_value(choices, depth + 1) for name in choices.PickValueInList(FORMS)}
-    if kind == 5 and depth < 3:
+    kind = choices.ConsumeIntInRange(0, 8)
+    if kind >= 5 and depth < 3:
+        return {name: any_entry(choices, name, depth + 1) for name in choices.PickValueInList(FORMS)}
+    if kind == 4 and depth < 3:
         return [any_value(choices, depth + 1) for _ in range(choices.ConsumeIntInRange(0, STATE_DIM + 1))]
-    if kind == 4:
-        return choices.ConsumeIntInRange(-(2**63), 2**64 - 1)
     if kind == 3:
-        return choices.ConsumeFloat()
+        return choices.ConsumeIntInRange(-(2**63), 2**64 - 1)
     if kind == 2:
+        return choices.ConsumeFloat()
+    if kind == 1:
         return choices.ConsumeBytes(choices.ConsumeIntInRange(0, 200))
-    return choices.PickValueInList(WORDS if kind == 1 else USUAL)
+    return choices.PickValueInList(PLAIN)
+
+
+def any_entry(choices: atheris.FuzzedDataProvider, name: str | bytes, depth: int) -> Any:
+    """A value of an entry of this name, most often one of those that it usually holds."""
+    usual = USUAL.get(name.decode() if isinstance(name, bytes) else name)
+    if usual is not None and choices.ConsumeIntInRange(0, 3):
+        return choices.PickValueInList(usual)
+    return any_value(choices, depth)
 
 
 def right_messages() -> list[dict[str, Any]]:
@@ -135,13 +149,19 @@ def picture(frame: np.ndarray, kind: str) -> dict[str, Any]:
 
 
 def write_examples(folder: Path) -> None:
-    """Right messages, for the fuzzer to begin with."""
+    """Right messages and a few wrong ones, for the fuzzer to begin with."""
     pixel = {"__numpy__": "BwcH", "dtype": "|u1", "shape": [1, 1, 3]}
     posted = {"full_image": pixel, "wrist_image": pixel, "state": [0.1] * STATE_DIM, "instruction": "go"}
     *messages, encoded = right_messages()
-    inputs = [MSGPACK + msgpack.packb(message) for message in (*messages, encoded)]
-    inputs += [JSON + json.dumps(posted).encode(), CHANGED + bytes(range(64))]
-    inputs += [PICTURE + image["data"] for image in encoded["images"].values()]
+    # Numbers that are too large for a float, and frames of more than MAX_BYTES.
+    posts = posted, {**posted, "state": [10**400] * STATE_DIM}, {**posted, "age": 10**400}
+    large = np.zeros((40, 40, 3), np.uint8)
+    pictures = *encoded["images"].values(), picture(large, "png"), picture(large, "jpeg")
+    packed = *messages, encoded, {**messages[0], "images": {name: array(large) for name in CAMERAS}}
+    inputs = [MSGPACK + msgpack.packb(message) for message in packed]
+    inputs += [JSON + json.dumps(message).encode() for message in posts]
+    inputs += [PICTURE + image["data"] for image in pictures]
+    inputs.append(CHANGED + bytes(range(64)))
     for number, example in enumerate(inputs):
         (folder / f"example-{number}").write_bytes(example)
 
@@ -150,11 +170,13 @@ def main() -> None:
     """Ends with code 0 when all inputs were read, else after it has said which one failed."""
     folders = [argument for argument in sys.argv[1:] if not argument.startswith("-")]
     with tempfile.TemporaryDirectory() as temporary:
+        for message in right_messages():
+            READER.read(wire.unpack(msgpack.packb(message), MAX_BYTES), time.monotonic())  # they are right
         dictionary, found = Path(temporary) / "names", Path(temporary) / "found"
         found.mkdir()
         dictionary.write_text("".join(f'"{name}"\n' for name in NAMES), encoding="utf-8")
         write_examples(Path(folders[0]) if folders else found)
-        options = [f"-dict={dictionary}", f"-timeout={SECONDS}", f"-max_len={2 * MAX_BYTES}", *sys.argv[1:]]
+        options = [f"-dict={dictionary}", f"-timeout={SECONDS}", f"-max_len={4 * MAX_BYTES}", *sys.argv[1:]]
         atheris.Setup([sys.argv[0], *options, *([] if folders else [str(found)])], read_input)
         atheris.Fuzz()
 
