@@ -27,11 +27,9 @@ policy: $(VENV)/demo-installed $(VENV)/simulator-installed
 # The simulator in .venv.
 simulator: $(VENV)/simulator-installed
 
-# Two workers, each with one thread of torch (tests/conftest.py). In two runs: within a single one a worker ended without a word
-# when tests/test_gpu_training.py started processes after all files before it, and not after one or two of them.
+# Two workers, each with one thread of torch (tests/conftest.py).
 test: $(VENV)/test-installed lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/conformance tests/test_[a-f]*.py
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/test_[g-z]*.py
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # Episodes, recordings and placements in the LIBERO simulator.
 test-simulator: $(VENV)/test-installed $(VENV)/simulator-installed

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import subprocess
 import sys
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -424,6 +425,29 @@ def test_auto_model_opens_an_export(in_openvino):
     config = AutoConfig.from_pretrained(in_openvino)
     assert type(config) is VLAAdapterConfig and config.norm_stats == model.config.norm_stats
     assert VLAAdapterConfig.from_pretrained(in_openvino).norm_stats == config.norm_stats
+
+
+# Two exports that are freed in the order in which they were loaded; then the user presses Ctrl-C.
+FREES_AND_IS_INTERRUPTED = """
+import gc, os, signal, sys, time
+from vla_adapter_hf.checkpoints.open import open_checkpoint
+exports = [open_checkpoint(sys.argv[1]).load_model() for _ in range(2)]
+while exports:
+    del exports[0]
+    gc.collect()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("came to rest")
+"""
+
+
+def test_ctrl_c_still_ends_a_program_safely_after_it_has_freed_exports(in_openvino):
+    """An arm must come to rest. Two of OpenVINO's cores would take away the stack for signals: `_openvino_core`."""
+    words = [sys.executable, "-c", FREES_AND_IS_INTERRUPTED, str(in_openvino)]
+    run = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert (run.returncode, run.stdout) == (0, "came to rest\n"), run.stderr[-2_000:]
 
 
 class TestFieldsThatReplaceAnExports:
