@@ -5,6 +5,7 @@ import logging
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,6 +52,7 @@ pytest.importorskip("nncf", reason="needs the extra [openvino]")
 
 RECORDED = str(DEMOS / "lerobot_v30_image")
 CAMERAS = ("observation.images.image", "observation.images.wrist_image")
+RACES = 1000  # predictions in two threads
 EIGHT_BITS = {"precision": "int8", "calibrate": RECORDED, "cameras": CAMERAS, "samples": 6}
 
 
@@ -425,6 +427,18 @@ def test_auto_model_opens_an_export(in_openvino):
     config = AutoConfig.from_pretrained(in_openvino)
     assert type(config) is VLAAdapterConfig and config.norm_stats == model.config.norm_stats
     assert VLAAdapterConfig.from_pretrained(in_openvino).norm_stats == config.norm_stats
+
+
+def test_threads_that_share_an_export_get_their_own_actions(in_openvino):
+    """As when a run ends while its policy computes, and the next run asks the same policy about another scene."""
+    engine, config = open_checkpoint(in_openvino).load_model().engine, VLAAdapterConfig.from_pretrained(in_openvino)
+    states = [np.full((1, config.proprio_dim), value, np.float32) for value in (-1.0, 1.0)]
+    rest = [part.numpy() for part in example_inputs(config, 128, 1)[:-1]]
+    expected = [engine([*rest, state]) for state in states]
+    assert np.abs(expected[0] - expected[1]).max() > 1e-3
+    with ThreadPoolExecutor(2) as threads:
+        predictions = list(threads.map(lambda number: engine([*rest, states[number % 2]]), range(RACES)))
+    assert all(np.array_equal(found, expected[number % 2]) for number, found in enumerate(predictions))
 
 
 # Two exports that are freed in the order in which they were loaded; then the user presses Ctrl-C.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from functools import cache
 from math import prod
@@ -222,7 +223,14 @@ def import_openvino() -> Any:
     return openvino
 
 
+_one_at_a_time = threading.Lock()
+
+
 @cache
+def _make_openvino_core() -> Any:
+    return import_openvino().Core()
+
+
 def _openvino_core() -> Any:
     """The one core of this process, which lives as long as the process.
 
@@ -230,7 +238,8 @@ def _openvino_core() -> Any:
     two cores are not freed in reverse order, or one is freed in another thread, a thread keeps a stack that is gone:
     the next signal, such as Ctrl-C, then ends the process at once. OpenVINO 2026.4 does so.
     """
-    return import_openvino().Core()
+    with _one_at_a_time:
+        return _make_openvino_core()
 
 
 def _openvino(path: Path, precision: str) -> Any:
@@ -241,7 +250,13 @@ def _openvino(path: Path, precision: str) -> Any:
         compiled = _openvino_core().compile_model(str(path), "CPU", options)
     except RuntimeError as error:
         raise ValueError(f"{path.name} is damaged or of another release of OpenVINO: {_first_line(error)}") from error
-    return lambda arrays: np.asarray(compiled(list(arrays))[0], np.float32)
+    turn = threading.Lock()
+
+    def predict(arrays: Sequence[np.ndarray]) -> np.ndarray:
+        with turn:  # all threads share one request, and could get each other's actions
+            return np.array(compiled(list(arrays))[0], np.float32)
+
+    return predict
 
 
 def _onnx(path: Path) -> Any:
