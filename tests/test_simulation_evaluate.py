@@ -435,6 +435,7 @@ def test_averaged_chunks_take_a_binary_gripper_from_the_newest_as_the_loop_on_a_
     play(HesitantPolicy(), SUITE, tmp_path, tasks=[0], episodes=1, processes=0, save_actions=True, **settings)
     actions = np.load(tmp_path / "actions" / "00-0000.npy")
     assert actions[:, -1].tolist() == [gripper for gripper in grippers for _ in range(execute)]
+    assert json.loads((tmp_path / "settings.json").read_text())["binary_gripper"] == "of the newest chunk"
 
 
 def test_placements_are_the_documented_ones():
@@ -482,6 +483,12 @@ class TestDelay:
         play(NoopPolicy("libero"), SUITE, tmp_path, tasks=[0], episodes=1, processes=0, delay=2)
         with pytest.raises(ValueError, match="time"):
             play(NoopPolicy("libero"), SUITE, tmp_path, tasks=[0], episodes=2, processes=0, delay=4)
+
+    def test_a_robot_whose_actions_are_targets_has_no_way_to_stand_still(self, tmp_path):
+        with pytest.raises(
+            ValueError, match="delay=2 needs a robot whose actions are changes; the targets of"
+        ):
+            play(SeeingPolicy(), PointSuite(robot="aloha"), tmp_path, episodes=1, processes=0, delay=2)
 
     def test_a_delay_below_0_is_refused(self):
         with pytest.raises(ValueError, match="delay must be 0 or more"):

@@ -29,6 +29,7 @@ from vla_adapter_hf.simulation.policies import (
     Request,
     ResidentPolicy,
     blackened,
+    changes,
     make_policy,
     standing_still,
 )
@@ -102,6 +103,7 @@ def evaluate(
         "instruction": settings.instruction,
         "execute": settings.execute,
         "ensemble": settings.ensemble,
+        **({} if settings.ensemble is None else {"binary_gripper": "of the newest chunk"}),
         **settings.timing(),
         **(policy.describe() if hasattr(policy, "describe") else {}),
     }
@@ -169,6 +171,11 @@ def check_controls(policy: Policy | ResidentPolicy | None, suite: Suite, setting
     if settings.strategy == "async-rolled" and suite.robot not in STATE_MODELS:
         raise ValueError(
             f"strategy='async-rolled' knows how actions move {', '.join(STATE_MODELS)}, not {suite.robot!r}"
+        )
+    if settings.delay and not changes(get_robot(suite.robot)).any():
+        raise ValueError(
+            f"delay={settings.delay} needs a robot whose actions are changes; the targets of {suite.robot!r} say "
+            "nothing about how the arm holds still before the first chunk"
         )
     tasks = choose_tasks(settings.tasks, len(suite.tasks))
     if is_libero:
@@ -379,8 +386,7 @@ class _EpisodeLoop:
     def _next_action(self, slot: _Slot) -> np.ndarray:
         action = slot.strategy.next_action()
         if action is not None:
-            # To hold is no motion for delta actions, and the same value for the rest, the gripper.
-            slot.hold = np.where(self.preset.action_mask, 0.0, action)
+            slot.hold = np.where(changes(self.preset), 0.0, action)
         return slot.hold if action is None else action
 
     def _end(self, slot: _Slot) -> None:

@@ -73,6 +73,11 @@ def standing_still(robot: RobotPreset) -> np.ndarray:
     return action
 
 
+def changes(robot: RobotPreset) -> np.ndarray:
+    """Which values of an action are changes, boolean (A,); those that are normalised if the preset does not say."""
+    return np.array(robot.action_mask if robot.delta_actions is None else robot.delta_actions, dtype=bool)
+
+
 class NoopPolicy:
     """Stands still with the gripper open: the lower bound."""
 
