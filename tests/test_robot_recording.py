@@ -22,6 +22,7 @@ from vla_adapter_hf import (
     VLAAdapterTrainingArguments,
 )
 from vla_adapter_hf.data import ImageResize
+from vla_adapter_hf.recording import robot_episodes
 from vla_adapter_hf.recording.lerobot_writer import assemble, saved_episodes
 from vla_adapter_hf.recording.robot_episodes import EpisodeRecorder
 from vla_adapter_hf.robot import LoopSettings, StrategySettings, run
@@ -115,7 +116,32 @@ def test_a_dataset_of_the_loop_is_read_and_trained_on(tmp_path, simulated_arm, p
     assert all(np.isfinite(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry)
 
 
+def test_frames_that_come_faster_than_they_are_encoded_end_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(robot_episodes, "BACKLOG_SECONDS", 0.2)
+    robot = RecordingRobot()
+    robot.observation_features = {**robot.observation_features, "top": (960, 1280, 3)}
+    noise = np.random.default_rng(0).integers(0, 256, (960, 1280, 3), dtype=np.uint8)
+    observe = robot.get_observation
+    robot.get_observation = lambda: {**observe(), "top": noise}
+    with pytest.raises(RuntimeError, match="faster than they can be encoded as png: .* wait. Record image_format='jp"):
+        record(tmp_path, robot=robot, max_steps=400)
+    assert robot.calls[-1] == "disconnect"
+    (line,) = (tmp_path / "meta/demonstrations.jsonl").read_text().splitlines()
+    assert json.loads(line)["ended_by"] == "error"
+
+
 class TestAbortedRuns:
+    def test_sigterm_keeps_the_episode_up_to_there(self, tmp_path):
+        def end(step) -> None:
+            if step.number == 12:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with pytest.raises(SystemExit), EpisodeRecorder(tmp_path) as recorder:
+            run(CountingPolicy(), RecordingRobot(), "go", LoopSettings(fps=100), on_step=end, record=recorder)
+        (line,) = (tmp_path / "meta/demonstrations.jsonl").read_text().splitlines()
+        assert json.loads(line)["ended_by"] == "interrupt"
+        assert 0 < len(rows_of(tmp_path)) <= 13
+
     def test_ctrl_c_keeps_the_episode_up_to_there(self, tmp_path):
         def interrupt(step) -> None:
             if step.number == 12:

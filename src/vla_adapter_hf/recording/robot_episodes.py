@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,6 +26,7 @@ from vla_adapter_hf.utils.frames import encode_image
 
 
 NUMBERS = ("query", "position")
+BACKLOG_SECONDS = 5.0  # of frames that wait to be encoded, which is about 300 MB for two cameras of 640 x 480 pixels
 
 
 class EpisodeRecorder:
@@ -41,7 +43,8 @@ class EpisodeRecorder:
 
     An episode is saved when its run ends, by Ctrl-C or an error too, and appears whole. The dataset is put together
     when the block ends. What a killed program has saved is taken in by the next recorder of the folder, which goes on
-    behind it. Frames are compressed in threads and kept in memory until their run ends.
+    behind it. Frames are compressed in threads and kept in memory until their run ends. A run whose frames come faster
+    than they can be compressed ends with an error.
 
     Args:
         output: folder of the dataset. Its episodes must be of one robot.
@@ -103,20 +106,31 @@ class EpisodeRecorder:
         self._instruction = instruction
         self._steps: list[Step] = []
         self._frames: dict[str, list[Future[bytes]]] = {camera: [] for camera in interface.cameras}
+        self._waiting: deque[Future[bytes]] = deque()
 
     def add(self, step: Step) -> None:
         """Keep one control step.
 
         Raises:
             ValueError: a frame of another size than the robot says it has.
+            RuntimeError: frames come faster than they can be encoded, and those of some seconds wait.
         """
         if step.action is None:
             return
+        while self._waiting and self._waiting[0].done():
+            self._waiting.popleft()
+        if len(self._waiting) > BACKLOG_SECONDS * self._layout.fps * len(self._layout.cameras):
+            raise RuntimeError(
+                f"frames come faster than they can be encoded as {self.image_format}: {len(self._waiting)} wait. "
+                "Record image_format='jpeg', which is quicker than png, smaller frames, or a lower rate"
+            )
         for camera, size in zip(self._layout.cameras, self._layout.image_size, strict=True):
             frame = step.images[camera]
             if frame.shape[:2] != size:
                 raise ValueError(f"camera {camera!r} gives frames of {frame.shape[:2]} pixels, the robot says {size}")
-            self._frames[camera].append(self._threads.submit(encode_image, frame, self.image_format))
+            encoded = self._threads.submit(encode_image, frame, self.image_format)
+            self._frames[camera].append(encoded)
+            self._waiting.append(encoded)
         self._steps.append(step)
 
     def end(self, report: LoopReport) -> None:
