@@ -130,6 +130,9 @@ GOOD = {"image": FRONT, "wrist_image": WRIST, "state": STATE, "prompt": "go"}
         ({"wrist_image": None}, "wrist_image"),
         ({"image": None, "full_image": FRONT, "agentview": LEFT}, "'image'"),  # two views that could be meant
         ({"image": [[1, 2], [3, 4]]}, "'image'"),
+        ({"image": "front.png"}, r"'image' is a string, no frame \(height, width, 3\)"),
+        ({"image": None, "full_image": FRONT[..., 0]}, r"'full_image' is an array of shape \(.*, no frame"),
+        ({"images": {"front": FRONT[..., 0]}}, r"must be a frame \(height, width, 3\), got an array of shape"),
         ({"images": [FRONT]}, "images must be a map"),
         ({"images": {"image": 3}}, "images"),
         ({"observation/image": LEFT}, "image and observation/image are the same entry"),
@@ -163,6 +166,13 @@ def test_what_is_missing_or_ambiguous_is_refused_and_named(change, named):
     message = {name: value for name, value in {**GOOD, **change}.items() if value is not None}
     with pytest.raises(InvalidRequest, match=named):
         read(LIBERO, message)
+
+
+def test_a_client_that_names_other_statistics_is_refused():
+    reader = ObservationReader(LIBERO, 8, unnorm_key="libero_object")
+    with pytest.raises(InvalidRequest, match="unnorm_key is 'bridge'; this server's statistics are 'libero_object'"):
+        reader.read({**GOOD, "unnorm_key": "bridge"}, time.monotonic())
+    reader.read({**GOOD, "unnorm_key": "libero_object"}, time.monotonic())
 
 
 @pytest.mark.parametrize("message", [None, 3, "text", [GOOD], {b"image": FRONT}])

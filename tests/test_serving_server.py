@@ -333,6 +333,26 @@ def test_one_observation_that_fails_in_the_model_does_not_fail_its_batch(embedde
     assert good["actions"].shape == (8, 7)
 
 
+def test_what_became_too_old_while_a_failed_batch_is_tried_one_by_one_is_refused(embedded_policy, observation):
+    with server_thread(embedded_policy, ServeSettings(max_batch=4, max_age=2.0)) as running:
+        predict = running.services.policy.predict
+
+        def slow(batch):
+            if len(batch) > 1:
+                raise ValueError("together they fail")
+            time.sleep(2.5)
+            return predict(batch)
+
+        with ThreadPoolExecutor(2) as robots:
+            with model_is_busy(running, observation):
+                replies = [robots.submit(ask_once, running, observation) for _ in range(2)]
+                wait_until(lambda: running.services.engine._queue.qsize() == 2)
+                running.services.policy.predict = slow
+            first, second = sorted((reply.result(30) for reply in replies), key=lambda reply: "kind" in reply)
+    assert first["actions"].shape == (8, 7)
+    assert second["kind"] == "too_old"
+
+
 def test_actions_that_are_not_finite_are_refused(embedded_policy, observation):
     model = copy.deepcopy(embedded_policy.model)
     model.policy.fc_out.weight.data.fill_(float("inf"))

@@ -196,6 +196,15 @@ class Engine:
         else:
             batch.append(entry)
 
+    async def _predict_alone(self, entry: _Waiting) -> Chunk | ServingError:
+        """As `_predict_each`, some time later: the entry may have become too old."""
+        admitted: list[_Waiting] = []
+        self._admit(entry, admitted)
+        if not admitted:
+            return TookTooLong("its turn came too late.")  # nobody reads it
+        [result] = await self._predict_each([entry])
+        return result
+
     async def _predict_each(self, batch: Sequence[_Waiting]) -> list[Chunk | ServingError]:
         """A chunk or an error for each.
 
@@ -205,7 +214,7 @@ class Engine:
             return await self.in_predict_thread(self.policy.predict, [entry.prepared for entry in batch])
         except Exception as error:
             if len(batch) > 1:
-                return [result for entry in batch for result in await self._predict_each([entry])]
+                return [await self._predict_alone(entry) for entry in batch]
             if isinstance(error, ValueError):
                 return [PredictionFailed(f"no actions: {error}")]
             logger.exception("a prediction failed")

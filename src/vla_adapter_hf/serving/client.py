@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import os
 import random
 import ssl
@@ -32,9 +33,13 @@ try:
 except ImportError as error:
     raise ImportError(f"PolicyClient needs {error.name}: {install_hint('serve')}") from error
 
+logger = logging.getLogger(__name__)
+
 PATH = "/v1/realtime/robot/openpi"
 FIRST_WAIT, LONGEST_WAIT = 0.05, 5.0
 MAX_REPLY_BYTES = 16_000_000
+# A connection that is silent, as after a cable was pulled, is noticed by its pings and not by a slow answer.
+PING_SECONDS, PONG_SECONDS = 2.0, 3.0
 # What must be the same after a reconnection: a robot must not go on with another policy.
 FIXED = (
     "cameras",
@@ -46,6 +51,9 @@ FIXED = (
     "action_horizon",
     "robot",
     "unnorm_key",
+    "weights",
+    "clip",
+    "fps",
 )
 
 
@@ -103,6 +111,10 @@ class PolicyClient:
         give_up_after: seconds after which [`predict`] raises; also for an observation that is as old.
         tls: context for `wss`, e.g. one that knows your own certificate; by default the system's.
 
+    Attributes:
+        metadata: what the server says about its policy.
+        last_error: why the present request has no answer yet; None once there was one.
+
     Raises:
         ConnectionError: no server answered within `give_up_after`.
     """
@@ -128,6 +140,7 @@ class PolicyClient:
         self._closed = threading.Event()  # of the requests until the next close()
         self._turn = threading.Lock()
         self.metadata: dict[str, Any] = {}
+        self.last_error: Exception | None = None
         self._persist(lambda: None, time.monotonic())
 
     @property
@@ -243,7 +256,9 @@ class PolicyClient:
         for attempt in itertools.count(1):
             try:
                 self._ensure_connected(closed)
-                return ask(), attempt
+                answer = ask()
+                self.last_error = None
+                return answer, attempt
             except PolicyError as error:
                 if not error.may_retry:
                     raise
@@ -251,10 +266,14 @@ class PolicyClient:
             except (OSError, WebSocketException, TimeoutError, ServingError, msgpack.UnpackException) as error:
                 self._disconnect()  # a late answer to this request must not be taken for one to the next
                 reason = error
-            pause = wait * random.uniform(0.5, 1.0)  # robots that lost the same server do not return all at once
-            if time.monotonic() + pause - since > self.give_up_after:
+            self.last_error = reason
+            left = self.give_up_after - (time.monotonic() - since)
+            if left <= 0:
                 raise ConnectionError(f"{self.url}: no answer within {self.give_up_after:g} s: {reason}") from reason
-            if closed.wait(pause):
+            if attempt == 1 and not isinstance(reason, PolicyError):
+                logger.warning("%s: %s; asking again for up to %.3g s", self.url, reason, left)
+            # Robots that lost the same server do not return all at once.
+            if closed.wait(min(wait * random.uniform(0.5, 1.0), left)):
                 raise ConnectionError(f"{self.url}: the client was closed before an answer came") from reason
             wait = min(2 * wait, LONGEST_WAIT)
         raise AssertionError("unreachable")
@@ -270,7 +289,9 @@ class PolicyClient:
         if self._connection is not None:
             return
         headers = {"Authorization": f"Api-Key {self._key}"} if self._key else None
-        connecting = partial(connect, self.url, compression=None, max_size=MAX_REPLY_BYTES, ssl=self._tls, proxy=None)
+        options = {"compression": None, "max_size": MAX_REPLY_BYTES, "proxy": None, "ssl": self._tls}
+        options |= {"ping_interval": PING_SECONDS, "ping_timeout": PONG_SECONDS}
+        connecting = partial(connect, self.url, **options)
         opened = ExitStack()
         try:
             connection = opened.enter_context(

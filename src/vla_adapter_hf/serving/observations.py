@@ -26,6 +26,7 @@ SAME_VIEW = (
     ("left_wrist", "left_wrist_image", "cam_left_wrist", "left_wrist_0_rgb"),
     ("right_wrist", "right_wrist_image", "cam_right_wrist", "right_wrist_0_rgb"),
 )
+FRAME_SHAPE = "(height, width, 3)"
 INSTRUCTION_KEYS = ("prompt", "task", "instruction", "task_description")
 STATE_KEYS = ("state", "states")
 JOINTS, GRIPPER = "joint_position", "gripper_position"  # DROID's state, in two parts
@@ -73,13 +74,20 @@ class ObservationReader:
         cameras: the checkpoint's cameras, in order.
         state_dim: size of the state.
         renames: the client's name of a camera -> the checkpoint's name.
+        unnorm_key: the statistics of the answers. A client that names others is refused.
 
     Raises:
         ValueError: a rename leads to a camera that the checkpoint does not have, or two lead to the same.
     """
 
-    def __init__(self, cameras: Sequence[str], state_dim: int, renames: Mapping[str, str] | None = None) -> None:
-        self.cameras, self.state_dim = tuple(cameras), state_dim
+    def __init__(
+        self,
+        cameras: Sequence[str],
+        state_dim: int,
+        renames: Mapping[str, str] | None = None,
+        unnorm_key: str | None = None,
+    ) -> None:
+        self.cameras, self.state_dim, self.unnorm_key = tuple(cameras), state_dim, unnorm_key
         self.renames = dict(renames or {})
         unknown = sorted(set(self.renames.values()) - set(cameras))
         if unknown:
@@ -99,6 +107,9 @@ class ObservationReader:
         request_id = message.get("request_id")
         if request_id is not None and not (isinstance(request_id, (int, str)) and len(str(request_id)) <= 64):
             raise InvalidRequest("request_id must be a number or a string of at most 64 characters.")
+        key = message.get("unnorm_key")
+        if key is not None and self.unnorm_key is not None and key != self.unnorm_key:
+            raise InvalidRequest(f"unnorm_key is {str(key)[:40]!r}; this server's statistics are {self.unnorm_key!r}.")
         return Observation(
             frames=self._frames(message),
             instruction=_instruction(message),
@@ -123,7 +134,7 @@ class ObservationReader:
                 raise InvalidRequest(f"images must be a map of frames by camera, got {type(images).__name__}.")
             for name, frame in images.items():
                 if not _is_frame(frame):
-                    raise InvalidRequest(f"images[{name[:40]!r}] must be a frame, got {type(frame).__name__}.")
+                    raise InvalidRequest(f"images[{name[:40]!r}] must be a frame {FRAME_SHAPE}, got {_kind(frame)}.")
             images = _with_plain_names(images)
             twice = sorted(sent.keys() & images.keys())
             if twice:
@@ -131,9 +142,15 @@ class ObservationReader:
             sent |= images
         found = {self.renames[name]: frame for name, frame in sent.items() if name in self.renames}
         rest = {name: frame for name, frame in sent.items() if name not in self.renames}
-        return tuple(found[camera] if camera in found else self._find(camera, rest, sent) for camera in self.cameras)
+        lacking = {name: value for name, value in message.items() if name not in sent and self._names_a_camera(name)}
+        return tuple(
+            found[camera] if camera in found else self._find(camera, rest, sent, lacking) for camera in self.cameras
+        )
 
-    def _find(self, camera: str, candidates: dict[str, Any], sent: dict[str, Any]) -> Any:
+    def _names_a_camera(self, name: str) -> bool:
+        return name in self.cameras or name in self.renames or any(name in row for row in SAME_VIEW)
+
+    def _find(self, camera: str, candidates: dict[str, Any], sent: dict[str, Any], lacking: dict[str, Any]) -> Any:
         if camera in candidates:
             return candidates[camera]
         views = next((row for row in SAME_VIEW if camera in row), ())
@@ -141,10 +158,11 @@ class ObservationReader:
         # Two of the checkpoint's cameras in one row: which of them is meant cannot be known.
         if len(matches) == 1 and sum(name in views for name in self.cameras) == 1:
             return candidates[matches[0]]
+        others = "".join(f" {name!r} is {_kind(value)}, no frame {FRAME_SHAPE}." for name, value in lacking.items())
         raise InvalidRequest(
             f"no frame for the camera {camera!r}: the model needs {list(self.cameras)}, the observation has "
             f"{sorted(name[:40] for name in sent)[:10]}. Send the model's names, or start the server with "
-            f"--camera theirs={camera}."
+            f"--camera theirs={camera}.{others}"
         )
 
 
@@ -171,6 +189,12 @@ def _without_prefix(key: str) -> str:
 
 def _is_frame(value: Any) -> bool:
     return isinstance(value, EncodedImage) or (isinstance(value, np.ndarray) and value.ndim == 3)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, np.ndarray):
+        return f"an array of shape {value.shape}"
+    return "a string" if isinstance(value, str) else f"of type {type(value).__name__}"
 
 
 def _instruction(message: dict[str, Any]) -> str:

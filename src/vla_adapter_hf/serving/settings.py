@@ -31,7 +31,7 @@ class ServeSettings:
         host: address to listen on; 0.0.0.0 lets other machines in.
         port: port to listen on; 0 takes a free one.
         without_key: allow a host that is not loopback without an API key.
-        tls_certificate: PEM file, for https and wss; needs `tls_key`.
+        tls_certificate: PEM file, for https and wss. Its key must be given too.
         tls_key: PEM file of the certificate's key.
         device: `cpu`, `cuda`, `cuda:1`, ...
         dtype: `float32`, `bfloat16` or `float16`; by default float32 on the CPU and the checkpoint's own on a GPU.

@@ -88,7 +88,8 @@ def pack(value: Any, keys_as_bytes: bool = True) -> bytes:
         if isinstance(array, np.generic):
             return array.item()
         if not isinstance(array, np.ndarray) or not PLAIN_DTYPE.fullmatch(array.dtype.str):
-            raise TypeError(f"cannot write {type(array).__name__} to a message.")
+            kind = f"an array of {array.dtype}" if isinstance(array, np.ndarray) else f"a {type(array).__name__}"
+            raise TypeError(f"cannot write {kind} to a message; arrays hold booleans, integers or floats.")
         parts = {"__ndarray__": True, "data": array.tobytes(), "dtype": array.dtype.str, "shape": list(array.shape)}
         return {name.encode(): part for name, part in parts.items()} if keys_as_bytes else parts
 
