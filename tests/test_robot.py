@@ -6,6 +6,8 @@ Policies here are scripted, robots keep what they are sent; threads and clock ar
 import importlib.util
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -338,6 +340,65 @@ class TestLoop:
         assert (report.failures, report.queries, len(observed)) == (1, 1, 2)
         assert {action[0] for action in robot.sent} == {1.0}  # the first chunk's are 0
 
+    def test_what_is_left_of_a_chunk_after_a_stall_is_dropped(self):
+        policy, robot, stalled = CountingPolicy(), RecordingRobot(), []
+
+        def stall(step) -> None:
+            if step.position == 2 and not stalled:
+                stalled.append(step.query)
+                time.sleep(1.0)
+
+        run(policy, robot, "go", LoopSettings(fps=50, max_steps=40, max_age=0.5), on_step=stall)
+        executed = {(action[0], action[1]) for action in robot.sent}
+        first = min(query for query, _ in executed)
+        assert (first, 2) in executed and (first, CHUNK - 1) not in executed
+        assert any(query > first for query, _ in executed)
+
+    def test_a_chunk_from_before_an_outage_is_not_averaged_with_a_new_one(self):
+        policy, robot = CountingPolicy(), RecordingRobot()
+        predict = policy.predict
+
+        def away(*arguments):
+            if policy.queries == 1:
+                policy.queries = 10
+                time.sleep(1.0)
+                raise ConnectionError("the server is away")
+            return predict(*arguments)
+
+        policy.predict = away
+        strategy = StrategySettings("ensemble", execute=4)
+        run(policy, robot, "go", LoopSettings(fps=50, max_steps=90, max_age=0.5, strategy=strategy))
+        queries = {action[0] for action in robot.sent}
+        assert {0.0, 10.0} <= queries  # chunks are averaged with those of after the outage only
+        assert not any(0 < query < 10 for query in queries)
+
+    def test_a_rolled_chunk_is_not_executed_where_the_actions_before_it_were_dropped(self):
+        policy, robot = CountingPolicy(0.1), RecordingRobot()
+        stalls = []
+
+        def stall(step) -> None:
+            if step.images is not None and policy.queries == 1 and not stalls:  # it was just asked again
+                stalls.append(time.sleep(1.2))
+
+        settings = LoopSettings(
+            fps=50,
+            max_steps=60,
+            max_age=0.6,
+            strategy=StrategySettings("async-rolled"),
+            state_model=StateModel(((1, 1),)),
+        )
+        report = run(policy, robot, "go", settings, on_step=stall)
+        assert stalls and report.failures >= 1
+        assert 1.0 not in {action[0] for action in robot.sent}
+        assert 2.0 in {action[0] for action in robot.sent}
+
+    def test_a_policy_that_has_no_answer_yet_says_why(self):
+        policy = CountingPolicy(seconds=1.0)
+        policy.last_error = ConnectionRefusedError("nobody listens")
+        with pytest.raises(RuntimeError, match="no usable answer for .* s: nobody listens") as raised:
+            run(policy, RecordingRobot(), "go", LoopSettings(fps=100, late_after=0.1, give_up_after=0.2))
+        assert raised.value.__cause__ is policy.last_error
+
     def test_the_watchdog_can_end_the_loop(self):
         policy, robot = CountingPolicy(), RecordingRobot()
         predict = policy.predict
@@ -350,6 +411,13 @@ class TestLoop:
         limits = (np.array([0.0, 2.0, 0.0]), np.array([0.5, 5.0, 1.0]))
         run(CountingPolicy(), robot, "go", LoopSettings(fps=200, max_steps=20, limits=limits))
         assert all((limits[0] <= action).all() and (action <= limits[1]).all() for action in robot.sent)
+
+    def test_limits_within_which_an_arm_cannot_hold_still_are_refused_before_it_is_connected(self):
+        robot = RecordingRobot()
+        limits = [-1, 0.2, 0.2], [1, 0.4, 0.4]
+        with pytest.raises(ValueError, match="limits leave out 0 for action 1, which is a change"):
+            run(CountingPolicy(), robot, "go", LoopSettings(limits=limits, delta_actions=(True, True, False)))
+        assert robot.calls == []
 
     def test_limits_of_another_size_are_refused_before_the_robot_is_connected(self):
         robot = RecordingRobot()
@@ -368,6 +436,69 @@ class TestLoop:
         report = run(CountingPolicy(), robot, "go", settings, on_step=interrupt)
         assert report.ended_by == "interrupt" and report.steps < 20
         assert robot.sent[-1].tolist() == [0.0, 0.0, 1.0] and robot.calls[-1] == "disconnect"
+
+    @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+    def test_signals_that_end_a_program_bring_the_arm_to_rest_first(self, number):
+        robot, before = RecordingRobot(), signal.getsignal(number)
+
+        def end(step) -> None:
+            if step.number == 12:
+                os.kill(os.getpid(), number)
+
+        settings = LoopSettings(fps=200, max_steps=200, delta_actions=(True, True, False))
+        with pytest.raises(SystemExit) as raised:
+            run(CountingPolicy(), robot, "go", settings, on_step=end)
+        assert raised.value.code == 128 + number  # as shells say it
+        assert robot.sent[-1].tolist() == [0.0, 0.0, 1.0] and robot.calls[-1] == "disconnect"
+        assert signal.getsignal(number) == before
+
+    def test_a_signal_during_the_end_waits_for_it(self):
+        robot = RecordingRobot()
+
+        def disconnect() -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            robot.calls.append("disconnected")
+
+        robot.disconnect = disconnect
+        with pytest.raises(SystemExit):
+            run(CountingPolicy(), robot, "go", LoopSettings(fps=200, max_steps=4))
+        assert robot.calls == ["connect", "disconnected"]
+
+    def test_a_signal_that_the_program_handles_itself_stays_its_own(self):
+        received = []
+        before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+        try:
+            kill = lambda step: step.number == 2 and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+            report = run(CountingPolicy(), RecordingRobot(), "go", LoopSettings(fps=200, max_steps=9), on_step=kill)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        assert received == [signal.SIGTERM] and report.steps == 9
+
+    @pytest.mark.parametrize(("delta_actions", "sent"), [((True, True, False), [[0, 0, 1], [0, 0, 1]]), (None, [])])
+    @pytest.mark.parametrize("error", [OSError("no answer from the bus"), KeyboardInterrupt()])
+    def test_a_first_action_that_may_be_under_way_is_followed_by_rest_where_actions_are_changes(
+        self, error, delta_actions, sent
+    ):
+        robot, policy = RecordingRobot(), CountingPolicy()
+        send, predict = robot.send_action, policy.predict
+        policy.predict = lambda *arguments: predict(*arguments) + [5.0, 5.0, 0.0]
+
+        def fail(action):
+            if len(robot.sent) or action["a.pos"] == 0:
+                return send(action)
+            robot.sent.append(None)
+            raise error
+
+        robot.send_action = fail
+        settings = LoopSettings(fps=200, delta_actions=delta_actions, max_steps=50)
+        if isinstance(error, OSError):
+            with pytest.raises(OSError, match="no answer from the bus"):
+                run(policy, robot, "go", settings)
+        else:
+            assert run(policy, robot, "go", settings).ended_by == "interrupt"
+        assert [action.tolist() for action in robot.sent[1:]] == sent[:1]
+        assert robot.calls == ["connect", "disconnect"]
 
     @pytest.mark.parametrize("error", [OSError("no camera"), KeyboardInterrupt()])
     @pytest.mark.parametrize("can_disconnect", [True, False])
@@ -409,6 +540,13 @@ class TestLoop:
         assert policy.states[0].tolist() == [0.0, 1.0, 0.5]
         assert policy.states[-1][1] == CHUNK - 1  # the last action of the chunk that was being executed
 
+    def test_states_are_rolled_by_the_actions_within_the_limits(self):
+        policy, model, limits = CountingPolicy(seconds=0.02), StateModel(((1, 1),)), ([0, 0, 0], [99, 3, 1])
+        strategy = StrategySettings("async-rolled")
+        settings = LoopSettings(fps=100, max_steps=60, strategy=strategy, state_model=model, limits=limits)
+        run(policy, RecordingRobot(), "go", settings)
+        assert policy.states[-1][1] == 3.0
+
     def test_rolling_needs_a_state_model(self):
         with pytest.raises(ValueError, match="needs state_model"):
             LoopSettings(strategy=StrategySettings("async-rolled"))
@@ -423,8 +561,26 @@ class TestInterface:
         assert robot.calls == []
 
     def test_an_unknown_camera_is_named(self):
-        with pytest.raises(ValueError, match="no camera 'wrist'; it has top"):
+        with pytest.raises(
+            ValueError, match=r"no camera 'wrist'; it has top. Say which .*\{'wrist': the robot's name"
+        ):
             RobotInterface(RecordingRobot(), ["wrist"])
+
+    def test_a_camera_may_have_another_name_than_the_robots(self):
+        policy = CountingPolicy()
+        policy.cameras, predict, seen = ("image",), policy.predict, []
+        policy.predict = lambda images, *rest: seen.append(list(images)) or predict(images, *rest)
+        robot = RecordingRobot()
+        interface = RobotInterface(robot, {"image": "top"})
+        run(policy, robot, "go", LoopSettings(fps=200, max_steps=8), interface)
+        assert seen[0] == ["image"]
+
+    def test_an_interface_without_one_of_the_policys_cameras_is_refused_before_the_robot_is_connected(self):
+        robot, policy = RecordingRobot(), CountingPolicy()
+        policy.cameras = ("image", "top")
+        with pytest.raises(ValueError, match="sees image, top, and the interface gives top; add image"):
+            run(policy, robot, "go", interface=RobotInterface(robot, ["top"]))
+        assert robot.calls == []
 
     def test_names_choose_and_order_the_state(self):
         frames, state = RobotInterface(RecordingRobot(), ["top"], state_names=["b.pos", "a.pos"]).read()
@@ -504,6 +660,31 @@ def test_a_checkpoint_moves_a_robot(tmp_path, published_pro):
         dict(zip(policy.cameras, observation["images"], strict=True)), observation["text"], observation["state"]
     )
     assert np.allclose(arm.sent[0], expected[0], atol=1e-5)
+
+
+ENDS_WHILE_THE_POLICY_THINKS = """
+import numpy as np
+from test_robot import RecordingRobot
+from vla_adapter_hf.checkpoints.embedded import embedded_folder
+from vla_adapter_hf.robot import LocalPolicy, LoopSettings, run
+with embedded_folder() as folder:
+    policy = LocalPolicy(folder / "checkpoint", robot="libero")
+class Robot(RecordingRobot):
+    observation_features = {camera: (64, 64, 3) for camera in policy.cameras} | {f"v{i}": float for i in range(8)}
+    action_features = {f"a{i}": float for i in range(7)}
+    def get_observation(self):
+        frames = {camera: np.zeros((64, 64, 3), np.uint8) for camera in policy.cameras}
+        return frames | {f"v{i}": 0.0 for i in range(8)}
+report = run(policy, Robot(), "go", LoopSettings(fps=1000, max_steps=1))
+print("ended by", report.ended_by)
+"""
+
+
+def test_a_program_that_ends_while_the_policy_computes_ends_without_an_error():
+    """Python aborts a program whose threads are inside torch when it ends."""
+    words = [sys.executable, "-c", ENDS_WHILE_THE_POLICY_THINKS]
+    run = subprocess.run(words, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent)
+    assert (run.returncode, run.stdout) == (0, "ended by max_steps\n"), run.stderr[-2_000:]
 
 
 def test_the_example_arm_moves_without_a_pause_when_asynchronous():

@@ -78,6 +78,11 @@ class ActionChunkQueue:
         """Actions left before the policy is asked: how many steps can go by without an observation."""
         return max(0, self._query_at - self._step)
 
+    def forget(self) -> None:
+        """Drop what is left of all chunks; the steps go on counting."""
+        self._chunks.clear()
+        self._query_at = self._step
+
     def upcoming(self, count: int) -> np.ndarray:
         """The next `count` actions (n, A) that `pop` will return as things stand; fewer where a query comes before."""
         count = min(count, self.steps_until_query())

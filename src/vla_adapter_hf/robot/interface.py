@@ -35,8 +35,8 @@ class RobotInterface:
 
     Args:
         robot: the robot.
-        cameras: names of the model's cameras, in its order. A robot's camera may have a longer name that ends in
-            `.name`.
+        cameras: names of the model's cameras, in its order; or a map from each to the robot's name, where that is
+            another. A robot's camera may also have a longer name that ends in `.name`.
         state_names: names of the state's values in the model's order; by default all numbers of an observation, in the
             robot's order.
         action_names: names of the action's values in the model's order; by default those of the robot, in its order.
@@ -48,24 +48,31 @@ class RobotInterface:
     def __init__(
         self,
         robot: Robot,
-        cameras: Sequence[str],
+        cameras: Sequence[str] | Mapping[str, str],
         state_names: Sequence[str] | None = None,
         action_names: Sequence[str] | None = None,
     ) -> None:
         self.robot = robot
         frames = [name for name, kind in robot.observation_features.items() if isinstance(kind, tuple)]
         numbers = [name for name in robot.observation_features if name not in frames]
-        self.cameras = {camera: _find("camera", camera, frames) for camera in cameras}
+        named = cameras if isinstance(cameras, Mapping) else {camera: camera for camera in cameras}
+        self.cameras = {camera: _find("camera", name, frames) for camera, name in named.items()}
         self.state_names = numbers if state_names is None else [_find("state", name, numbers) for name in state_names]
         known = list(robot.action_features)
         self.action_names = known if action_names is None else [_find("action", name, known) for name in action_names]
 
-    def check_sizes(self, state_dim: int, action_dim: int) -> None:
-        """Refuse a robot whose state or action has another size than the policy's.
+    def check_fits(self, cameras: Sequence[str], state_dim: int, action_dim: int) -> None:
+        """Refuse a robot without one of the policy's cameras, or with a state or an action of another size.
 
         Raises:
-            ValueError: the message has both sizes and the robot's names.
+            ValueError: the message names the camera, or has both sizes and the robot's names.
         """
+        missing = [camera for camera in cameras if camera not in self.cameras]
+        if missing:
+            raise ValueError(
+                f"the policy sees {', '.join(cameras)}, and the interface gives {', '.join(self.cameras) or 'none'}; "
+                f"add {', '.join(missing)} to its cameras"
+            )
         for what, names, expected in (
             ("state", self.state_names, state_dim),
             ("action", self.action_names, action_dim),
@@ -117,4 +124,7 @@ def _find(what: str, name: str, names: Sequence[str]) -> str:
     longer = [candidate for candidate in names if candidate.replace("/", ".").endswith(f".{name}")]
     if len(longer) == 1:
         return longer[0]
-    raise ValueError(f"the robot has no {what} {name!r}; it has {', '.join(names) or 'none'}")
+    advice = ""
+    if what == "camera":
+        advice = f". Say which is which: RobotInterface(robot, {{{name!r}: the robot's name, ...}})"
+    raise ValueError(f"the robot has no {what} {name!r}; it has {', '.join(names) or 'none'}{advice}")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from vla_adapter_hf.robot.ending import connect, signals_as_exits
 from vla_adapter_hf.robot.interface import Robot, RobotInterface
+from vla_adapter_hf.robot.queries import Query
 from vla_adapter_hf.robot.state_model import StateModel
 from vla_adapter_hf.robot.strategies import ChunkStrategy, StrategySettings
 
@@ -57,7 +58,8 @@ class LoopSettings:
         give_up_after: seconds without an action of a chunk after which the loop ends with an error.
         max_age: seconds from the beginning of an observation until its chunk is there. An older chunk, as after a
             server was away, is not executed: it counts as a failure, and a new observation is asked about. A policy
-            that needs longer needs more.
+            that needs longer needs more. What is left of a chunk after as long, and the time that it takes to execute,
+            is dropped too, as after a stall.
         delta_actions: for each action dimension whether it is a change, such as a motion or a speed, and not a target.
             To hold means 0 for changes and the last value for targets. None: as the policy's robot preset says. Where
             there is none, all are taken as targets: to hold then repeats the last action, and an arm that takes
@@ -151,7 +153,7 @@ class LoopReport:
         queries, failures: chunks that came, and queries that failed or answered what cannot be executed.
         latency: seconds of each query.
         jitter: seconds by which each step began after its time; a stall of the step before shows in full.
-        ended_by: `max_steps`, `on_step`, `interrupt`, `watchdog` or `error`.
+        ended_by: `max_steps`, `on_step`, `interrupt` (Ctrl-C or a signal), `watchdog` or `error`.
     """
 
     steps: int = 0
@@ -166,10 +168,11 @@ class LoopReport:
     def summary(self) -> str:
         """The report in two lines."""
         latency, jitter = (np.asarray(values or [math.nan]) * 1e3 for values in (self.latency, self.jitter))
+        answers = f"latency {np.median(latency):.0f} ms (95 %: {np.percentile(latency, 95):.0f})"
         return (
             f"{self.steps} steps, {self.held} held ({self.late} late), {self.queries} chunks, {self.failures} failed; "
             f"ended by {self.ended_by}\n"
-            f"latency {np.median(latency):.0f} ms (95 %: {np.percentile(latency, 95):.0f}), "
+            f"{answers if self.latency else 'no chunk came'}, "
             f"jitter {np.median(jitter):.1f} ms (95 %: {np.percentile(jitter, 95):.1f}, worst {jitter.max():.1f})"
         )
 
@@ -186,7 +189,8 @@ def run(
     """Let a policy move a robot.
 
     The robot is connected first and disconnected in the end, whatever happens, also if connecting fails. Ctrl-C ends
-    the loop: the arm is sent the action that holds it, so that it comes to rest.
+    the loop: the arm is sent the action that holds it, so that it comes to rest. SIGTERM and SIGHUP do the same and
+    then end the program, where nothing else handles them.
 
     Args:
         policy: a [`LocalPolicy`] or a `PolicyClient`; it is asked in a thread of its own, one query at a time.
@@ -204,14 +208,17 @@ def run(
 
     Raises:
         ValueError: the robot does not fit the policy.
-        RuntimeError: no usable answer for `give_up_after` seconds; the cause is the policy's last error.
+        RuntimeError: no usable answer for `give_up_after` seconds; the cause is the policy's last error, if it is
+            known.
     """
     settings = settings or LoopSettings()
     interface = interface or _make_interface(robot, policy)
-    interface.check_sizes(policy.state_dim, policy.action_dim)
+    interface.check_fits(policy.cameras, policy.state_dim, policy.action_dim)
     if settings.limits is not None and np.size(settings.limits[0]) != policy.action_dim:
         raise ValueError(f"limits have {np.size(settings.limits[0])} values, the policy's actions {policy.action_dim}")
     delta_actions = _find_delta_actions(settings, policy, interface)
+    if settings.limits is not None:
+        _check_that_holding_is_allowed(delta_actions, *settings.limits)
     recorded_fps = getattr(policy, "fps", None)
     if recorded_fps is not None and not math.isclose(settings.fps, recorded_fps, rel_tol=0.02):
         logger.warning(
@@ -220,36 +227,25 @@ def run(
         )
     loop = _Loop(policy, interface, instruction, settings, delta_actions, record)
     with ExitStack() as ending:  # from the last to the first, each even if the one before fails
+        let_signals_wait = ending.enter_context(signals_as_exits())
         if record is not None:
             record.begin(interface, instruction, settings.fps)
             ending.callback(record.end, loop.report)
-        _connect(robot, ending)
+        ending.callback(loop.finish_query)
+        connect(robot, ending)
         ending.callback(loop.come_to_rest)
+        ending.callback(let_signals_wait)
         try:
             loop.run(on_step)
         except KeyboardInterrupt:
             loop.report.ended_by = "interrupt"
+        except SystemExit:
+            loop.report.ended_by = "interrupt"
+            raise
         except BaseException:
             loop.report.ended_by = "error"
             raise
     return loop.report
-
-
-def _connect(robot: Robot, ending: ExitStack) -> None:
-    """Connect the robot, and disconnect it when `ending` ends: also what an error or Ctrl-C left half connected."""
-    is_connected = False
-
-    def disconnect() -> None:
-        try:
-            robot.disconnect()
-        except Exception as error:
-            if is_connected:
-                raise
-            logger.warning("connect() failed, and then disconnect() too; the robot may be open still: %s", error)
-
-    ending.callback(disconnect)
-    robot.connect()
-    is_connected = True
 
 
 def _make_interface(robot: Robot, policy: ChunkPolicy) -> RobotInterface:
@@ -290,6 +286,15 @@ def _find_delta_actions(settings: LoopSettings, policy: ChunkPolicy, interface: 
     return delta_actions
 
 
+def _check_that_holding_is_allowed(delta_actions: np.ndarray, low: ArrayLike, high: ArrayLike) -> None:
+    """Raises ValueError for limits within which a value that is a change cannot be 0."""
+    moving = np.flatnonzero(delta_actions & ((np.asarray(low) > 0) | (np.asarray(high) < 0)))
+    if len(moving):
+        raise ValueError(
+            f"limits leave out 0 for action {moving[0]}, which is a change: the arm could not hold still. Widen them"
+        )
+
+
 class _Loop:
     def __init__(
         self,
@@ -306,10 +311,12 @@ class _Loop:
         # A policy that does not say which values may be averaged gets all of them averaged.
         self.strategy = ChunkStrategy(settings.strategy, getattr(policy, "averaged", None))
         self.last_action: np.ndarray | None = None
-        self.answer: Future | None = None
-        self.asked_at = self.acted_at = 0.0  # the last query, and the last action of a chunk
+        self.query: Query | None = None
+        self.valid_until = math.inf  # the end of the newest chunk, at the oldest that it may be
+        self.acted_at = 0.0  # the last action of a chunk
         self.sent_at = -math.inf  # the last action of any source
         self.observed_at = 0.0  # the observation that the policy was asked about last
+        self.upcoming = 0  # actions that are executed between the last query and its chunk, for async-rolled
         self.error: Exception | None = None
         self.recent: deque[float] = deque(maxlen=REMEMBERED_LATENCIES)
 
@@ -341,9 +348,12 @@ class _Loop:
             self.interface.write(action)
 
     def _step(self) -> Step:
+        if time.monotonic() > self.valid_until:  # after a stall, or while there are no answers
+            self.strategy.forget()
+            self.valid_until = math.inf
         self._take_answer()
         images = state = None
-        wants_chunk = self.strategy.wants_chunk(self._delay())
+        wants_chunk = self.query is None and self.strategy.wants_chunk(self._delay())
         began = time.monotonic()
         if wants_chunk or self.record is not None:
             images, state = self.interface.read()
@@ -368,10 +378,11 @@ class _Loop:
 
     def _send(self, action: np.ndarray) -> np.ndarray:
         """Send an action within the limits, not too soon after the one before. Returns what the robot says it sent."""
-        if self.settings.limits is not None:
-            action = np.clip(action, *self.settings.limits)
+        action = self._within_limits(action)
         period = 1 / self.settings.fps
         time.sleep(max(0.0, self.sent_at + SHORTEST_GAP * period - time.monotonic()))
+        if self.last_action is None and self.delta_actions.any():
+            self.last_action = action  # if the call fails, the arm may be moving and must be held
         began = time.monotonic()
         sent = self.interface.write(action)
         # When the robot took the action is not known: with a call that stalled it may have been at the end.
@@ -380,29 +391,28 @@ class _Loop:
         self.last_action = action
         return sent
 
+    def _within_limits(self, actions: np.ndarray) -> np.ndarray:
+        return actions if self.settings.limits is None else np.clip(actions, *self.settings.limits)
+
     def _ask(self, images: dict[str, np.ndarray], state: np.ndarray) -> None:
         upcoming = self.strategy.ask(self._delay())
+        self.upcoming = len(upcoming)
         if len(upcoming):
-            state = self.settings.state_model.roll(state, upcoming)
-        self.asked_at = time.monotonic()
-        self.answer = answer = Future()
+            state = self.settings.state_model.roll(state, self._within_limits(upcoming))
+        self.query = Query(partial(self.policy.predict, images, self.instruction, state))
 
-        def ask() -> None:
-            try:
-                answer.set_result(self.policy.predict(images, self.instruction, state))
-            except BaseException as error:
-                answer.set_exception(error)
-
-        # A thread that may be left behind: a policy that never answers must not keep the program from ending.
-        threading.Thread(target=ask, name="policy", daemon=True).start()
+    def finish_query(self) -> None:
+        """Give the policy a moment for its last answer, which is not executed."""
+        if self.query is not None:
+            self.query.finish()
 
     def _take_answer(self) -> None:
-        if self.answer is None or not self.answer.done():
+        if self.query is None or not self.query.is_answered:
             return
-        answer, self.answer = self.answer, None
-        seconds = time.monotonic() - self.asked_at
+        query, self.query = self.query, None
+        seconds = time.monotonic() - query.asked_at
         try:
-            result = answer.result()
+            result = query.result()
             age = time.monotonic() - self.observed_at
             if age > self.settings.max_age:
                 raise ValueError(
@@ -419,6 +429,8 @@ class _Loop:
             self.strategy.give_up()
             logger.warning("no usable answer from the policy: %s", error)
             return
+        steps = len(chunk) + self.upcoming
+        self.valid_until = self.observed_at + self.settings.max_age + steps / self.settings.fps
         self.report.queries += 1
         self.report.latency.append(seconds)
         self.recent.append(seconds)
@@ -433,7 +445,10 @@ class _Loop:
     def _check_patience(self) -> None:
         waited = time.monotonic() - self.acted_at
         if waited > self.settings.give_up_after:
-            raise RuntimeError(f"the policy gave no usable answer for {waited:.1f} s") from self.error
+            # A client asks a server that is away again and again; it knows why there is no answer.
+            reason = self.error or getattr(self.policy, "last_error", None)
+            text = "" if reason is None else f": {reason}"
+            raise RuntimeError(f"the policy gave no usable answer for {waited:.1f} s{text}") from reason
 
     def _watchdog_action(self, kind: str) -> np.ndarray | None:
         """The action to send where there is none; None before the first, when the arm has not been moved yet."""

@@ -114,7 +114,7 @@ class ChunkStrategy:
     def answer(self, chunk: np.ndarray) -> None:
         """Take the chunk (K, A) that was asked for. Actions whose step has gone by are dropped."""
         if self._begins is None:
-            raise RuntimeError("nobody was asked: call ask() before answer()")
+            raise RuntimeError("nobody was asked, or what was to be executed before this chunk was dropped")
         self._queue.add(chunk, begins=self._begins)
         self._chunk_size = len(chunk)
         self._begins = None
@@ -122,6 +122,12 @@ class ChunkStrategy:
     def give_up(self) -> None:
         """Forget the query that is under way: its answer will not come, or is not wanted."""
         self._begins = None
+
+    def forget(self) -> None:
+        """Drop what is left of all chunks. A query under way stays, unless its chunk would begin behind them."""
+        self._queue.forget()
+        if self.settings.name == "async-rolled":
+            self._begins = None
 
     def next_action(self) -> np.ndarray | None:
         """The action (A,) of this control step, or None where there is none and the arm must hold."""
