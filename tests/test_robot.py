@@ -90,6 +90,14 @@ def played(settings: StrategySettings, delay: int, steps: int) -> list[tuple[int
     return record
 
 
+@pytest.fixture
+def never():
+    """An event for which a policy waits that never answers. In the end its thread goes on."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
 class TestStrategies:
     def test_sync_stands_still_while_the_policy_thinks_and_executes_whole_chunks(self):
         record = played(StrategySettings("sync"), delay=3, steps=22)
@@ -231,14 +239,14 @@ class TestLoop:
             run(CountingPolicy(), robot, "go", LoopSettings(fps=1 / period, max_steps=20), record=recorder)
         assert np.median(np.diff(moments)) < 1.2 * period  # on a busy machine some steps are late
 
-    def test_to_hold_means_no_change_for_deltas_and_the_last_value_for_others(self):
+    def test_to_hold_means_no_change_for_deltas_and_the_last_value_for_others(self, never):
         robot = RecordingRobot()
         settings = LoopSettings(fps=100, max_steps=20, delta_actions=(True, True, False), late_after=5)
         policy = CountingPolicy()
         first = policy.predict
 
         def once(*arguments):
-            return first(*arguments) if policy.queries == 0 else threading.Event().wait()
+            return first(*arguments) if policy.queries == 0 else never.wait()
 
         policy.predict = once
         report = run(policy, robot, "go", settings)
@@ -272,9 +280,9 @@ class TestLoop:
             run(CountingPolicy(), robot, "go", LoopSettings(delta_actions=[True], max_steps=2))
         assert robot.calls == []
 
-    def test_a_policy_that_never_answers_ends_the_loop_with_an_error_and_a_disconnected_robot(self):
+    def test_a_policy_that_never_answers_ends_the_loop_with_an_error_and_a_disconnected_robot(self, never):
         robot, policy = RecordingRobot(), CountingPolicy()
-        policy.predict = lambda *arguments: threading.Event().wait()
+        policy.predict = lambda *arguments: never.wait()
         started = time.monotonic()
         with pytest.raises(RuntimeError, match="no usable answer for 0.3 s"):
             run(policy, robot, "go", LoopSettings(fps=100, late_after=0.1, give_up_after=0.3))
@@ -399,10 +407,10 @@ class TestLoop:
             run(policy, RecordingRobot(), "go", LoopSettings(fps=100, late_after=0.1, give_up_after=0.2))
         assert raised.value.__cause__ is policy.last_error
 
-    def test_the_watchdog_can_end_the_loop(self):
+    def test_the_watchdog_can_end_the_loop(self, never):
         policy, robot = CountingPolicy(), RecordingRobot()
         predict = policy.predict
-        policy.predict = lambda *arguments: predict(*arguments) if not policy.queries else threading.Event().wait()
+        policy.predict = lambda *arguments: predict(*arguments) if not policy.queries else never.wait()
         settings = LoopSettings(fps=100, watchdog="stop", late_after=0.1)
         assert run(policy, robot, "go", settings).ended_by == "watchdog"
 

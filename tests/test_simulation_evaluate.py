@@ -485,9 +485,7 @@ class TestDelay:
             play(NoopPolicy("libero"), SUITE, tmp_path, tasks=[0], episodes=2, processes=0, delay=4)
 
     def test_a_robot_whose_actions_are_targets_has_no_way_to_stand_still(self, tmp_path):
-        with pytest.raises(
-            ValueError, match="delay=2 needs a robot whose actions are changes; the targets of"
-        ):
+        with pytest.raises(ValueError, match="delay=2 needs a robot whose actions are changes; the targets of"):
             play(SeeingPolicy(), PointSuite(robot="aloha"), tmp_path, episodes=1, processes=0, delay=2)
 
     def test_a_delay_below_0_is_refused(self):

@@ -429,6 +429,7 @@ class _Loop:
             self.strategy.give_up()
             logger.warning("no usable answer from the policy: %s", error)
             return
+        self.error = None
         steps = len(chunk) + self.upcoming
         self.valid_until = self.observed_at + self.settings.max_age + steps / self.settings.fps
         self.report.queries += 1
@@ -446,7 +447,7 @@ class _Loop:
         waited = time.monotonic() - self.acted_at
         if waited > self.settings.give_up_after:
             # A client asks a server that is away again and again; it knows why there is no answer.
-            reason = self.error or getattr(self.policy, "last_error", None)
+            reason = getattr(self.policy, "last_error", None) or self.error
             text = "" if reason is None else f": {reason}"
             raise RuntimeError(f"the policy gave no usable answer for {waited:.1f} s{text}") from reason
 
