@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,16 @@ def never():
     event = threading.Event()
     yield event
     event.set()
+
+
+@contextmanager
+def handling(number: int, handler: Any) -> Iterator[None]:
+    """Within the block the signal has this handler. `nohup`, for one, has SIGHUP ignored."""
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 class TestStrategies:
@@ -447,18 +459,19 @@ class TestLoop:
 
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
     def test_signals_that_end_a_program_bring_the_arm_to_rest_first(self, number):
-        robot, before = RecordingRobot(), signal.getsignal(number)
+        robot = RecordingRobot()
 
         def end(step) -> None:
             if step.number == 12:
                 os.kill(os.getpid(), number)
 
         settings = LoopSettings(fps=200, max_steps=200, delta_actions=(True, True, False))
-        with pytest.raises(SystemExit) as raised:
-            run(CountingPolicy(), robot, "go", settings, on_step=end)
+        with handling(number, signal.SIG_DFL):
+            with pytest.raises(SystemExit) as raised:
+                run(CountingPolicy(), robot, "go", settings, on_step=end)
+            assert signal.getsignal(number) == signal.SIG_DFL
         assert raised.value.code == 128 + number  # as shells say it
         assert robot.sent[-1].tolist() == [0.0, 0.0, 1.0] and robot.calls[-1] == "disconnect"
-        assert signal.getsignal(number) == before
 
     def test_a_signal_during_the_end_waits_for_it(self):
         robot = RecordingRobot()
@@ -469,18 +482,15 @@ class TestLoop:
             robot.calls.append("disconnected")
 
         robot.disconnect = disconnect
-        with pytest.raises(SystemExit):
+        with handling(signal.SIGTERM, signal.SIG_DFL), pytest.raises(SystemExit):
             run(CountingPolicy(), robot, "go", LoopSettings(fps=200, max_steps=4))
         assert robot.calls == ["connect", "disconnected"]
 
     def test_a_signal_that_the_program_handles_itself_stays_its_own(self):
         received = []
-        before = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-        try:
-            kill = lambda step: step.number == 2 and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        kill = lambda step: step.number == 2 and os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
+        with handling(signal.SIGTERM, lambda number, frame: received.append(number)):
             report = run(CountingPolicy(), RecordingRobot(), "go", LoopSettings(fps=200, max_steps=9), on_step=kill)
-        finally:
-            signal.signal(signal.SIGTERM, before)
         assert received == [signal.SIGTERM] and report.steps == 9
 
     @pytest.mark.parametrize(("delta_actions", "sent"), [((True, True, False), [[0, 0, 1], [0, 0, 1]]), (None, [])])

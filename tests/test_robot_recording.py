@@ -12,7 +12,7 @@ import model_fixtures
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from test_robot import CHUNK, CountingPolicy, RecordingRobot
+from test_robot import CHUNK, CountingPolicy, RecordingRobot, handling
 from training_fixtures import QUIET
 
 from vla_adapter_hf import (
@@ -136,7 +136,11 @@ class TestAbortedRuns:
             if step.number == 12:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        with pytest.raises(SystemExit), EpisodeRecorder(tmp_path) as recorder:
+        with (
+            handling(signal.SIGTERM, signal.SIG_DFL),
+            pytest.raises(SystemExit),
+            EpisodeRecorder(tmp_path) as recorder,
+        ):
             run(CountingPolicy(), RecordingRobot(), "go", LoopSettings(fps=100), on_step=end, record=recorder)
         (line,) = (tmp_path / "meta/demonstrations.jsonl").read_text().splitlines()
         assert json.loads(line)["ended_by"] == "interrupt"
