@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -12,6 +11,7 @@ import numpy as np
 import torch
 
 from vla_adapter_hf.checkpoints.attention import choose_attention
+from vla_adapter_hf.checkpoints.checksum import weights_checksum
 from vla_adapter_hf.checkpoints.exported import ExportedModel
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.checkpoints.quantization import quantization_config
@@ -30,9 +30,6 @@ from vla_adapter_hf.serving.example import example_observation
 from vla_adapter_hf.serving.observations import Observation, ObservationReader, decode_image, pad_to_square
 from vla_adapter_hf.serving.settings import PHYSICAL, ServeSettings
 from vla_adapter_hf.utils.attention import overlay_attention, predict_with_attention
-
-
-FINGERPRINT_VALUES = 64  # of each weight
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ class ServedPolicy:
         self.model, self.processor, self.settings, self.rules = model.eval(), processor, settings, rules
         self.config = model.config
         self.reader = make_reader(model.config, settings)
-        self._weights = fingerprint(model)
+        self._weights = weights_checksum(model)
         # A compiled model has one graph per batch size, so batches are filled up to one of a few sizes.
         self.batch_sizes = _graph_sizes(settings.max_batch) if settings.compiled else None
         if settings.compiled:
@@ -248,24 +245,6 @@ class ServedPolicy:
 
 def _listed(names: Sequence[str] | None) -> list[str] | None:
     return None if names is None else list(names)
-
-
-def fingerprint(model: Any) -> str:
-    """A checksum of the first values of every weight, by which other weights of the same shape are known.
-
-    Args:
-        model: the checkpoint's, in whatever precision. An export is read whole.
-    """
-    checksum = 0
-    if isinstance(model, ExportedModel):
-        for path in model.paths:
-            checksum = zlib.crc32(path.read_bytes(), checksum)
-        return f"crc32 {checksum:08x}"
-    for weight in model.state_dict().values():
-        is_plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
-        values = (weight if is_plain else weight.dequantize()).reshape(-1)[:FINGERPRINT_VALUES]
-        checksum = zlib.crc32(values.float().cpu().numpy().tobytes(), checksum)
-    return f"crc32 {checksum:08x}"
 
 
 def make_reader(config: VLAAdapterConfig, settings: ServeSettings) -> ObservationReader:

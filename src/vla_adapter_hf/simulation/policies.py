@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -13,8 +13,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from vla_adapter_hf.checkpoints.checkpoint import check_dtype
+from vla_adapter_hf.checkpoints.checksum import weights_checksum
 from vla_adapter_hf.checkpoints.embedded import embedded_folder
-from vla_adapter_hf.checkpoints.exported import ExportedModel
 from vla_adapter_hf.checkpoints.open import open_checkpoint
 from vla_adapter_hf.modeling.normalization_vla_adapter import select_norm_stats
 from vla_adapter_hf.robots import RobotPreset, get_robot, is_zero_to_one, learnt_range
@@ -203,9 +203,6 @@ class CheckpointPolicy:
 
     def describe(self) -> dict[str, Any]:
         """What decides its actions (JSON values), so that a retrained checkpoint does not resume another's run."""
-        checksum = 0
-        for part in _weights(self.model):
-            checksum = zlib.crc32(part, checksum)
         config = self.model.config.to_dict()
         rest = [
             {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
@@ -214,7 +211,7 @@ class CheckpointPolicy:
         rest += [self.processor.tokenizer.get_vocab()]
         settings = zlib.crc32(json.dumps(rest, sort_keys=True, default=str).encode())
         return {
-            "weights": f"crc32 {checksum:08x}",
+            "weights": weights_checksum(self.model),
             "configuration": f"crc32 {settings:08x}",
             "unnorm_key": self.unnorm_key,
         }
@@ -224,17 +221,6 @@ class CheckpointPolicy:
         state = np.stack([request.observation.state for request in requests])
         inputs = self.processor(images=images, text=[request.instruction for request in requests], state=state)
         return list(self.model.predict_action(**inputs, unnorm_key=self.unnorm_key))
-
-
-def _weights(model: Any) -> Iterator[Any]:
-    """The bytes of a model's weights, in parts."""
-    if isinstance(model, ExportedModel):
-        yield from (path.read_bytes() for path in model.paths)
-        return
-    import torch
-
-    for tensor in model.state_dict().values():
-        yield tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy()
 
 
 def check_gripper(stats: Mapping[str, Any], robot: str) -> None:
