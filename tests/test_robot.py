@@ -147,6 +147,21 @@ class TestStrategies:
         assert len({query for query, _ in filter(None, record)}) >= 6
         assert max(index for _, index in filter(None, record)) == CHUNK - 1
 
+    def test_dropped_chunks_leave_a_query_under_way_unless_its_state_was_rolled_by_them(self):
+        chunk = np.arange(CHUNK, dtype=np.float64)[:, None]
+        strategies = [ChunkStrategy(StrategySettings(name)) for name in ("async", "async-rolled")]
+        for strategy in strategies:
+            strategy.ask(0)
+            strategy.answer(chunk)
+            strategy.ask(3)
+            strategy.forget()
+            assert strategy.next_action() is None
+        plain, rolled = strategies
+        plain.answer(chunk)
+        assert plain.next_action() == [0.0]
+        with pytest.raises(RuntimeError, match="what was to be executed before this chunk was dropped"):
+            rolled.answer(chunk)
+
     def test_two_chunks_about_one_step_are_blended(self):
         strategy = ChunkStrategy(StrategySettings("async", blend=0.7))
         strategy.ask(0)
